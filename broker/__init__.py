@@ -1,0 +1,1 @@
+"""Sockets, sessions, protocols. The only package that knows clients."""

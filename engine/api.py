@@ -1,0 +1,221 @@
+"""What may be asked of the engine, and what it answers. Pure data: the seam between the trio side and the engine thread.
+
+Laws
+    Every `Submit` is answered by exactly one `Began` or one `Refused`; a begun request ends in exactly one `Finished`.
+    Between them come `Sampled`, in order. Nothing follows `Finished` or `Refused`.
+    Numbers in `Usage` are measured where the work is done, never derived from the request.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NewType
+
+if TYPE_CHECKING:
+    from tiers.block import Tier, TokenIds
+    from tiers.policy import SessionClass
+
+RequestId = NewType("RequestId", int)
+LeaseId = NewType("LeaseId", int)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose the next token. `temperature` 0 is greedy; `seed` makes a sampled run repeatable."""
+
+    max_tokens: int  # 0: prefill only, nothing is sampled
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Run one generation. `prompt` is the exact and whole token sequence; the engine finds what it need not compute."""
+
+    request: RequestId
+    session: str  # names the lease for operators; never used to find KV
+    salt: bytes  # the tenant's; separates the KV of tenants
+    prompt: TokenIds
+    sampling: Sampling
+    supersedes: LeaseId | None = None  # the lease of the turn that this one continues
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop a request at the next step. What it computed stays cached; it still ends in `Finished(CANCELLED)`."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetch:
+    """Start bringing a prompt's cached blocks to the device, because a request for it is likely soon."""
+
+    salt: bytes
+    prompt: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Reclass:
+    """Say what a session is waiting for, so that eviction can choose."""
+
+    lease: LeaseId
+    to: SessionClass
+
+
+@dataclass(frozen=True, slots=True)
+class Demote:
+    """Move one session's blocks, or everyone's, down to a tier now. Answered with the number of blocks moved."""
+
+    ticket: int
+    to: Tier
+    session: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Ask for an `EngineReport`."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the engine thread: cancel what runs, spill what is dirty, return."""
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"  # a stop id was sampled (it is the last id of the last `Sampled`)
+    LENGTH = "length"  # max_tokens, or the context is full
+    CANCELLED = "cancelled"
+    FAILED = "failed"  # ours: the step raised; the message is logged
+
+
+class RefuseReason(enum.Enum):
+    CONTEXT = "context"  # the prompt is longer than the model's context or the device arena
+    BUSY = "busy"  # too many requests or tokens wait already
+    STOPPING = "stopping"
+    PROMPT = "prompt"  # empty, or an id outside the vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class CachedTokens:
+    """Prompt tokens not recomputed, by the tier they were found in."""
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+    remote: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.device + self.host + self.disk + self.remote
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """`prompt_tokens == cached.total + computed_tokens`. Times are seconds on the engine's monotonic clock."""
+
+    prompt_tokens: int
+    cached: CachedTokens
+    computed_tokens: int
+    output_tokens: int
+    queue_s: float = 0.0  # from Submit until the first action on its behalf
+    load_s: float = 0.0  # restoring from lower tiers
+    prefill_s: float = 0.0  # until the first sampled token
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """The request holds what it will reuse. Sent once restoring is done, before the first token."""
+
+    request: RequestId
+    cached: CachedTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    request: RequestId
+    tokens: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """`lease` keeps the blocks warm; hand it back in `Submit.supersedes`, or `Reclass` it. `keys` are its chain."""
+
+    request: RequestId
+    reason: FinishReason
+    usage: Usage
+    lease: LeaseId | None
+    keys: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    request: RequestId
+    reason: RefuseReason
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """To a command with a ticket."""
+
+    ticket: int
+    value: object
+
+
+Command = Submit | Cancel | Prefetch | Reclass | Demote | Inspect | Stop
+Output = Began | Sampled | Finished | Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Everything one turn of the engine's loop has to say; delivered in one call."""
+
+    outputs: tuple[Output, ...]
+    answers: tuple[Answer, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionReport:
+    """One lease, for operators. Token counts say where its chain's bytes are (a token may be in several tiers)."""
+
+    session: str
+    session_class: str
+    tokens: int
+    idle_s: float
+    tokens_on: dict[str, int] = field(default_factory=dict)  # {tier name: tokens}
+
+
+@dataclass(frozen=True, slots=True)
+class TierReport:
+    tier: str
+    capacity_bytes: int
+    used_bytes: int
+    blocks: int
+    leased_blocks: int
+    held_refs: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """A snapshot for `/metrics`, `homeport tiers` and `homeport sessions`."""
+
+    running: int
+    waiting: int
+    loading: int
+    leases: int
+    refs: int
+    tokens_total: dict[str, int]  # {computed|device|host|disk|remote: tokens}
+    output_tokens_total: int
+    evictions_total: dict[str, int]  # {tier name: blocks}
+    spills_total: int
+    spill_failures_total: int
+    fetches_total: int
+    verify_failures_total: dict[str, int]  # {reason: records}; every one is tier disk
+    tiers: tuple[TierReport, ...]
+    sessions: tuple[SessionReport, ...]

@@ -1,0 +1,104 @@
+"""What a block is: its key, its tier, its entry in the tables, and the actions that move its bytes.
+
+Laws
+    A key names content: equal keys mean equal bytes, for ever, in every process. Keys are 256-bit BLAKE2b over a
+    length-framed encoding; no random seed, no Python `hash`.
+    A chain is implicit: a block's key covers its parent's key, so it covers every token before it.
+    Actions are issued by `TieredCache` and performed by whoever owns the memory; each issued action is answered by
+    exactly one of landed or failed.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, NewType
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BlockKey = NewType("BlockKey", bytes)  # 32 bytes
+Slot = NewType("Slot", int)  # index of a place inside one tier
+TokenIds = tuple[int, ...]
+
+
+class Tier(enum.IntEnum):
+    """Nearer the model is smaller."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+
+
+def root_key(fingerprint: bytes, salt: bytes) -> BlockKey:
+    """The parent of every chain's first block.
+
+    `fingerprint` covers everything that changes KV bytes (weights, config, dtype, block size, record format);
+    `salt` separates tenants. Both are length-framed, so no pair can imitate another.
+    """
+    framed = struct.pack("<II", len(fingerprint), len(salt)) + fingerprint + salt
+    return BlockKey(blake2b(framed, digest_size=32, person=b"homeport-root-1").digest())
+
+
+def chain_key(parent: BlockKey, tokens: Sequence[int]) -> BlockKey:
+    """The key of the block that holds `tokens` after `parent`. Layout: parent (32 bytes), count u32, ids u32, all LE."""
+    framed = struct.pack(f"<32sI{len(tokens)}I", parent, len(tokens), *tokens)
+    return BlockKey(blake2b(framed, digest_size=32, person=b"homeport-blk-1").digest())
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Copy one slot's bytes between DEVICE and HOST, or DEVICE to DEVICE (a private copy of a shared block).
+
+    Slots are whole blocks. `key` is for logs and checks only.
+    """
+
+    key: BlockKey
+    source: Tier
+    source_slot: Slot
+    target: Tier
+    target_slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """Write a block's bytes to disk as a record. The source slot stays put until the answer."""
+
+    key: BlockKey
+    parent: BlockKey
+    tokens: TokenIds
+    source: Tier
+    source_slot: Slot
+    disk_slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Read a record from disk, verify it against key, parent and tokens, and place its bytes in a slot."""
+
+    key: BlockKey
+    parent: BlockKey
+    tokens: TokenIds
+    target: Tier
+    target_slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Delete a record from disk. Performed in issue order with the spills, so its disk slot is free at once."""
+
+    key: BlockKey
+    disk_slot: Slot
+
+
+Action = Copy | Spill | Fetch | Drop
+
+
+class StoreError(Exception):
+    """The disk's fault: a full or failing store, or a record that fails a check. Forget it, count it, go on."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason  # a metric label: full, io, missing, magic, version, fingerprint, key, tokens, size, checksum
