@@ -1,0 +1,40 @@
+"""What one forward pass runs: tokens of several sequences laid end to end. Pure data, no tensors.
+
+    tokens      t0 t1 t2 | t0 | t0 t1 | ...        flat; one segment per sequence
+    segment     start, count: its run in the flat lists, half open [start, start + count)
+                context: tokens in its KV once these are written, so its past is context - count
+                table: device slots in chain order; token i of the sequence lives in slot table[i // block_tokens],
+                row i % block_tokens
+
+A decode is a segment with one token; a chunk of a prefill is one with many. Nothing else tells them apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tiers.block import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One sequence's part of a batch."""
+
+    start: int
+    count: int
+    context: int
+    table: Sequence[Slot]  # may be longer than the context needs
+    sample: bool  # its last token's logits are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`tokens[i]` stands at `positions[i]` of its own sequence. Segments cover the tokens in order, without gaps."""
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    segments: Sequence[Segment]
