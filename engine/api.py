@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NewType
 
 if TYPE_CHECKING:
     from tiers.block import Tier, TokenIds
+    from tiers.manifest import Manifest
     from tiers.policy import SessionClass
 
 RequestId = NewType("RequestId", int)
@@ -73,6 +74,23 @@ class Demote:
     ticket: int
     to: Tier
     session: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Write a manifest. With a ticket someone waits: it is answered once durable, None or the reason it failed."""
+
+    ticket: int | None
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Delete a stored response. Answered with whether there was one."""
+
+    ticket: int
+    tenant: str
+    response_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +186,7 @@ class Answer:
     value: object
 
 
-Command = Submit | Cancel | Prefetch | Reclass | Demote | Inspect | Stop
+Command = Submit | Cancel | Prefetch | Reclass | Demote | Persist | Forget | Inspect | Stop
 Output = Began | Sampled | Finished | Refused
 
 

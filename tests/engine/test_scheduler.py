@@ -1,0 +1,160 @@
+"""The scheduler's laws: everyone is in every plan, budgets hold, short deltas pass long prompts, nobody starves."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.api import RequestId, Sampling, Submit
+from engine.scheduler import Scheduler
+from engine.sequence import Phase, Sequence
+
+
+def sequence(prompt: int, *, output: int = 8, computed: int = 0, request: int = 1) -> Sequence:
+    submit = Submit(
+        request=RequestId(request),
+        session="s",
+        salt=b"",
+        prompt=tuple(range(prompt)),
+        sampling=Sampling(max_tokens=output),
+    )
+    made = Sequence.of(submit, now=0.0)
+    made.computed = computed
+    return made
+
+
+def scheduler(**changes: int) -> Scheduler:
+    settings = {
+        "step_tokens": 64,
+        "mixed_tokens": 16,
+        "max_running": 4,
+        "max_waiting": 8,
+        "device_slots": 64,
+        "block_tokens": 4,
+    }
+    return Scheduler(**(settings | changes))
+
+
+def start(target: Scheduler, *sequences: Sequence) -> None:
+    for each in sequences:
+        target.enqueue(each)
+        target.start_loading(each)
+        target.start_running(each)
+
+
+def test_a_decode_runs_in_every_step_beside_a_long_prefill_that_is_held_to_the_mixed_budget():
+    target = scheduler()
+    decode, prompt = sequence(5, computed=4), sequence(1000)
+    start(target, prompt, decode)
+    counts = {chunk.sequence: chunk.count for chunk in target.plan()}
+    assert counts == {decode: 1, prompt: 16}
+
+
+def test_a_lone_prefill_gets_the_whole_step():
+    target = scheduler()
+    start(target, sequence(1000))
+    assert [chunk.count for chunk in target.plan()] == [64]
+
+
+def test_a_short_delta_is_done_in_one_step_beside_a_long_prompt():
+    target = scheduler()
+    long, short = sequence(1000), sequence(110, computed=100)
+    start(target, long, short)
+    counts = {chunk.sequence: chunk.count for chunk in target.plan()}
+    assert counts == {short: 10, long: 54}
+
+
+def test_the_head_of_the_queue_waits_for_room_and_holds_back_those_behind_it():
+    target = scheduler(device_slots=12)
+    start(target, sequence(30))
+    big, small = sequence(20), sequence(1)
+    target.enqueue(big)
+    target.enqueue(small)
+    assert target.admissible() is None
+    target.remove(target.running[0])
+    assert target.admissible() is big
+
+
+def test_anything_within_the_context_limit_is_admitted_alone():
+    target = scheduler(device_slots=3)
+    lone = sequence(target.context_limit)
+    target.enqueue(lone)
+    assert target.admissible() is lone
+
+
+def test_a_preempted_sequence_goes_to_the_head_of_the_queue():
+    target = scheduler()
+    first, second, third = sequence(4), sequence(4), sequence(4)
+    start(target, first, second)
+    target.enqueue(third)
+    victim = target.victim(first)
+    assert victim is second
+    target.preempt(second)
+    assert list(target.waiting) == [second, third]
+    assert second.phase is Phase.WAITING
+
+
+def test_the_victim_is_never_the_one_that_asks():
+    target = scheduler()
+    only = sequence(4)
+    start(target, only)
+    assert target.victim(only) is None
+
+
+def test_a_full_queue_is_said_so():
+    target = scheduler(max_waiting=1)
+    assert target.accepts()
+    target.enqueue(sequence(4))
+    assert not target.accepts()
+
+
+def test_removal_works_in_every_phase():
+    target = scheduler()
+    waiting, loading, running = sequence(4), sequence(4), sequence(4)
+    start(target, running)
+    target.enqueue(loading)
+    target.start_loading(loading)
+    target.enqueue(waiting)
+    for each in (waiting, loading, running):
+        target.remove(each)
+    assert target.idle
+
+
+@given(
+    pending=st.lists(st.integers(1, 300), min_size=1, max_size=12),
+    step_tokens=st.integers(1, 128),
+    mixed_tokens=st.integers(1, 64),
+)
+def test_everyone_is_in_every_plan_and_the_budget_holds(pending, step_tokens, mixed_tokens):
+    target = scheduler(step_tokens=step_tokens, mixed_tokens=mixed_tokens)
+    sequences = [sequence(n + 7, computed=7) for n in pending]
+    start(target, *sequences)
+    plan = target.plan()
+    assert {id(chunk.sequence) for chunk in plan} == {id(s) for s in sequences}
+    assert len(plan) == len(sequences)
+    assert all(1 <= chunk.count <= chunk.sequence.pending for chunk in plan)
+    total = sum(chunk.count for chunk in plan)
+    assert total <= max(step_tokens, len(sequences))
+    decodes = sum(n == 1 for n in pending)
+    if decodes:
+        assert total - decodes <= max(mixed_tokens, len(sequences) - decodes)
+
+
+@given(
+    pending=st.lists(st.integers(2, 300), min_size=1, max_size=6), step_tokens=st.integers(6, 128)
+)
+def test_prefills_leave_no_budget_unused_and_finish_in_bounded_steps(pending, step_tokens):
+    target = scheduler(step_tokens=step_tokens, mixed_tokens=1000)
+    sequences = [sequence(n) for n in pending]
+    start(target, *sequences)
+    steps = 0
+    while target.running:
+        plan = target.plan()
+        left = sum(s.pending for s in target.running)
+        assert sum(c.count for c in plan) >= min(left, step_tokens)
+        for chunk in plan:
+            chunk.sequence.computed += chunk.count
+            if chunk.sequence.pending == 0:
+                target.remove(chunk.sequence)
+        steps += 1
+        assert steps <= sum(pending) // step_tokens + len(pending) + 1
