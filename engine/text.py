@@ -363,8 +363,8 @@ class StopStrings:
         self._held += text
         hits = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if hits:
-            # The earliest wins; at one place the shorter, because it was complete first.
-            at, self.found = min(hits, key=lambda hit: (hit[0], len(hit[1])))
+            # The one that ends first, because it was complete first; of those the longest.
+            at, self.found = min(hits, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
             out, self._held = self._held[:at], ""
             return out
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)

