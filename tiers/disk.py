@@ -1,0 +1,339 @@
+"""The disk threads: plain loops around a `BlockStore`, each with an inbox, each ended by a stop.
+
+One writer, because LMDB has one; several readers, because one alone reaches a third of the disk's rate. The host
+threads come from whoever owns these objects: `run` is one call for a thread's whole life.
+
+Laws
+    Every spill, drop and fetch is answered exactly once, by `Landed` after it is durable (or in place), or `Failed`.
+    Every ticket is answered exactly once. Answers are calls of `reply`, on the disk's thread.
+    The writer works in the order of its inbox. It puts what has gathered into one transaction, because a commit costs
+    two syncs whatever its size; but a drop never shares a transaction with an earlier write of its key, and forgetting
+    a response none with anything.
+    When a transaction fails, its commands are tried one by one: a drop must not fail with a spill that found no room.
+    A `StoreError` is an answer. Anything else is our bug and ends the thread.
+
+Bounds
+    Blocks waiting to be written: `max_pending_bytes`, then `offer_blocks` refuses and the caller stops spilling.
+    Drops and manifests are small and never refused: at most one drop per disk slot, one manifest per turn.
+    Fetches: each holds a slot of an arena, so there are never more than slots.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+from tiers.block import Drop, Fetch, Spill, StoreError
+from tiers.store import BlockWrite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tiers.manifest import Manifest
+    from tiers.store import BlockStore
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """Done: durable, gone, or in its slot."""
+
+    action: Spill | Fetch | Drop
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Not done. After a fetch failed, the record is worth dropping; its slot's bytes are undefined."""
+
+    action: Spill | Fetch | Drop
+    reason: str  # StoreError.reason
+
+
+@dataclass(frozen=True, slots=True)
+class Persisted:
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class PersistFailed:
+    ticket: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """The answer to forgetting a response; `PersistFailed` where the disk could not."""
+
+    ticket: int
+    existed: bool
+
+
+Reply = Landed | Failed | Persisted | PersistFailed | Forgotten
+
+
+@dataclass(frozen=True, slots=True)
+class WriteBlocks:
+    items: tuple[tuple[Spill, memoryview], ...]
+    manifest: Manifest | None
+    ticket: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DropBlocks:
+    drops: tuple[Drop, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetResponse:
+    tenant: str
+    response_id: str
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchBlock:
+    action: Fetch
+    into: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Do what came before, then return."""
+
+
+_Write = WriteBlocks | DropBlocks
+_Command = _Write | ForgetResponse | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class WriterStatistics:
+    pending_bytes: int
+    batches: int
+    failed_batches: int
+    refused: int
+
+
+class DiskWriter:
+    """Gathers writes into transactions. `clock` gives seconds since the epoch: stored as the blocks' last use."""
+
+    def __init__(
+        self,
+        store: BlockStore,
+        reply: Callable[[Reply], None],
+        clock: Callable[[], float],
+        *,
+        max_pending_bytes: int = 256 << 20,
+        batch_bytes: int = 64 << 20,
+    ) -> None:
+        self._store = store
+        self._reply = reply
+        self._clock = clock
+        self._max_pending_bytes = max_pending_bytes
+        self._batch_bytes = batch_bytes
+        self._inbox: SimpleQueue[_Command] = SimpleQueue()
+        # Two counters, each with one writing thread, instead of one with two: what waits is the difference.
+        self._offered_bytes = 0
+        self._answered_bytes = 0
+        self._batches = 0
+        self._failed_batches = 0
+        self._refused = 0
+
+    # the engine's side: never waits
+
+    def offer_blocks(
+        self,
+        items: Sequence[tuple[Spill, memoryview]],
+        manifest: Manifest | None = None,
+        ticket: int | None = None,
+    ) -> bool:
+        """Queue blocks, and a manifest that goes with the last of them. False, and nothing queued, when too many wait.
+
+        Each view must stay put until its spill is answered. One thread offers. With nothing waiting, any size is
+        taken, so that a block larger than the bound is not refused for ever.
+        """
+        size = sum(view.nbytes for _, view in items)
+        waiting = self._offered_bytes - self._answered_bytes
+        if size and waiting and waiting + size > self._max_pending_bytes:
+            self._refused += 1
+            return False
+        self._offered_bytes += size
+        chunk: list[tuple[Spill, memoryview]] = []
+        chunk_bytes = 0
+        for item in items:
+            if chunk and chunk_bytes + item[1].nbytes > self._batch_bytes:
+                self._inbox.put(WriteBlocks(tuple(chunk), None, None))
+                chunk, chunk_bytes = [], 0
+            chunk.append(item)
+            chunk_bytes += item[1].nbytes
+        self._inbox.put(WriteBlocks(tuple(chunk), manifest, ticket))
+        return True
+
+    def persist(self, manifest: Manifest, ticket: int | None) -> None:
+        """Queue a manifest alone; without a ticket nobody is told. Any thread may call this and the following."""
+        self._inbox.put(WriteBlocks((), manifest, ticket))
+
+    def drop(self, drops: Sequence[Drop]) -> None:
+        self._inbox.put(DropBlocks(tuple(drops)))
+
+    def forget_response(self, tenant: str, response_id: str, ticket: int) -> None:
+        self._inbox.put(ForgetResponse(tenant, response_id, ticket))
+
+    def stop(self) -> None:
+        """Everything queued before is written and answered first."""
+        self._inbox.put(Stop())
+
+    def statistics(self) -> WriterStatistics:
+        return WriterStatistics(
+            pending_bytes=self._offered_bytes - self._answered_bytes,
+            batches=self._batches,
+            failed_batches=self._failed_batches,
+            refused=self._refused,
+        )
+
+    # the thread's side
+
+    def run(self) -> None:
+        """Work until `stop`. One call, on one thread."""
+        held: _Command | None = None  # taken from the inbox, but not fit for the batch before it
+        while True:
+            command = held or self._inbox.get()
+            held = None
+            match command:
+                case Stop():
+                    return
+                case ForgetResponse():
+                    self._forget(command)
+                case WriteBlocks() | DropBlocks():
+                    batch, held = self._gather(command)
+                    self._commit(batch)
+
+    def _gather(self, first: _Write) -> tuple[list[_Write], _Command | None]:
+        """As much of the inbox as fits into one transaction, and the command that did not."""
+        batch: list[_Write] = [first]
+        written = _keys_written(first)
+        size = _payload_bytes(first)
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except Empty:
+                return batch, None
+            match command:
+                case Stop() | ForgetResponse():
+                    return batch, command
+                case DropBlocks():
+                    if any(drop.key in written for drop in command.drops):
+                        return batch, command
+                case WriteBlocks():
+                    size += _payload_bytes(command)
+                    if size > self._batch_bytes:
+                        return batch, command
+                    written |= _keys_written(command)
+            batch.append(command)
+
+    def _commit(self, batch: list[_Write]) -> None:
+        now = self._clock()
+        try:
+            self._store.write(
+                drops=[
+                    drop.key
+                    for command in batch
+                    if isinstance(command, DropBlocks)
+                    for drop in command.drops
+                ],
+                blocks=[
+                    BlockWrite(spill.key, spill.parent, spill.tokens, payload, now)
+                    for command in batch
+                    if isinstance(command, WriteBlocks)
+                    for spill, payload in command.items
+                ],
+                manifests=[
+                    command.manifest
+                    for command in batch
+                    if isinstance(command, WriteBlocks) and command.manifest is not None
+                ],
+            )
+        except StoreError as error:
+            self._failed_batches += 1
+            if len(batch) > 1:
+                for command in batch:
+                    self._commit([command])
+                return
+            _log.warning("disk write refused: %s: %s", error.reason, error)
+            self._answer(batch[0], error.reason)
+            return
+        self._batches += 1
+        for command in batch:
+            self._answer(command, None)
+
+    def _answer(self, command: _Write, failure: str | None) -> None:
+        """`failure` is the reason, or None."""
+        self._answered_bytes += _payload_bytes(command)
+        actions: list[Spill | Drop]
+        if isinstance(command, WriteBlocks):
+            actions, ticket = [spill for spill, _ in command.items], command.ticket
+        else:
+            actions, ticket = list(command.drops), None
+        for action in actions:
+            self._reply(Landed(action) if failure is None else Failed(action, failure))
+        if ticket is not None:
+            self._reply(Persisted(ticket) if failure is None else PersistFailed(ticket, failure))
+
+    def _forget(self, command: ForgetResponse) -> None:
+        try:
+            existed = self._store.forget_response(command.tenant, command.response_id)
+        except StoreError as error:
+            _log.warning("forgetting a response failed: %s: %s", error.reason, error)
+            self._reply(PersistFailed(command.ticket, error.reason))
+            return
+        self._reply(Forgotten(command.ticket, existed))
+
+
+class DiskReader:
+    """One of several that share an inbox. Fetching through any of them reaches whichever is free."""
+
+    def __init__(
+        self,
+        store: BlockStore,
+        inbox: SimpleQueue[FetchBlock | Stop],
+        reply: Callable[[Reply], None],
+    ) -> None:
+        self._store = store
+        self._inbox = inbox
+        self._reply = reply
+
+    def fetch(self, action: Fetch, into: memoryview) -> None:
+        """Queue a read into `into`, which must stay put until the answer."""
+        self._inbox.put(FetchBlock(action, into))
+
+    def stop(self) -> None:
+        """End one of the readers that share this inbox, after what was queued before."""
+        self._inbox.put(Stop())
+
+    def run(self) -> None:
+        """Work until a stop. One call, on one thread."""
+        while True:
+            command = self._inbox.get()
+            match command:
+                case Stop():
+                    return
+                case FetchBlock(action, into):
+                    self._reply(self._read(action, into))
+
+    def _read(self, action: Fetch, into: memoryview) -> Landed | Failed:
+        try:
+            self._store.read(action.key, action.parent, action.tokens, into)
+        except StoreError as error:
+            _log.warning("record %s not used: %s: %s", action.key.hex()[:16], error.reason, error)
+            return Failed(action, error.reason)
+        return Landed(action)
+
+
+def _payload_bytes(command: _Write) -> int:
+    return sum(view.nbytes for _, view in command.items) if isinstance(command, WriteBlocks) else 0
+
+
+def _keys_written(command: _Write) -> set[bytes]:
+    return {spill.key for spill, _ in command.items} if isinstance(command, WriteBlocks) else set()

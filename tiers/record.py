@@ -1,0 +1,143 @@
+"""The on-disk form of one block, and the only code that believes or refuses such bytes. Pure.
+
+A record is a head and a payload. All integers are little endian:
+
+    offset      size  field
+    0           4     magic "HPKV"
+    4           2     format version, 1
+    6           2     head size / 512
+    8           32    fingerprint of the model and its KV format
+    40          32    key
+    72          32    parent
+    104         8     payload size in bytes
+    112         8     created, seconds since the epoch, f64
+    120         4     token count n
+    124         4     zero
+    128         16    checksum: xxh3-128 of the head with these 16 bytes zero, then the payload
+    144         4*n   token ids, u32
+    144 + 4*n         zeros up to a multiple of 512: the head's end
+    head size         payload
+
+The head is padded so that a tail's record is as long as a full block's: equal sizes keep LMDB's free list whole
+(measured: file/live 1.00 for one size, 1.71 for mixed sizes).
+
+Laws
+    `verify` returns a payload only if every byte of the record is as it was written and the record is the one that
+    was asked for. A record under another key (a misdirected write) or of another model is refused like a torn one.
+    The key is a hash, so equal keys already mean equal tokens; tokens are compared all the same, because a cache
+    that answers with another prompt's KV is worse than none.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from tiers.block import BlockKey, StoreError
+
+if TYPE_CHECKING:
+    from tiers.block import TokenIds
+
+MAGIC = b"HPKV"
+VERSION = 1
+ALIGNMENT = (
+    512  # bytes; holds the fixed part and 92 token ids, so one unit for block_tokens up to 92
+)
+_FIXED = struct.Struct("<4sHH32s32s32sQdII16s")
+_CHECKSUM = slice(128, 144)
+_NO_CHECKSUM = bytes(16)
+
+
+def head_size(token_count: int) -> int:
+    """Bytes before the payload."""
+    return -(-(_FIXED.size + 4 * token_count) // ALIGNMENT) * ALIGNMENT
+
+
+def encode_head(
+    *,
+    fingerprint: bytes,
+    key: BlockKey,
+    parent: BlockKey,
+    tokens: TokenIds,
+    created: float,
+    payload: memoryview,
+) -> bytes:
+    """The head that goes before `payload`; it covers the payload, so neither may change afterwards."""
+    assert len(fingerprint) == len(key) == len(parent) == 32
+    assert payload.contiguous
+    size = head_size(len(tokens))
+    head = bytearray(size)
+    units = size // ALIGNMENT
+    fixed = (
+        MAGIC,
+        VERSION,
+        units,
+        fingerprint,
+        key,
+        parent,
+        payload.nbytes,
+        created,
+        len(tokens),
+        0,
+    )
+    _FIXED.pack_into(head, 0, *fixed, _NO_CHECKSUM)
+    struct.pack_into(f"<{len(tokens)}I", head, _FIXED.size, *tokens)
+    head[_CHECKSUM] = _checksum(head, payload)
+    return bytes(head)
+
+
+def verify(
+    record: memoryview, *, fingerprint: bytes, key: BlockKey, parent: BlockKey, tokens: TokenIds
+) -> memoryview:
+    """The payload, a view into `record`.
+
+    Raises `StoreError` with reason size, magic, version, fingerprint, key, tokens or checksum. The checks that need
+    no payload come first; the checksum is the one that makes the others trustworthy.
+    """
+    expected_head = head_size(len(tokens))
+    if record.nbytes < expected_head:
+        raise StoreError("size", f"record of {record.nbytes} bytes is shorter than its head")
+    (
+        magic,
+        version,
+        units,
+        found_fingerprint,
+        found_key,
+        found_parent,
+        payload_size,
+        _created,
+        token_count,
+        zero,
+        checksum,
+    ) = _FIXED.unpack_from(record)
+    if magic != MAGIC:
+        raise StoreError("magic", f"record begins with {magic!r}")
+    if version != VERSION:
+        raise StoreError("version", f"record format {version}, this is format {VERSION}")
+    if found_fingerprint != fingerprint:
+        raise StoreError("fingerprint", "record was computed by another model or KV format")
+    if found_key != key or found_parent != parent:
+        raise StoreError("key", f"asked for {key.hex()[:16]}, found {found_key.hex()[:16]}")
+    if token_count != len(tokens) or zero:
+        raise StoreError("tokens", f"record holds {token_count} tokens, asked for {len(tokens)}")
+    if struct.unpack_from(f"<{len(tokens)}I", record, _FIXED.size) != tokens:
+        raise StoreError("tokens", "record holds other tokens than asked for")
+    if units * ALIGNMENT != expected_head or expected_head + payload_size != record.nbytes:
+        raise StoreError(
+            "size", f"record of {record.nbytes} bytes claims {payload_size} of payload"
+        )
+    payload = record[expected_head:]
+    head = bytearray(record[:expected_head])
+    head[_CHECKSUM] = _NO_CHECKSUM
+    if _checksum(head, payload) != checksum:
+        raise StoreError("checksum", f"checksum of {key.hex()[:16]} does not match its bytes")
+    return payload
+
+
+def _checksum(head: bytearray, payload: memoryview) -> bytes:
+    # xxhash lets go of the GIL here: two threads hash at twice the rate of one (24 GB/s, measured on 1.44 MiB).
+    digest = xxhash.xxh3_128(head)
+    digest.update(payload)
+    return digest.digest()

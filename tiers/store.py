@@ -1,0 +1,319 @@
+"""What the disk tier promises, and a store in memory that keeps the same promises.
+
+A store holds blocks (by key) and manifests (by tenant and response id, and by the names clients know them under).
+
+Laws
+    `write` is one transaction: when it returns, everything in it is durable; when it raises, nothing of it is there.
+    `read` fills the caller's buffer with the verified payload, or raises and leaves the buffer alone.
+    Records of another model share the capacity but are invisible: never read, never indexed, and the first to go
+    when room is needed. They stay until then, so that switching back to a model finds its cache.
+    Manifests have a budget of their own; the oldest goes first. A lookup under one tenant never finds another's.
+    A response that is not `stored` has no id here: only its items and its content find it.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, NewType, Protocol
+
+from tiers import manifest as manifests_format
+from tiers import record
+from tiers.block import BlockKey, StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tiers.block import TokenIds
+    from tiers.manifest import Manifest
+
+Name = NewType("Name", bytes)  # 32 bytes: what a manifest is found under
+_PAGE = 4096
+_PAGE_HEADER = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWrite:
+    """One block to make durable. `payload` must stay put until `write` returns."""
+
+    key: BlockKey
+    parent: BlockKey
+    tokens: TokenIds
+    payload: memoryview
+    last_used: float  # seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """What a start needs to know of a stored block without reading its payload."""
+
+    key: BlockKey
+    parent: BlockKey
+    tokens: TokenIds
+    last_used: float  # seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """Budgets. `block_bytes` counts whole pages, as the disk does."""
+
+    block_bytes: int
+    manifests: int = 100_000
+    manifest_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """`blocks` are this model's; `foreign_blocks` belong to other models or failed a check at start."""
+
+    blocks: int
+    foreign_blocks: int
+    block_bytes: int  # of both
+    manifests: int
+    manifest_bytes: int
+
+
+class BlockStore(Protocol):
+    """See the module's laws. Any thread may read; one thread writes."""
+
+    @property
+    def block_slots(self) -> int:
+        """How many blocks of this model the capacity holds."""
+        ...
+
+    def write(
+        self,
+        *,
+        blocks: Sequence[BlockWrite] = (),
+        manifests: Sequence[Manifest] = (),
+        drops: Sequence[BlockKey] = (),
+    ) -> None:
+        """Drop, then write blocks (replacing equal keys), then manifests (replacing equal ids), durably.
+
+        Raises `StoreError`: full, io, or manifest for one over its limits.
+        """
+        ...
+
+    def read(self, key: BlockKey, parent: BlockKey, tokens: TokenIds, into: memoryview) -> None:
+        """Raises `StoreError`: missing, io, or the reason `record.verify` gives."""
+        ...
+
+    def index(self) -> Iterator[IndexEntry]:
+        """Every block of this model, in no particular order."""
+        ...
+
+    def find_response(self, tenant: str, response_id: str) -> Manifest | None:
+        """A stored response. Raises `StoreError("manifest")` for a damaged one, as the other lookups do."""
+        ...
+
+    def find_item(self, tenant: str, item_id: str) -> Manifest | None:
+        """The newest response with this output item."""
+        ...
+
+    def find_content(self, tenant: str, digest: bytes) -> Manifest | None:
+        """The newest response with these output contents."""
+        ...
+
+    def forget_response(self, tenant: str, response_id: str) -> bool:
+        """Delete a stored response, durably; False if there was none. Its blocks stay: they belong to no id."""
+        ...
+
+    def statistics(self) -> StoreStatistics: ...
+
+    def close(self) -> None: ...
+
+
+def record_bytes_on_disk(record_bytes: int) -> int:
+    """Whole pages: LMDB puts a large value on pages of its own, after one page header."""
+    return -(-(record_bytes + _PAGE_HEADER) // _PAGE) * _PAGE
+
+
+def response_name(tenant: str, response_id: str) -> Name:
+    return _name(b"response", tenant, response_id.encode(errors="surrogatepass"))
+
+
+def item_name(tenant: str, item_id: str) -> Name:
+    return _name(b"item", tenant, item_id.encode(errors="surrogatepass"))
+
+
+def content_name(tenant: str, digest: bytes) -> Name:
+    return _name(b"content", tenant, digest)
+
+
+def other_names(manifest: Manifest) -> list[Name]:
+    """Everything but its response id."""
+    names = [item_name(manifest.tenant, item) for item in manifest.item_ids]
+    if manifest.content_digest:
+        names.append(content_name(manifest.tenant, manifest.content_digest))
+    return names
+
+
+def _name(kind: bytes, tenant: str, name: bytes) -> Name:
+    parts = (kind, tenant.encode(errors="surrogatepass"), name)
+    framed = b"".join(struct.pack("<I", len(part)) + part for part in parts)
+    return Name(blake2b(framed, digest_size=32, person=b"homeport-name-1").digest())
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    entry: IndexEntry
+    fingerprint: bytes
+    record: bytes
+
+
+class MemoryStore:
+    """A store that dies with the process: the reference for tests, and a daemon's store without a disk."""
+
+    def __init__(
+        self, *, fingerprint: bytes, payload_bytes: int, block_tokens: int, limits: StoreLimits
+    ) -> None:
+        self._fingerprint = fingerprint
+        self._limits = limits
+        one = record_bytes_on_disk(record.head_size(block_tokens) + payload_bytes)
+        self._block_slots = limits.block_bytes // one
+        self._blocks: dict[BlockKey, _Stored] = {}
+        self._manifests: dict[Name, bytes] = {}  # {response: encoded}, oldest first
+        self._names: dict[Name, Name] = {}  # {item or content: response}
+
+    def reopen(self, *, fingerprint: bytes) -> None:
+        """As if the process had ended and another model had opened the same directory."""
+        self._fingerprint = fingerprint
+
+    @property
+    def block_slots(self) -> int:
+        return self._block_slots
+
+    def write(
+        self,
+        *,
+        blocks: Sequence[BlockWrite] = (),
+        manifests: Sequence[Manifest] = (),
+        drops: Sequence[BlockKey] = (),
+    ) -> None:
+        encoded = [(manifest, manifests_format.encode(manifest)) for manifest in manifests]
+        for _, data in encoded:
+            check_manifest_fits(data, self._limits)
+        after = dict(self._blocks)
+        for key in drops:
+            after.pop(key, None)
+        for block in blocks:
+            after[block.key] = self._stored(block)
+        excess = sum(map(_bytes_of, after.values())) - self._limits.block_bytes
+        foreign = [stored for stored in after.values() if stored.fingerprint != self._fingerprint]
+        for stored in sorted(
+            foreign, key=lambda stored: (stored.entry.last_used, stored.entry.key)
+        ):
+            if excess <= 0:
+                break
+            excess -= _bytes_of(stored)
+            del after[stored.entry.key]
+        if excess > 0:
+            raise StoreError(
+                "full", f"{excess} bytes over the capacity of {self._limits.block_bytes}"
+            )
+        self._blocks = after
+        for manifest, data in encoded:
+            self._add_manifest(manifest, data)
+
+    def read(self, key: BlockKey, parent: BlockKey, tokens: TokenIds, into: memoryview) -> None:
+        stored = self._blocks.get(key)
+        if stored is None:
+            raise StoreError("missing", f"no record of {key.hex()[:16]}")
+        payload = record.verify(
+            memoryview(stored.record),
+            fingerprint=self._fingerprint,
+            key=key,
+            parent=parent,
+            tokens=tokens,
+        )
+        if payload.nbytes != into.nbytes:
+            raise StoreError(
+                "size", f"payload of {payload.nbytes} bytes for a slot of {into.nbytes}"
+            )
+        into[:] = payload
+
+    def index(self) -> Iterator[IndexEntry]:
+        own = [
+            stored.entry
+            for stored in self._blocks.values()
+            if stored.fingerprint == self._fingerprint
+        ]
+        return iter(own)
+
+    def find_response(self, tenant: str, response_id: str) -> Manifest | None:
+        data = self._manifests.get(response_name(tenant, response_id))
+        found = None if data is None else manifests_format.decode(data)
+        return found if found is not None and found.stored else None
+
+    def find_item(self, tenant: str, item_id: str) -> Manifest | None:
+        return self._named(item_name(tenant, item_id))
+
+    def find_content(self, tenant: str, digest: bytes) -> Manifest | None:
+        return self._named(content_name(tenant, digest))
+
+    def forget_response(self, tenant: str, response_id: str) -> bool:
+        if self.find_response(tenant, response_id) is None:
+            return False
+        self._remove_manifest(response_name(tenant, response_id))
+        return True
+
+    def statistics(self) -> StoreStatistics:
+        own = sum(stored.fingerprint == self._fingerprint for stored in self._blocks.values())
+        return StoreStatistics(
+            blocks=own,
+            foreign_blocks=len(self._blocks) - own,
+            block_bytes=sum(map(_bytes_of, self._blocks.values())),
+            manifests=len(self._manifests),
+            manifest_bytes=sum(map(len, self._manifests.values())),
+        )
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _stored(self, block: BlockWrite) -> _Stored:
+        head = record.encode_head(
+            fingerprint=self._fingerprint,
+            key=block.key,
+            parent=block.parent,
+            tokens=block.tokens,
+            created=block.last_used,
+            payload=block.payload,
+        )
+        entry = IndexEntry(block.key, block.parent, block.tokens, block.last_used)
+        return _Stored(entry, self._fingerprint, head + block.payload)
+
+    def _named(self, name: Name) -> Manifest | None:
+        response = self._names.get(name)
+        return None if response is None else manifests_format.decode(self._manifests[response])
+
+    def _add_manifest(self, manifest: Manifest, data: bytes) -> None:
+        response = response_name(manifest.tenant, manifest.response_id)
+        if response in self._manifests:
+            self._remove_manifest(response)
+        self._manifests[response] = data
+        for name in other_names(manifest):
+            self._names[name] = response
+        limits = self._limits
+        while (
+            len(self._manifests) > limits.manifests
+            or sum(map(len, self._manifests.values())) > limits.manifest_bytes
+        ):
+            self._remove_manifest(next(iter(self._manifests)))
+
+    def _remove_manifest(self, response: Name) -> None:
+        for name in other_names(manifests_format.decode(self._manifests.pop(response))):
+            if self._names.get(name) == response:
+                del self._names[name]
+
+
+def check_manifest_fits(encoded: bytes, limits: StoreLimits) -> None:
+    """One manifest may not be larger than the budget of all, or it would evict itself."""
+    if len(encoded) > limits.manifest_bytes:
+        raise StoreError(
+            "manifest", f"manifest of {len(encoded)} bytes, all may have {limits.manifest_bytes}"
+        )
+
+
+def _bytes_of(stored: _Stored) -> int:
+    return record_bytes_on_disk(len(stored.record))
