@@ -5,7 +5,7 @@ threads come from whoever owns these objects: `run` is one call for a thread's w
 
 Laws
     Every spill, drop and fetch is answered exactly once, by `Landed` after it is durable (or in place), or `Failed`.
-    Every ticket is answered exactly once. Answers are calls of `reply`, on the disk's thread.
+    Every manifest is answered exactly once, with its ticket, if it has one. Answers are calls of `reply`, on the disk's thread.
     The writer works in the order of its inbox. It puts what has gathered into one transaction, because a commit costs
     two syncs whatever its size; but a drop never shares a transaction with an earlier write of its key, and forgetting
     a response none with anything.
@@ -54,12 +54,12 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Persisted:
-    ticket: int
+    ticket: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class PersistFailed:
-    ticket: int
+    ticket: int | None
     reason: str
 
 
@@ -82,11 +82,6 @@ class WriteBlocks:
 
 
 @dataclass(frozen=True, slots=True)
-class DropBlocks:
-    drops: tuple[Drop, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class ForgetResponse:
     tenant: str
     response_id: str
@@ -104,7 +99,7 @@ class Stop:
     """Do what came before, then return."""
 
 
-_Write = WriteBlocks | DropBlocks
+_Write = WriteBlocks | Drop
 _Command = _Write | ForgetResponse | Stop
 
 
@@ -172,11 +167,11 @@ class DiskWriter:
         return True
 
     def persist(self, manifest: Manifest, ticket: int | None) -> None:
-        """Queue a manifest alone; without a ticket nobody is told. Any thread may call this and the following."""
+        """Queue a manifest alone. Never refused; any thread may call this and the following."""
         self._inbox.put(WriteBlocks((), manifest, ticket))
 
-    def drop(self, drops: Sequence[Drop]) -> None:
-        self._inbox.put(DropBlocks(tuple(drops)))
+    def drop(self, action: Drop) -> None:
+        self._inbox.put(action)
 
     def forget_response(self, tenant: str, response_id: str, ticket: int) -> None:
         self._inbox.put(ForgetResponse(tenant, response_id, ticket))
@@ -206,7 +201,7 @@ class DiskWriter:
                     return
                 case ForgetResponse():
                     self._forget(command)
-                case WriteBlocks() | DropBlocks():
+                case WriteBlocks() | Drop():
                     batch, held = self._gather(command)
                     self._commit(batch)
 
@@ -223,8 +218,8 @@ class DiskWriter:
             match command:
                 case Stop() | ForgetResponse():
                     return batch, command
-                case DropBlocks():
-                    if any(drop.key in written for drop in command.drops):
+                case Drop(key):
+                    if key in written:
                         return batch, command
                 case WriteBlocks():
                     size += _payload_bytes(command)
@@ -235,25 +230,16 @@ class DiskWriter:
 
     def _commit(self, batch: list[_Write]) -> None:
         now = self._clock()
+        writes = [command for command in batch if isinstance(command, WriteBlocks)]
         try:
             self._store.write(
-                drops=[
-                    drop.key
-                    for command in batch
-                    if isinstance(command, DropBlocks)
-                    for drop in command.drops
-                ],
+                drops=[command.key for command in batch if isinstance(command, Drop)],
                 blocks=[
                     BlockWrite(spill.key, spill.parent, spill.tokens, payload, now)
-                    for command in batch
-                    if isinstance(command, WriteBlocks)
+                    for command in writes
                     for spill, payload in command.items
                 ],
-                manifests=[
-                    command.manifest
-                    for command in batch
-                    if isinstance(command, WriteBlocks) and command.manifest is not None
-                ],
+                manifests=[command.manifest for command in writes if command.manifest is not None],
             )
         except StoreError as error:
             self._failed_batches += 1
@@ -271,14 +257,13 @@ class DiskWriter:
     def _answer(self, command: _Write, failure: str | None) -> None:
         """`failure` is the reason, or None."""
         self._answered_bytes += _payload_bytes(command)
-        actions: list[Spill | Drop]
-        if isinstance(command, WriteBlocks):
-            actions, ticket = [spill for spill, _ in command.items], command.ticket
-        else:
-            actions, ticket = list(command.drops), None
+        actions: list[Spill | Drop] = (
+            [command] if isinstance(command, Drop) else [spill for spill, _ in command.items]
+        )
         for action in actions:
             self._reply(Landed(action) if failure is None else Failed(action, failure))
-        if ticket is not None:
+        if isinstance(command, WriteBlocks) and command.manifest is not None:
+            ticket = command.ticket
             self._reply(Persisted(ticket) if failure is None else PersistFailed(ticket, failure))
 
     def _forget(self, command: ForgetResponse) -> None:
