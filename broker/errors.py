@@ -1,0 +1,185 @@
+"""Everything that can go wrong with a request, and how each transport says it.
+
+    BrokerError                  has status, code, type, param, message, headers: enough for any transport
+      ClientError                they are wrong: 4xx, or an error event; never logged above info
+        BadRequest               400, the field at fault in `param`
+          UnsupportedContent     400, an image, file or audio part for a model that reads text
+          ContextTooLong         400 context_length_exceeded: clients show it and do not retry
+          UnknownResponse        400 previous_response_not_found: clients replay everything, without an id
+        Unauthorized             401
+        Forbidden                403
+        NotFound                 404, for a thing named in the URL
+        TooLarge                 413
+      Overloaded                 we are busy: try again after `retry_after_s`
+      TurnFailed                 we are wrong, for one turn; the traceback is logged, the client gets `message`
+
+Laws
+    A message is written for the client: it names fields and limits, never paths, tracebacks or other tenants.
+    A rendered error always has a string `code`, and on a WebSocket an integer `status`: without either, clients
+    wait for minutes.
+    Pure: exceptions and dicts. Status codes follow what clients do with them, not only what they mean; see `Overloaded`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+class BrokerError(Exception):
+    """A request that cannot be served. `status` is for HTTP, `event_status` for a WebSocket error event."""
+
+    status = 500
+    event_status = 500
+    code = "server_error"
+    type = "server_error"
+    param: str | None = None
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Response headers that belong to this error, lower case."""
+        return {}
+
+
+class ClientError(BrokerError):
+    """The client's fault. Subclasses fix `status` and a default `code`; a rare status may be given here."""
+
+    status = 400
+    code = "invalid_request"
+    type = "invalid_request_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        status: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code or self.code
+        self.param = param
+        self.status = status or self.status
+        self.event_status = self.status
+
+
+class BadRequest(ClientError):
+    """A field is missing, malformed or out of range."""
+
+
+class UnsupportedContent(BadRequest):
+    """A content part this model cannot read."""
+
+    code = "unsupported_content"
+
+
+class ContextTooLong(BadRequest):
+    """The prompt does not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, *, limit_tokens: int, prompt_tokens: int) -> None:
+        super().__init__(
+            f"Your input exceeds the context window of this model: {prompt_tokens} tokens, "
+            f"and at most {limit_tokens} fit.",
+            param="input",
+        )
+
+
+class UnknownResponse(BadRequest):
+    """`previous_response_id` names nothing that may be continued from here."""
+
+    code = "previous_response_not_found"
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(
+            f"Previous response with id '{response_id}' not found.", param="previous_response_id"
+        )
+
+
+class Unauthorized(ClientError):
+    """No key, or a wrong one."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(ClientError):
+    """The key or the origin may not do this."""
+
+    status = 403
+    code = "forbidden"
+
+
+class NotFound(ClientError):
+    """A thing named in the URL does not exist, or is another tenant's."""
+
+    status = 404
+    code = "not_found"
+
+
+class TooLarge(ClientError):
+    """The body or frame is over the configured size."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class Overloaded(BrokerError):
+    """Too much waits already.
+
+    503 over HTTP, where one coding agent gives up for good on a 429 but retries a 5xx; 429 with a retry-after in
+    a WebSocket event, where the same agent waits that long and comes back. The code is not one that clients know
+    as "choose another model".
+    """
+
+    status = 503
+    event_status = 429
+    code = "overloaded"
+    type = "too_many_requests"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Whole seconds, rounded up: clients parse an integer."""
+        return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
+
+
+class TurnFailed(BrokerError):
+    """One accepted turn cannot be finished, by our fault."""
+
+
+def error_object(error: BrokerError) -> dict[str, Any]:
+    """The inner object, the same in every OpenAI dialect."""
+    return {
+        "message": error.message,
+        "type": error.type,
+        "param": error.param,
+        "code": error.code,
+    }
+
+
+def http_body(error: BrokerError) -> dict[str, Any]:
+    """The JSON body of an HTTP answer with `error.status` and `error.headers`."""
+    return {"error": error_object(error)}
+
+
+def error_event(error: BrokerError, *, stream_id: str | None = None) -> dict[str, Any]:
+    """The nested WebSocket event. `stream_id` is the named lane of the request; None on the default lane."""
+    event: dict[str, Any] = {
+        "type": "error",
+        "status": error.event_status,
+        "error": error_object(error),
+    }
+    if error.headers:
+        event["headers"] = error.headers
+    if stream_id is not None:
+        event["stream_id"] = stream_id
+    return event

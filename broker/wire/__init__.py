@@ -1,0 +1,12 @@
+"""What clients write and what they read back, as pure functions and machines. No clock, no socket, no waiting.
+
+fields          one typed, bounded read of a JSON object's field; every refusal names the field by its path
+json_in         strict JSON text to Python values
+items           conversation items, their canonical digest, and their grouping into turns
+requests        a `response.create` body to a `TurnRequest`
+ws_frames       a WebSocket text frame to what is to be done about it
+article         the dialect without `type` fields, and the loop that continues by itself
+toolcalls       sampled text to text and tool calls, as it streams
+responses_out   a turn's progress to numbered events and the response object
+sse             an event to bytes
+"""

@@ -1,0 +1,304 @@
+"""Conversation items: what a client may put in `input`, what we put in `output`, and when two of them are the same.
+
+Laws
+    Parsing is total over what real clients replay: our own items byte for byte, the same items with ids stripped,
+    bare `{role, content}` messages, content as a string or as parts, any extra fields.
+    `content_digest` of a response's output equals that of any replay of it. It covers what was sampled (texts, call
+    names, argument strings, in order) and nothing that clients add, drop or renumber (ids, call ids, statuses,
+    annotations, how the text is cut into parts and messages).
+    Items keep the order they came in.
+
+A run of assistant messages, calls and reasoning is one group: what one response produced, as far as the client's
+list can say.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Literal
+
+from broker.errors import UnsupportedContent
+from broker.wire.fields import (
+    as_object,
+    invalid_type,
+    invalid_value,
+    join,
+    missing,
+    optional_array,
+    optional_name,
+    optional_string,
+    required_name,
+    required_string,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from broker.wire.fields import Json
+
+Role = Literal["user", "assistant", "system", "developer", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """`text` is the parts' texts, concatenated. Role `tool` is the article's: a result that answers no known call."""
+
+    id: str | None
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionCall:
+    """`arguments` is the string as sampled, byte for byte; it need not be valid JSON."""
+
+    id: str | None
+    call_id: str
+    name: str
+    arguments: str
+    namespace: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionCallOutput:
+    id: str | None
+    call_id: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """`text` is the content if the client kept it, else the summary. `encrypted` is opaque and comes back as sent."""
+
+    id: str | None
+    text: str
+    encrypted: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ItemReference:
+    """Stands for the stored item with this id."""
+
+    id: str
+
+
+Item = Message | FunctionCall | FunctionCallOutput | Reasoning | ItemReference
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGroup:
+    """Consecutive items that the client made: its messages and its tools' results."""
+
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputGroup:
+    """Consecutive items that a model made. A reference counts as one: only output items have ids of ours."""
+
+    items: tuple[Item, ...]
+
+
+def spoken_name(name: str, namespace: str | None) -> str:
+    """What the model calls a function: two namespaces may hold the same name."""
+    return name if namespace is None else f"{namespace}.{name}"
+
+
+def parse_input(value: Json, *, at: str = "input") -> tuple[Item, ...]:
+    """An `input` field: absent, a string, or an array of items. The empty string is no item. Raises BadRequest."""
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):
+        return (Message(None, "user", value),)
+    if not isinstance(value, list):
+        raise invalid_type(at, "one of a string or array of objects", value)
+    return parse_items(value, at=at)
+
+
+def parse_items(values: Sequence[Json], *, at: str = "input") -> tuple[Item, ...]:
+    """Items from a client's list, or from a response's own `output`. Raises BadRequest with the path at fault."""
+    return tuple(_item(value, f"{at}[{index}]") for index, value in enumerate(values))
+
+
+def group_outputs(items: Iterable[Item]) -> list[ClientGroup | OutputGroup]:
+    """The items in order, cut where the author changes: no two neighbouring groups are of one kind."""
+    groups: list[ClientGroup | OutputGroup] = []
+    run: list[Item] = []
+    for item in items:
+        if run and is_output(item) != is_output(run[-1]):
+            groups.append(_group(run))
+            run = []
+        run.append(item)
+    if run:
+        groups.append(_group(run))
+    return groups
+
+
+def is_output(item: Item) -> bool:
+    """Whether a model made it."""
+    match item:
+        case Message():
+            return item.role == "assistant"
+        case FunctionCallOutput():
+            return False
+        case FunctionCall() | Reasoning() | ItemReference():
+            return True
+
+
+def content_digest(items: Iterable[Item]) -> bytes:
+    """32 bytes that name what one output group says. Client items in the list count for nothing.
+
+    Layout hashed: for each run of message text, call or reasoning a tag byte, then its strings, each framed by its
+    length in bytes as u64 LE. Neighbouring messages are one run, and an empty text is none.
+    A reference is framed by its id, so it equals nothing but itself: resolve references first.
+    """
+    digest = blake2b(digest_size=32, person=b"homeport-out-1")
+    text = ""
+    for item in items:
+        if not is_output(item):
+            continue
+        if isinstance(item, Message):
+            text += item.text
+            continue
+        digest.update(_framed_text(text) + _framed_item(item))
+        text = ""
+    digest.update(_framed_text(text))
+    return digest.digest()
+
+
+def _framed_item(item: Item) -> bytes:
+    match item:
+        case FunctionCall():
+            return _framed(b"c", spoken_name(item.name, item.namespace), item.arguments)
+        case Reasoning():
+            return _framed(b"r", item.text)
+        case ItemReference():
+            return _framed(b"i", item.id)
+        case Message() | FunctionCallOutput():
+            raise AssertionError("not hashed by itself")
+
+
+def _framed_text(text: str) -> bytes:
+    return _framed(b"t", text) if text else b""
+
+
+def _framed(tag: bytes, *strings: str) -> bytes:
+    encoded = [string.encode() for string in strings]
+    return tag + b"".join(struct.pack("<Q", len(string)) + string for string in encoded)
+
+
+def _group(run: list[Item]) -> ClientGroup | OutputGroup:
+    return OutputGroup(tuple(run)) if is_output(run[0]) else ClientGroup(tuple(run))
+
+
+_TYPES = (
+    "message",
+    "function_call",
+    "function_call_output",
+    "custom_tool_call",
+    "custom_tool_call_output",
+    "reasoning",
+    "item_reference",
+)
+
+
+def _item(value: Json, at: str) -> Item:
+    obj = as_object(value, at)
+    kind = optional_string(obj, "type", at=at)
+    if kind is None:
+        if "role" in obj:
+            kind = "message"
+        elif "id" in obj:
+            kind = "item_reference"
+        else:
+            raise missing(join(at, "type"))
+    item_id = optional_name(obj, "id", at=at)
+    match kind:
+        case "message":
+            return Message(item_id, _role(obj, at), _text(obj, "content", at))
+        case "function_call":
+            return FunctionCall(
+                item_id,
+                required_name(obj, "call_id", at=at),
+                required_name(obj, "name", at=at),
+                required_string(obj, "arguments", at=at),
+                optional_name(obj, "namespace", at=at),
+            )
+        case "custom_tool_call":
+            return FunctionCall(
+                item_id,
+                required_name(obj, "call_id", at=at),
+                required_name(obj, "name", at=at),
+                json.dumps({"input": required_string(obj, "input", at=at)}, ensure_ascii=False),
+                optional_name(obj, "namespace", at=at),
+            )
+        case "function_call_output" | "custom_tool_call_output":
+            return FunctionCallOutput(
+                item_id, required_name(obj, "call_id", at=at), _text(obj, "output", at)
+            )
+        case "reasoning":
+            return Reasoning(
+                item_id, _reasoning_text(obj, at), optional_string(obj, "encrypted_content", at=at)
+            )
+        case "item_reference":
+            return ItemReference(required_name(obj, "id", at=at))
+        case _:
+            raise invalid_value(join(at, "type"), kind, _TYPES)
+
+
+_ROLES: tuple[Role, ...] = ("user", "assistant", "system", "developer")
+
+
+def _role(obj: dict[str, Json], at: str) -> Role:
+    given = required_string(obj, "role", at=at)
+    for role in _ROLES:
+        if given == role:
+            return role
+    raise invalid_value(join(at, "role"), given, _ROLES)
+
+
+def _text(obj: dict[str, Json], key: str, at: str) -> str:
+    """A string, or parts that hold text, concatenated."""
+    value = obj.get(key)
+    path = join(at, key)
+    if isinstance(value, str):
+        return value
+    if value is None:
+        raise missing(path)
+    if not isinstance(value, list):
+        raise invalid_type(path, "one of a string or array of objects", value)
+    return "".join(_part(part, f"{path}[{index}]") for index, part in enumerate(value))
+
+
+_TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
+_UNREADABLE_PARTS = ("input_image", "input_file", "input_audio", "input_video")
+
+
+def _part(value: Json, at: str) -> str:
+    if isinstance(value, str):  # not in any schema, but several frameworks send it
+        return value
+    part = as_object(value, at)
+    kind = required_string(part, "type", at=at)
+    if kind in _UNREADABLE_PARTS:
+        raise UnsupportedContent(
+            f"Unsupported content: '{at}' is of type '{kind}', and this model reads text only.",
+            param=at,
+        )
+    if kind not in _TEXT_PARTS:
+        raise invalid_value(join(at, "type"), kind, _TEXT_PARTS)
+    return required_string(part, "refusal" if kind == "refusal" else "text", at=at)
+
+
+def _reasoning_text(obj: dict[str, Json], at: str) -> str:
+    for key in ("content", "summary"):
+        parts = optional_array(obj, key, at=at)
+        if parts:
+            path = join(at, key)
+            return "".join(
+                required_string(as_object(part, f"{path}[{index}]"), "text", at=f"{path}[{index}]")
+                for index, part in enumerate(parts)
+            )
+    return ""
