@@ -1,0 +1,235 @@
+"""Paged attention behind transformers' attention registry: how a model's layers find their KV in the arena.
+
+Laws
+    The KV of a batch's tokens is written before any of them is attended to, one indexed write per layer.
+    What attention reads is decided by block tables alone. Rows of a slot beyond a sequence's context are never read, or
+    are masked before they can matter: they may hold anything, NaN included.
+    A sequence's result does not depend on which slots hold it.
+
+How it works
+    A model is loaded with `attn_implementation=NAME`. Its forward is given `paged=...`, which transformers hands through to
+    `_paged_attention` in every layer; no mask function is registered under NAME, so transformers builds no masks.
+    The runner passes a `PagedForward`, made once per batch. Per layer it writes, then attends in three ways:
+
+    which segments                  how
+    no past (context == count)      SDPA over the fresh keys and values; the arena is not read
+    few query tokens                CPU: in place, engine/paged_cpu.py; else: tables padded to one length, gathered, masked
+    many query tokens on a past     that layer's blocks gathered, SDPA with a lower-right causal mask
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from engine import paged_cpu
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from engine.batch import Batch, Segment
+    from tiers.arena import Arena
+
+NAME = "homeport_paged"
+
+
+class Paged(Protocol):
+    """Answers every layer's call for attention during one forward."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,  # [query_heads, tokens, head_dim]
+        key: torch.Tensor,  # [kv_heads, tokens, head_dim]
+        value: torch.Tensor,  # [kv_heads, tokens, head_dim]
+        scaling: float,
+    ) -> torch.Tensor: ...  # [tokens, query_heads, head_dim]
+
+
+class UnknownAttention(Exception):
+    """The model asks for attention that this file does not compute."""
+
+
+def register() -> None:
+    """Make `attn_implementation=NAME` known to transformers. Again is harmless."""
+    AttentionInterface.register(NAME, _paged_attention)
+
+
+def _paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    paged: Paged,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,  # wider than the context, or the model is refused at load
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """Called by transformers in each layer with [1, heads, tokens, head_dim]."""
+    assert attention_mask is None, (
+        "transformers builds no mask for an implementation without a mask function"
+    )
+    assert dropout == 0.0, "this is inference"
+    asked = sorted(name for name in _NOT_COMPUTED & rest.keys() if rest[name] is not None)
+    if asked:
+        raise UnknownAttention(f"its attention needs {', '.join(asked)}")
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    return paged.attend(layer, query[0], key[0], value[0], scaling)[None], None
+
+
+# What other architectures pass to change the scores; ignoring any of these would be wrong KV and wrong tokens.
+_NOT_COMPUTED = frozenset({"softcap", "s_aux", "sinks", "position_bias", "alibi", "cu_seq_lens_q"})
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Segments with one query token each, as one batch of tables padded to the longest."""
+
+    rows: torch.Tensor  # [sequences] index of each query token
+    tables: torch.Tensor  # [sequences, blocks]
+    unseen: torch.Tensor  # [sequences, 1, 1, blocks * block_tokens] True where there is no token
+
+
+@dataclass(frozen=True, slots=True)
+class Many:
+    """One segment with many query tokens."""
+
+    start: int
+    count: int
+    context: int
+    table: torch.Tensor  # [blocks]
+    mask: torch.Tensor | None  # [count, context] added to the scores; None without a past
+
+
+class PagedForward:
+    """One batch's view of the arena: where its tokens' KV goes, and what each of them may see."""
+
+    __slots__ = ("_arena", "_few", "_many", "_padded", "_rows", "_slots")
+
+    def __init__(self, batch: Batch, arena: Arena) -> None:
+        self._arena = arena
+        size = arena.geometry.block_tokens
+        on_cpu = arena.device.type == "cpu"
+        few: list[Segment] = []
+        many: list[Segment] = []
+        at_most = paged_cpu.MAX_QUERIES if on_cpu else 1
+        slots: list[int] = []
+        for segment in batch.segments:
+            past = segment.context - segment.count
+            slots += [segment.table[i // size] for i in range(past, segment.context)]
+            (few if past and segment.count <= at_most else many).append(segment)
+        rows = [position % size for position in batch.positions]
+        self._slots = torch.tensor(slots, device=arena.device)  # [tokens]
+        self._rows = torch.tensor(rows, device=arena.device)  # [tokens]
+        self._few = paged_cpu.plan(few, size) if few and on_cpu else None
+        self._padded = _padded(few, arena) if few and not on_cpu else None
+        self._many = [_many(segment, arena) for segment in many]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Write this layer's fresh keys and values, and attend. Shapes are those of `Paged.attend`."""
+        here = self._arena.blocks[:, layer]  # [slots, 2, kv_heads, block_tokens, head_dim]
+        fresh = torch.stack((key, value)).permute(2, 0, 1, 3)  # [tokens, 2, kv_heads, head_dim]
+        here[self._slots, :, :, self._rows] = fresh
+        tokens = query.transpose(0, 1).contiguous()  # [tokens, query_heads, head_dim]
+        out = torch.empty_like(tokens)
+        if self._few is not None:
+            paged_cpu.attend(tokens, self._arena.blocks, layer, self._few, scaling, out)
+        if self._padded is not None:
+            out[self._padded.rows] = attend_padded(
+                tokens[self._padded.rows], here, self._padded, scaling
+            )
+        for many in self._many:
+            run = slice(many.start, many.start + many.count)
+            if many.mask is None:
+                keys, values = key[:, run], value[:, run]
+            else:
+                keys, values = _gather(here, many.table)[:, :, : many.context]
+            attended = scaled_dot_product_attention(
+                query[None, :, run],
+                keys[None],
+                values[None],
+                attn_mask=many.mask,
+                is_causal=many.mask is None,
+                scale=scaling,
+                enable_gqa=True,
+            )
+            out[run] = attended[0].transpose(0, 1)
+        return out
+
+
+def _padded(segments: Sequence[Segment], arena: Arena) -> Padded:
+    size = arena.geometry.block_tokens
+    blocks = [-(-segment.context // size) for segment in segments]
+    longest = max(blocks)
+    tables = [
+        [*segment.table[:used], *[segment.table[0]] * (longest - used)]
+        for segment, used in zip(segments, blocks, strict=True)
+    ]
+    device = arena.device
+    contexts = torch.tensor([segment.context for segment in segments], device=device)
+    unseen = torch.arange(longest * size, device=device)[None] >= contexts[:, None]
+    return Padded(
+        rows=torch.tensor([segment.start for segment in segments], device=device),
+        tables=torch.tensor(tables, device=device),
+        unseen=unseen[:, None, None],
+    )
+
+
+def attend_padded(
+    query: torch.Tensor,  # [sequences, query_heads, head_dim]
+    here: torch.Tensor,  # [slots, 2, kv_heads, block_tokens, head_dim] one layer
+    padded: Padded,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of one token per sequence over gathered, padded tables. [sequences, query_heads, head_dim]."""
+    gathered = here[padded.tables]  # [sequences, blocks, 2, kv_heads, block_tokens, head_dim]
+    sequences, blocks, _, kv_heads, size, head_dim = gathered.shape
+    gathered = gathered.permute(2, 0, 3, 1, 4, 5)
+    gathered = gathered.reshape(2, sequences, kv_heads, blocks * size, head_dim)
+    # What is not there may be NaN, and NaN times a weight of zero is NaN: blank it.
+    keys, values = gathered.masked_fill(padded.unseen.transpose(2, 3), 0)
+    attended = scaled_dot_product_attention(
+        query[:, :, None], keys, values, attn_mask=~padded.unseen, scale=scaling, enable_gqa=True
+    )
+    return attended[:, :, 0]
+
+
+def _many(segment: Segment, arena: Arena) -> Many:
+    used = -(-segment.context // arena.geometry.block_tokens)
+    mask = None
+    if segment.context > segment.count:
+        mask = torch.zeros(
+            segment.count, segment.context, dtype=arena.blocks.dtype, device=arena.device
+        )
+        past = segment.context - segment.count
+        mask[:, past:] = torch.full(
+            (segment.count, segment.count), -torch.inf, dtype=mask.dtype, device=mask.device
+        ).triu(1)
+    return Many(
+        start=segment.start,
+        count=segment.count,
+        context=segment.context,
+        table=torch.tensor(segment.table[:used], device=arena.device),
+        mask=mask,
+    )
+
+
+def _gather(here: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """One layer's keys and values of a table, contiguous: [2, kv_heads, blocks * block_tokens, head_dim]."""
+    kv_heads, head_dim = here.shape[2], here.shape[4]
+    return here.permute(1, 2, 0, 3, 4).index_select(2, table).view(2, kv_heads, -1, head_dim)
