@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NewType
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from tiers.policy import SessionClass
 
 BlockKey = NewType("BlockKey", bytes)  # 32 bytes
 Slot = NewType("Slot", int)  # index of a place inside one tier
@@ -46,6 +48,25 @@ def chain_key(parent: BlockKey, tokens: Sequence[int]) -> BlockKey:
     """The key of the block that holds `tokens` after `parent`. Layout: parent (32 bytes), count u32, ids u32, all LE."""
     framed = struct.pack(f"<32sI{len(tokens)}I", parent, len(tokens), *tokens)
     return BlockKey(blake2b(framed, digest_size=32, person=b"homeport-blk-1").digest())
+
+
+@dataclass(eq=False, slots=True)
+class Block:
+    """One key's entry in the tables. Compared by identity: the same key may be forgotten and come back as another."""
+
+    key: BlockKey
+    parent: BlockKey
+    tokens: TokenIds  # 1 to block_tokens ids; fewer than block_tokens: a tail
+    depth: int  # blocks before it in its chain
+    last_used: float
+    resting: SessionClass  # its class when no lease covers it
+    leases: list[int]  # [session class]: leases of that class that cover it
+    places: dict[Tier, Slot] = field(default_factory=dict)  # where its bytes are
+    arriving: dict[Tier, Slot] = field(
+        default_factory=dict
+    )  # where a copy of them is on its way to
+    refs: int = 0  # by holds
+    busy: int = 0  # copies in flight that read or write one of its slots
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,398 @@
+"""TieredCache by example: one sentence of its contract a test. The state machine next door has the laws."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tiers.block import Copy, Drop, Fetch, Spill, Tier, chain_key, root_key
+from tiers.cache import TieredCache
+from tiers.policy import Limits, SessionClass
+
+ROOT = root_key(b"model", b"tenant")
+NEVER = Limits(host_after_s=math.inf, disk_after_s=math.inf, max_lag_s=math.inf)
+B = 4
+
+
+def make(device=6, host=4, disk=8, limits=NEVER):
+    slots = {Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: disk}
+    return TieredCache(block_tokens=B, slots=slots, limits=limits)
+
+
+def land(cache, actions, now=0.0):
+    for action in actions:
+        cache.landed(action, now)
+    cache.check()
+    return actions
+
+
+def begin(cache, tokens, now=0.0, *, supersedes=None):
+    """A running hold that has all but the last token of `tokens` matched or computed."""
+    hold = cache.acquire(cache.match(ROOT, tokens), now, supersedes=supersedes)
+    land(cache, cache.load(hold, now), now)
+    assert cache.ready(hold)
+    compute(cache, hold, tokens[hold.cached_tokens :], now)
+    return hold
+
+
+def compute(cache, hold, tokens, now=0.0):
+    had = len(hold.blocks) * B + len(hold.pending)
+    assert cache.lend(hold, -(-(had + len(tokens)) // B) - len(hold.table), now)
+    cache.commit(hold, tokens, now)
+    cache.check()
+
+
+def turn(cache, tokens, lease_id, now=0.0, *, supersedes=None, session="s"):
+    hold = begin(cache, tokens, now, supersedes=supersedes)
+    keys = cache.lease(hold, lease_id, session, now, supersedes)
+    cache.check()
+    return keys
+
+
+def spilled(cache, now=0.0):
+    return land(cache, cache.write_behind(now, all_dirty=True), now)
+
+
+def pool(cache, tier):
+    return cache.statistics().tiers[tier].pool
+
+
+def test_an_empty_cache_matches_nothing():
+    cache = make()
+    match = cache.match(ROOT, (1, 2, 3))
+    assert (match.blocks, match.partial, match.tokens) == ((), None, 0)
+    assert cache.match(ROOT, ()).tokens == 0
+    assert cache.next_event(0.0) is None
+
+
+def test_a_finished_turn_is_found_but_for_the_last_token():
+    cache = make()
+    tokens = tuple(range(10))
+    keys = turn(cache, tokens, 1)
+    assert keys == (
+        first := chain_key(ROOT, tokens[:4]),
+        second := chain_key(first, tokens[4:8]),
+        chain_key(second, tokens[8:]),
+    )
+    assert cache.match(ROOT, tokens).tokens == 9
+    assert cache.match(ROOT, (*tokens, 99)).tokens == 10
+    assert cache.match(ROOT, tokens[:8]).tokens == 7, "the last whole block is matched in part"
+    assert cache.match(root_key(b"model", b"other"), tokens).tokens == 0
+
+
+def test_matching_is_token_granular_where_prompts_diverge_inside_a_block():
+    cache = make()
+    turn(cache, (0, 1, 2, 3, 4, 5, 6, 7), 1)
+    match = cache.match(ROOT, (0, 1, 2, 3, 4, 5, 66, 77, 88))
+    assert (len(match.blocks), match.partial_rows, match.tokens) == (1, 2, 6)
+    hold = cache.acquire(match, 0.0)
+    (copy,) = cache.load(hold, 0.0)
+    assert isinstance(copy, Copy)
+    assert (copy.source, copy.target) == (Tier.DEVICE, Tier.DEVICE)
+    assert not cache.ready(hold)
+    cache.landed(copy, 0.0)
+    assert cache.ready(hold)
+    assert hold.table[1] == copy.target_slot
+    assert hold.cached_tokens == 6
+    compute(cache, hold, (66, 77))
+    assert hold.blocks[1].tokens == (4, 5, 66, 77)
+
+
+def test_two_sequences_with_the_same_tokens_end_up_with_one_block():
+    cache = make()
+    one, two = begin(cache, (1, 2, 3)), begin(cache, (1, 2, 3))
+    compute(cache, one, (4,))
+    assert pool(cache, Tier.DEVICE).lent == 1
+    compute(cache, two, (4,))
+    assert one.blocks == two.blocks
+    assert one.table == two.table
+    assert pool(cache, Tier.DEVICE).free == 5
+
+
+def test_a_clean_tail_that_only_we_need_is_continued_in_its_own_slot():
+    cache = make()
+    turn(cache, (0, 1, 2, 3, 4, 5), 1)
+    spilled(cache)
+    slot = cache.match(ROOT, (0, 1, 2, 3, 4, 5, 6)).partial.places[Tier.DEVICE]
+    hold = cache.acquire(cache.match(ROOT, (0, 1, 2, 3, 4, 5, 6)), 1.0, supersedes=1)
+    assert cache.load(hold, 1.0) == []
+    assert cache.ready(hold)
+    assert hold.table[-1] == slot
+    cache.check()
+    cache.lease(hold, 2, "s", 1.0, 1)
+    cache.check()
+    assert cache.match(ROOT, (0, 1, 2, 3, 4, 5, 6)).partial.places[Tier.DEVICE] == slot
+
+
+@pytest.mark.parametrize("why", ["dirty", "leased", "referenced", "in part"])
+def test_a_tail_that_is_needed_is_copied(why):
+    cache = make()
+    turn(cache, (0, 1, 2), 1)
+    if why != "dirty":
+        spilled(cache)
+    if why == "referenced":
+        cache.acquire(cache.match(ROOT, (0, 1, 2, 3)), 1.0)
+    prompt = (0, 1, 22, 33) if why == "in part" else (0, 1, 2, 3)
+    hold = cache.acquire(cache.match(ROOT, prompt), 1.0, supersedes=None if why == "leased" else 1)
+    assert cache.slots_to_load(hold) == 1
+    assert len(land(cache, cache.load(hold, 1.0))) == 1
+
+
+def test_load_is_all_or_nothing_and_makes_no_room_by_itself():
+    cache = make(device=2)
+    turn(cache, tuple(range(8)), 1)
+    spilled(cache)
+    land(cache, cache.demote(Tier.DISK, None, 0.0))
+    other = begin(cache, (9, 9, 9))
+    hold = cache.acquire(cache.match(ROOT, tuple(range(9))), 0.0)
+    assert cache.slots_to_load(hold) == 2
+    assert cache.load(hold, 0.0) is None
+    cache.check()
+    cache.release(other, 0.0)
+    land(cache, cache.make_room(2, 0.0))
+    fetches = cache.load(hold, 0.0)
+    assert [type(fetch) for fetch in fetches] == [Fetch, Fetch]
+    for fetch in reversed(fetches):
+        assert not cache.ready(hold)
+        cache.landed(fetch, 0.0)
+    assert cache.ready(hold)
+    assert hold.by_tier == {Tier.DISK: 8}
+
+
+def test_a_block_is_fetched_once_for_two_sequences():
+    cache = make()
+    turn(cache, (0, 1, 2, 3), 1)
+    spilled(cache)
+    land(cache, cache.demote(Tier.DISK, None, 0.0))
+    one = cache.acquire(cache.match(ROOT, (0, 1, 2, 3, 4)), 0.0)
+    two = cache.acquire(cache.match(ROOT, (0, 1, 2, 3, 5)), 0.0)
+    (fetch,) = cache.load(one, 0.0)
+    assert cache.load(two, 0.0) == []
+    cache.release(one, 0.0)
+    assert not cache.ready(two)
+    cache.landed(fetch, 0.0)
+    assert cache.ready(two)
+
+
+def test_a_bad_record_shortens_every_hold_that_waits_for_it_and_is_dropped():
+    cache = make()
+    tokens = tuple(range(12))
+    turn(cache, tokens, 1)
+    spilled(cache)
+    land(cache, cache.demote(Tier.DISK, None, 0.0))
+    hold = cache.acquire(cache.match(ROOT, (*tokens, 12)), 0.0)
+    fetches = cache.load(hold, 0.0)
+    (drop,) = cache.failed(fetches[1], 0.0)
+    assert drop == Drop(fetches[1].key, drop.disk_slot)
+    assert not cache.ready(hold)
+    cache.landed(fetches[2], 0.0)
+    cache.landed(fetches[0], 0.0)
+    assert cache.ready(hold)
+    assert (hold.cached_tokens, hold.by_tier, len(hold.table)) == (4, {Tier.DISK: 4}, 1)
+    cache.check()
+    assert cache.match(ROOT, (*tokens, 12)).tokens == 4
+    compute(cache, hold, tokens[4:8])
+    assert cache.match(ROOT, (*tokens, 12)).tokens == 12, "its child was kept for this"
+
+
+def test_computing_a_block_that_is_on_its_way_does_not_wait_for_it():
+    cache = make()
+    turn(cache, (0, 1, 2, 3), 1)
+    spilled(cache)
+    land(cache, cache.demote(Tier.DISK, None, 0.0))
+    runner = begin(cache, (0,))
+    waiter = cache.acquire(cache.match(ROOT, (0, 1, 2, 3, 4)), 0.0)
+    (fetch,) = cache.load(waiter, 0.0)
+    compute(cache, runner, (1, 2, 3))
+    assert cache.ready(waiter)
+    assert cache.failed(fetch, 0.0) != []
+    cache.check()
+    assert waiter.cached_tokens == 4
+    assert pool(cache, Tier.DEVICE).held == 1
+
+
+def test_room_is_made_of_the_coldest_tails_first_and_never_of_what_runs():
+    cache = make(device=4, host=1)
+    turn(cache, tuple(range(8)), 1, now=1.0)
+    running = begin(cache, (9, 9, 9, 9, 9), now=2.0)
+    actions = cache.make_room(2, 3.0)
+    head = chain_key(ROOT, (0, 1, 2, 3))
+    tail = chain_key(head, (4, 5, 6, 7))
+    assert [(type(a), a.key) for a in actions] == [(Copy, tail)], (
+        "one host slot, and the tail is in it"
+    )
+    assert cache.leaving_slots == 1
+    assert cache.make_room(1, 3.0) == []
+    land(cache, actions)
+    assert cache.free_slots == 1
+    assert [copy.key for copy in land(cache, cache.make_room(3, 3.0))] == [head], (
+        "it displaces its tail"
+    )
+    assert cache.free_slots == 2
+    assert cache.match(ROOT, tuple(range(8))).tokens == 4
+    assert {head, tail}.isdisjoint(block.key for block in running.blocks)
+
+
+def test_without_a_lower_tier_a_block_is_forgotten_with_all_that_continues_it():
+    cache = make(device=3, host=0, disk=1)
+    turn(cache, tuple(range(6)), 1, now=1.0)
+    head, tail = cache.write_behind(1.0, all_dirty=True), cache.make_room(3, 2.0)
+    assert [type(action) for action in head] == [Spill]
+    assert tail == [], "the head is being written: only the tail can go"
+    assert cache.free_slots == 2
+    cache.failed(head[0], 2.0)
+    assert cache.make_room(3, 2.0) == []
+    assert cache.free_slots == 3
+    assert cache.statistics().blocks == 0
+    cache.check()
+
+
+def test_a_block_that_is_needed_again_while_it_is_copied_away_stays():
+    cache = make(device=1)
+    turn(cache, (0, 1, 2, 3), 1)
+    (copy,) = cache.make_room(1, 1.0)
+    hold = cache.acquire(cache.match(ROOT, (0, 1, 2, 3, 4)), 1.0)
+    cache.landed(copy, 1.0)
+    cache.check()
+    assert cache.load(hold, 1.0) == []
+    assert cache.ready(hold)
+
+
+def test_dirty_blocks_are_written_behind_after_the_lag_parents_first():
+    cache = make(limits=Limits(math.inf, math.inf, max_lag_s=2.0))
+    keys = turn(cache, tuple(range(10)), 1, now=5.0)
+    assert cache.next_event(5.0) == 7.0
+    assert cache.write_behind(6.9) == []
+    spills = cache.write_behind(7.0)
+    assert [spill.key for spill in spills] == list(keys)
+    assert cache.write_behind(7.0) == []
+    cache.failed(spills[0], 7.5)
+    land(cache, spills[1:], 7.5)
+    assert cache.next_event(7.5) == 9.5
+    assert [spill.key for spill in cache.write_behind(9.5)] == [keys[0]]
+
+
+def test_one_lease_can_be_written_at_once():
+    cache = make()
+    turn(cache, (0, 1, 2), 1)
+    keys = turn(cache, (5, 6, 7), 2)
+    assert [spill.key for spill in cache.write_behind(0.0, lease=2)] == list(keys)
+    assert cache.write_behind(0.0, lease=3) == []
+
+
+def test_a_full_disk_drops_what_is_worth_less_and_nothing_else():
+    cache = make(disk=2)
+    old, tail = turn(cache, tuple(range(6)), 1, now=1.0)
+    spilled(cache, 1.0)
+    (new,) = turn(cache, (9, 9, 9), 2, now=2.0)
+    cache.end(1, 2.0)
+    drop, spill = cache.write_behind(2.0, all_dirty=True)
+    assert (type(drop), drop.key) == (Drop, tail)
+    assert (type(spill), spill.key, spill.disk_slot) == (Spill, new, drop.disk_slot)
+    land(cache, [drop, spill])
+    assert cache.write_behind(3.0, all_dirty=True) == [], (
+        "the dropped one is dirty again, but worth less"
+    )
+    assert cache.match(ROOT, tuple(range(6))).blocks[0].key == old
+
+
+def test_an_idle_lease_moves_to_the_host_then_to_disk_then_ends():
+    cache = make(limits=Limits(host_after_s=10.0, disk_after_s=60.0, max_lag_s=math.inf))
+    turn(cache, tuple(range(6)), 1, now=1.0)
+    assert cache.next_event(1.0) == 11.0
+    assert cache.tick(10.9) == []
+    copies = cache.tick(11.0)
+    assert [(copy.source, copy.target) for copy in copies] == [(Tier.DEVICE, Tier.HOST)] * 2
+    land(cache, copies, 11.0)
+    assert pool(cache, Tier.DEVICE).free == 6
+    assert cache.next_event(11.0) == 61.0
+    spills = cache.tick(61.0)
+    assert [spill.source for spill in spills] == [Tier.HOST] * 2
+    land(cache, spills, 61.0)
+    assert pool(cache, Tier.HOST).free == 4
+    assert list(cache.leases())
+    assert cache.tick(cache.next_event(61.0)) == []
+    assert not list(cache.leases())
+    assert cache.next_event(100.0) is None
+    assert cache.match(ROOT, tuple(range(7))).tokens == 6
+
+
+def test_demoting_a_session_leaves_what_others_share_with_it():
+    cache = make()
+    shared = (0, 1, 2, 3)
+    turn(cache, (*shared, 4), 1, session="a")
+    turn(cache, (*shared, 5), 2, session="b")
+    land(cache, cache.demote(Tier.HOST, "a", 1.0), 1.0)
+    land(cache, cache.tick(1.0), 1.0)
+    assert cache.match(ROOT, (*shared, 5, 6)).partial.places.keys() == {Tier.DEVICE}
+    assert cache.match(ROOT, (*shared, 4, 6)).partial.places.keys() == {Tier.HOST}
+    assert cache.match(ROOT, (*shared, 4, 6)).blocks[0].places.keys() == {Tier.DEVICE}
+
+
+def test_demoted_blocks_on_disk_go_through_the_host_again():
+    cache = make()
+    turn(cache, (0, 1, 2), 1)
+    spilled(cache)
+    land(cache, cache.demote(Tier.HOST, None, 0.0))
+    assert cache.match(ROOT, (0, 1, 2, 3)).partial.places.keys() == {Tier.HOST, Tier.DISK}
+
+
+def test_the_class_of_a_session_decides_before_its_age():
+    cache = make(device=2, host=2)
+    (one,) = turn(cache, (1, 1), 1, now=1.0)
+    (two,) = turn(cache, (2, 2), 2, now=2.0)
+    cache.reclass(1, SessionClass.TOOL_WAIT, 3.0)
+    cache.reclass(2, SessionClass.HUMAN_WAIT, 3.0)
+    cache.reclass(77, SessionClass.PINNED, 3.0)
+    assert [copy.key for copy in cache.make_room(2, 4.0)] == [two, one]
+
+
+def test_a_superseded_tail_is_the_first_to_go():
+    cache = make(device=5, host=4)
+    turn(cache, (7, 7), 1, now=0.0)
+    (tail,) = turn(cache, (0, 1, 2), 2, now=1.0)
+    turn(cache, (0, 1, 2, 3, 4), 3, now=2.0, supersedes=2)
+    assert [copy.key for copy in cache.make_room(2, 3.0)] == [tail]
+
+
+def test_what_the_disk_holds_is_found_after_a_restart():
+    old = make()
+    tokens = tuple(range(10))
+    turn(old, tokens, 1, now=1.0)
+    turn(old, (*tokens, 10), 2, now=2.0, supersedes=1)
+    entries = [(s.key, s.parent, s.tokens, 5.0) for s in spilled(old)]
+    forged = (b"?" * 32, ROOT, (8, 8), 1.0)
+    cache = make()
+    assert cache.restore([*reversed(entries), forged]) == (b"?" * 32,)
+    cache.check()
+    match = cache.match(ROOT, (*tokens, 10, 11))
+    assert match.tokens == 11
+    assert match.partial.resting is SessionClass.HUMAN_WAIT
+    assert cache.match(ROOT, (*tokens, 99)).partial.resting is SessionClass.CLOSED
+    small = make(disk=1)
+    rejected = small.restore(entries)
+    assert set(rejected) == {key for key, *_ in entries[1:]}, "heads are kept before tails"
+    small.check()
+
+
+def test_a_record_whose_parent_is_gone_waits_for_it():
+    tokens = tuple(range(9))
+    head = chain_key(ROOT, tokens[:4])
+    cache = make()
+    assert cache.restore([(chain_key(head, tokens[4:8]), head, tokens[4:8], 1.0)]) == ()
+    assert cache.match(ROOT, tokens).tokens == 0
+    begin(cache, tokens[:5])
+    assert cache.match(ROOT, tokens).tokens == 8
+
+
+def test_at_rest_refs_and_leases_are_zero():
+    cache = make()
+    turn(cache, tuple(range(10)), 1)
+    hold = begin(cache, tuple(range(11)))
+    cache.release(hold, 1.0)
+    cache.end(1, 1.0)
+    land(cache, cache.demote(Tier.DISK, None, 2.0))
+    now = cache.statistics()
+    assert (now.refs, now.leases, now.holds, now.dirty, now.flying) == (0, 0, 0, 0, 0)
+    assert [now.tiers[tier].pool.held for tier in Tier] == [0, 0, now.blocks]

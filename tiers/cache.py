@@ -1,0 +1,964 @@
+"""TieredCache: which blocks are known, where their bytes are, who needs them, and what to move. Tables only.
+
+May live here: bookkeeping in plain Python. May not: bytes, tensors, files, clocks (`now` is passed), waiting. Every
+method decides at once and returns the actions to perform; the edge performs them in order and answers each with
+`landed` or `failed`, at any later time and in any order. Issued is not landed: a slot that bytes travel to is arriving,
+a block that they travel from or to is busy, and neither is used for anything else until the answer. Drops are the
+exception: the one writer performs them in order with its spills, so their disk slot is free at once.
+
+Laws, asserted by `check` and by the state machine in the tests
+    Every slot is in exactly one of free, held, lent, arriving, and no two blocks share a place.
+    `refs` is what the live holds hold; `leases` is what the leases cover. At rest both are zero.
+    Nothing with refs or busy is evicted. A running hold's blocks stay where they are until it is released.
+    A place holds its own key's bytes: a slot is written only while it is lent, or arriving for one copy.
+    A block's last place is given up only when no block that continues it is kept. The one exception is not a
+    choice: a record that fails to load. Its children stay, unreachable until the block is computed again.
+    A block is loaded once, whoever else asks for it meanwhile.
+    Dropping a block is always legal; a block is offered to `match` only if its bytes have landed somewhere.
+
+How it works
+    {key: block} is the prefix tree: a key covers its parent's key, so a walk over a prompt's keys finds the longest
+    chain of whole blocks. {parent key: {first token: blocks}} finds, behind the last of them, the block that shares
+    the most tokens with what follows, be it a tail or a block that diverges midway: matching is token-granular.
+
+    A hold is what one sequence has:      blocks (shared, immutable)  |  private slots (lent)
+        tokens  0 ..................... len(blocks) * block_tokens | pending, not a whole block yet
+    match -> acquire (refs; nothing can vanish now) -> load (actions) -> ready -> lend / commit ... -> release | lease.
+    `commit` turns each private slot that is full into a block, or adopts the block that somebody else made of the
+    same tokens. `release` does the same with the partial rest, the tail.
+
+    A matched tail is taken over in place when nobody else needs it, else copied to a private slot. A lease keeps
+    no refs: it raises the class of its blocks, and moves them down as it idles. Eviction is asked for by `make_room`,
+    never hidden in `load` or `lend`; the order of victims is `tiers.policy`'s.
+
+    A copy whose purpose goes away (its hold released, its block computed meanwhile) still lands; its slot is freed then.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import itertools
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tiers import policy
+from tiers.block import Block, Copy, Drop, Fetch, Spill, Tier, chain_key
+from tiers.policy import SessionClass, Victims
+from tiers.pool import Pool, PoolStatistics, SlotState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from tiers.block import Action, BlockKey, Slot, TokenIds
+    from tiers.policy import Limits
+
+RETRY_S = 0.5  # how soon to look again at a lease whose blocks are still on their way down; guessed
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What is known of a prompt. Good until the next call that changes the tables."""
+
+    root: BlockKey
+    blocks: tuple[Block, ...]  # whole ones, in chain order
+    partial: (
+        Block | None
+    )  # the best continuation of `blocks`, of which only `partial_rows` tokens are wanted
+    partial_rows: int
+    tokens: int  # all that is matched: at most len(prompt) - 1
+
+
+class HoldState(enum.Enum):
+    ACQUIRED = "acquired"  # refs are taken, nothing moves yet
+    LOADING = "loading"
+    RUNNING = "running"  # everything is on the device; `table` is valid
+    RELEASED = "released"
+
+
+@dataclass(eq=False, slots=True)
+class Hold:
+    """What one sequence has. Changed by `TieredCache` only."""
+
+    root: BlockKey
+    blocks: list[Block]
+    partial: Block | None  # referenced until `load`
+    partial_rows: int
+    found: list[
+        tuple[Tier, int]
+    ]  # (where it was found, tokens) of each matched block, the partial one last
+    supersedes: int | None
+    state: HoldState = HoldState.ACQUIRED
+    private: list[Slot] = field(default_factory=list)  # device slots after those of `blocks`
+    pending: list[int] = field(default_factory=list)  # tokens in the private slots
+    flight: _Flight | None = None  # the copy that brings the partial's bytes into private[0]
+    landed: int = 0  # blocks[:landed] are known to be on the device
+    table: list[Slot] = field(
+        default_factory=list
+    )  # device slots of blocks and private; valid once RUNNING
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the match that need not be computed; final once ready."""
+        return sum(tokens for _, tokens in self.found)
+
+    @property
+    def by_tier(self) -> dict[Tier, int]:
+        """`cached_tokens` by the tier they were found in."""
+        found: Counter[Tier] = Counter()
+        for tier, tokens in self.found:
+            found[tier] += tokens
+        return dict(found)
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """A finished sequence's blocks. `target` is the tier it has been told to move down to so far."""
+
+    id: int
+    session: str
+    blocks: tuple[Block, ...]
+    session_class: SessionClass
+    idle_since: float
+    target: Tier = Tier.DEVICE
+    due: float = math.inf  # when to look at it next
+
+
+@dataclass(eq=False, slots=True)
+class _Flight:
+    """An issued action without an answer. Its block is busy meanwhile."""
+
+    block: Block
+    private: bool = False  # the target slot is a hold's own
+    hold: Hold | None = None  # that hold, as long as it wants the slot
+    vacate: tuple[
+        Tier, ...
+    ] = ()  # places to give up on landing, unless someone needs the block by then
+
+
+@dataclass(frozen=True, slots=True)
+class TierStatistics:
+    pool: PoolStatistics
+    leased: int  # blocks here that a lease covers
+    refs: int  # by holds, to blocks here
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatistics:
+    """A snapshot; counters are since the start. Costs a walk over all blocks."""
+
+    tiers: dict[Tier, TierStatistics]
+    blocks: int
+    holds: int
+    refs: int
+    leases: int
+    dirty: int
+    flying: int
+    evictions: dict[Tier, int]  # places given up, by tier
+    forgotten: int  # blocks that left their last place
+    spill_failures: int
+    fetch_failures: int
+
+
+class TieredCache:
+    """The tables. Owned by one thread; see the module's laws."""
+
+    def __init__(self, *, block_tokens: int, slots: Mapping[Tier, int], limits: Limits) -> None:
+        self.block_tokens = block_tokens
+        self.limits = limits
+        self._pools = {tier: Pool(slots.get(tier, 0)) for tier in Tier}
+        self._residents: dict[Tier, dict[Slot, Block]] = {tier: {} for tier in Tier}
+        self._blocks: dict[BlockKey, Block] = {}
+        self._children: dict[
+            BlockKey, dict[int, list[Block]]
+        ] = {}  # {parent key: {first token: blocks}}
+        self._lost: set[BlockKey] = (
+            set()
+        )  # not known, because their record was bad, but their children are
+        self._dirty: dict[
+            Block, float
+        ] = {}  # {not on disk nor on the way: since when}, oldest first
+        self._flights: dict[Action, _Flight] = {}
+        self._holds: set[Hold] = set()
+        self._leases: dict[int, Lease] = {}
+        self._due: list[
+            tuple[float, int]
+        ] = []  # heap of (when, lease id); stale entries are skipped
+        self._victims: dict[
+            Tier, Victims
+        ] = {}  # of the current call; each tier is scanned at most once
+        self._evictions: Counter[Tier] = Counter()
+        self._forgotten = 0
+        self._spill_failures = 0
+        self._fetch_failures = 0
+
+    # -- finding -----------------------------------------------------------------------------------------------------
+
+    def match(self, root: BlockKey, tokens: TokenIds) -> Match:
+        """The longest known prefix, wherever its bytes are, short of the last token: its logits must be computed."""
+        limit = len(tokens) - 1
+        parent, at = root, 0
+        blocks: list[Block] = []
+        while at + self.block_tokens <= limit:
+            key = chain_key(parent, tokens[at : at + self.block_tokens])
+            block = self._blocks.get(key)
+            if block is None or not block.places:
+                break
+            blocks.append(block)
+            parent, at = key, at + self.block_tokens
+        partial, rows = self._match_partial(parent, tokens[at : min(limit, at + self.block_tokens)])
+        return Match(root, tuple(blocks), partial, rows, at + rows)
+
+    def _match_partial(self, parent: BlockKey, wanted: TokenIds) -> tuple[Block | None, int]:
+        """The child of `parent` that shares the most tokens with `wanted`; the nearest and fittest of equals."""
+        best, best_worth = None, (0, False, 0)
+        if wanted:
+            for child in self._children.get(parent, {}).get(wanted[0], ()):
+                if child.places:
+                    rows = _shared_prefix(child.tokens, wanted)
+                    worth = (rows, rows == len(child.tokens), -min(child.places))
+                    if best is None or worth > best_worth:
+                        best, best_worth = child, worth
+        return best, best_worth[0]
+
+    def acquire(self, match: Match, now: float, *, supersedes: int | None = None) -> Hold:
+        """Take refs on everything matched, so that nothing of it can vanish. `supersedes` names the lease that the
+        sequence continues: its claim does not stop the hold from taking the tail over in place."""
+        hold = Hold(
+            root=match.root,
+            blocks=list(match.blocks),
+            partial=match.partial,
+            partial_rows=match.partial_rows,
+            found=[(min(block.places), self.block_tokens) for block in match.blocks],
+            supersedes=supersedes,
+        )
+        if match.partial is not None:
+            hold.found.append((min(match.partial.places), match.partial_rows))
+        for block in _referenced(hold):
+            assert self._blocks.get(block.key) is block
+            block.refs += 1
+            block.last_used = now
+        self._holds.add(hold)
+        return hold
+
+    # -- loading -----------------------------------------------------------------------------------------------------
+
+    def slots_to_load(self, hold: Hold) -> int:
+        """Free device slots that `load` needs now."""
+        absent = sum(
+            Tier.DEVICE not in block.places and Tier.DEVICE not in block.arriving
+            for block in hold.blocks
+        )
+        return absent + (hold.partial is not None and not self._may_take_over(hold, hold.partial))
+
+    def load(self, hold: Hold, now: float) -> list[Action] | None:
+        """Bring everything matched to the device. None: too few free slots, and nothing has changed."""
+        assert hold.state is HoldState.ACQUIRED
+        if self.slots_to_load(hold) > self._pools[Tier.DEVICE].free:
+            return None
+        hold.state = HoldState.LOADING
+        actions: list[Action] = []
+        for block in hold.blocks:
+            if Tier.DEVICE not in block.places and Tier.DEVICE not in block.arriving:
+                slot = self._take(Tier.DEVICE)
+                block.arriving[Tier.DEVICE] = slot
+                self._issue(actions, _bring(block, slot), _Flight(block))
+        if hold.partial is not None:
+            self._load_partial(hold, hold.partial, actions)
+        return actions
+
+    def _load_partial(self, hold: Hold, partial: Block, actions: list[Action]) -> None:
+        hold.pending = list(partial.tokens[: hold.partial_rows])
+        if self._may_take_over(hold, partial):
+            slot = self._displace(partial, Tier.DEVICE)
+            self._pools[Tier.DEVICE].move(slot, SlotState.HELD, SlotState.LENT)
+        else:
+            slot = self._take(Tier.DEVICE)
+            hold.flight = _Flight(partial, private=True, hold=hold)
+            self._issue(actions, _bring(partial, slot), hold.flight)  # busy now: needs no ref
+        hold.private.append(slot)
+        partial.refs -= 1
+        hold.partial = None
+
+    def _may_take_over(self, hold: Hold, tail: Block) -> bool:
+        """Whether writing on behind a tail, in its own slot, takes it from nobody. Its record on disk stays."""
+        superseded = None if hold.supersedes is None else self._leases.get(hold.supersedes)
+        mine = superseded is not None and tail in superseded.blocks[-1:]
+        return (
+            Tier.DEVICE in tail.places
+            and Tier.DISK in tail.places
+            and tail.refs == 1
+            and not tail.busy
+            and sum(tail.leases) == mine
+            and hold.partial_rows == len(tail.tokens)
+        )
+
+    def ready(self, hold: Hold) -> bool:
+        """Whether nothing of this hold is in flight. After failures it is shorter: look at `cached_tokens`."""
+        if hold.state is HoldState.RUNNING:
+            return True
+        assert hold.state is HoldState.LOADING
+        while hold.landed < len(hold.blocks) and Tier.DEVICE in hold.blocks[hold.landed].places:
+            hold.landed += 1
+        if hold.landed < len(hold.blocks) or hold.flight is not None:
+            return False
+        hold.state = HoldState.RUNNING
+        hold.table[:] = [block.places[Tier.DEVICE] for block in hold.blocks]
+        hold.table += hold.private
+        return True
+
+    def _truncate(self, hold: Hold, blocks: int) -> None:
+        """A block of this hold cannot be loaded: give back it and all that follows, the partial's copy included."""
+        if hold.pending:  # private[0] is the partial's
+            self._give_private(hold)
+            hold.pending.clear()
+        for block in [*_referenced(hold)][blocks:]:
+            block.refs -= 1
+        hold.partial = None
+        del hold.blocks[blocks:], hold.found[blocks:]
+        hold.landed = min(hold.landed, blocks)
+
+    def _give_private(self, hold: Hold) -> None:
+        slot = hold.private.pop(0)
+        if hold.flight is None:
+            self._pools[Tier.DEVICE].give(slot, SlotState.LENT)
+        else:  # the copy still lands: its slot is freed then
+            hold.flight.hold = None
+            hold.flight = None
+
+    # -- computing ---------------------------------------------------------------------------------------------------
+
+    def lend(self, hold: Hold, slots: int, now: float) -> bool:
+        """Give a hold private device slots to write. False: too few are free, and nothing has changed."""
+        assert hold.state in (HoldState.LOADING, HoldState.RUNNING)
+        pool = self._pools[Tier.DEVICE]
+        if slots > pool.free:
+            return False
+        for _ in range(slots):
+            slot = pool.take(SlotState.LENT)
+            assert slot is not None
+            hold.private.append(slot)
+            if hold.state is HoldState.RUNNING:
+                hold.table.append(slot)
+        return True
+
+    def commit(self, hold: Hold, tokens: TokenIds, now: float) -> None:
+        """The KV of `tokens` now stands in the private slots, behind what was there. Full slots become blocks."""
+        assert hold.state is HoldState.RUNNING
+        hold.pending += tokens
+        assert len(hold.pending) <= len(hold.private) * self.block_tokens
+        while len(hold.pending) >= self.block_tokens:
+            block = self._publish(hold, tuple(hold.pending[: self.block_tokens]), now)
+            hold.table[len(hold.blocks)] = block.places[Tier.DEVICE]
+            block.refs += 1
+            hold.blocks.append(block)
+            del hold.pending[: self.block_tokens]
+
+    def _publish(self, hold: Hold, tokens: TokenIds, now: float) -> Block:
+        """Give the hold's first private slot its key. If that key is on the device already, the slot is not needed."""
+        slot = hold.private.pop(0)
+        parent = hold.blocks[-1].key if hold.blocks else hold.root
+        key = chain_key(parent, tokens)
+        block = self._blocks.get(key)
+        if block is None:
+            block = self._add(key, parent, tokens, len(hold.blocks), now, SessionClass.CLOSED)
+        block.last_used = now
+        if Tier.DEVICE in block.places:
+            self._pools[Tier.DEVICE].give(slot, SlotState.LENT)
+            return block
+        block.arriving.pop(
+            Tier.DEVICE, None
+        )  # a copy in flight is not waited for: it frees its slot on landing
+        self._pools[Tier.DEVICE].move(slot, SlotState.LENT, SlotState.HELD)
+        self._place(block, Tier.DEVICE, slot)
+        self._note_dirty(block, now)
+        return block
+
+    # -- ending ------------------------------------------------------------------------------------------------------
+
+    def release(self, hold: Hold, now: float) -> None:
+        """The sequence ends or is preempted. Its tail becomes a block; what it did not fill is free."""
+        self._end_hold(hold, now)
+
+    def _end_hold(self, hold: Hold, now: float) -> tuple[Block, ...]:
+        """The hold's chain, no longer referenced by it."""
+        assert hold.state is not HoldState.RELEASED
+        if hold.flight is not None:
+            self._give_private(hold)
+            hold.pending.clear()
+        chain = list(hold.blocks)
+        if hold.pending:
+            chain.append(self._publish(hold, tuple(hold.pending), now))
+        for slot in hold.private:
+            self._pools[Tier.DEVICE].give(slot, SlotState.LENT)
+        for block in _referenced(hold):
+            block.refs -= 1
+            block.last_used = now
+        hold.state = HoldState.RELEASED
+        self._holds.discard(hold)
+        return tuple(chain)
+
+    def lease(
+        self, hold: Hold, lease_id: int, session: str, now: float, supersedes: int | None
+    ) -> tuple[BlockKey, ...]:
+        """Release a hold and keep its chain warm as a lease of class BURST; the keys of that chain, tail included.
+
+        The superseded lease ends: what is only its own is worth least from now on. If it ended before, no matter.
+        """
+        lease = Lease(
+            lease_id, session, self._end_hold(hold, now), SessionClass.BURST, idle_since=now
+        )
+        assert lease_id not in self._leases
+        self._leases[lease_id] = lease
+        for block in lease.blocks:
+            block.leases[lease.session_class] += 1
+        self._schedule(lease, now + min(self.limits.host_after_s, self.limits.disk_after_s))
+        if supersedes in self._leases:
+            self._end_lease(self._leases[supersedes], SessionClass.CLOSED)
+        return tuple(block.key for block in lease.blocks)
+
+    def reclass(self, lease_id: int, to: SessionClass, now: float) -> None:
+        """Say what a session waits for. Of a lease that has ended meanwhile, nothing is left to say."""
+        lease = self._leases.get(lease_id)
+        if lease is not None:
+            for block in lease.blocks:
+                block.leases[lease.session_class] -= 1
+                block.leases[to] += 1
+            lease.session_class = to
+
+    def end(self, lease_id: int, now: float) -> None:
+        """The session is over: its own blocks are worth least from now on."""
+        lease = self._leases.get(lease_id)
+        if lease is not None:
+            self._end_lease(lease, SessionClass.CLOSED)
+
+    def _end_lease(self, lease: Lease, resting: SessionClass) -> None:
+        del self._leases[lease.id]
+        for block in lease.blocks:
+            block.leases[lease.session_class] -= 1
+            if not any(block.leases):
+                block.resting = resting
+
+    def leases(self) -> Iterable[Lease]:
+        return self._leases.values()
+
+    # -- moving down -------------------------------------------------------------------------------------------------
+
+    @property
+    def free_slots(self) -> int:
+        return self._pools[Tier.DEVICE].free
+
+    @property
+    def leaving_slots(self) -> int:
+        """Device slots that copies in flight are about to free."""
+        return sum(
+            Tier.DEVICE in flight.vacate
+            and Tier.DEVICE in flight.block.places
+            and not flight.block.refs
+            for flight in self._flights.values()
+        )
+
+    def make_room(self, slots: int, now: float) -> list[Action]:
+        """Begin to free device slots until `slots` are free or about to be, as far as there are victims.
+
+        A victim whose bytes are elsewhere too is freed at once; another is copied to the host tier, or, without
+        room there, forgotten with all that continues it.
+        """
+        actions: list[Action] = []
+        missing = slots - self.free_slots - self.leaving_slots
+        if missing <= 0:
+            return actions
+        self._victims.clear()
+        victims = Victims(self._residents[Tier.DEVICE].values())
+        while missing > 0 and (block := victims.take()) is not None:
+            if len(block.places) > 1:
+                self._vacate(block, Tier.DEVICE)
+            elif not (
+                self._copy_to_host(block, now, actions)
+                or self._forget_with_descendants(block, actions)
+            ):
+                continue
+            missing -= 1
+        return actions
+
+    def write_behind(
+        self,
+        now: float,
+        *,
+        all_dirty: bool = False,
+        hold: Hold | None = None,
+        lease: int | None = None,
+    ) -> list[Action]:
+        """Spill what has waited for `max_lag_s`; or everything, or what is dirty of one hold or lease."""
+        if hold is not None:
+            chosen = list(hold.blocks)
+        elif lease is not None:
+            chosen = list(self._leases[lease].blocks) if lease in self._leases else []
+        else:
+            until = math.inf if all_dirty else now
+            late = itertools.takewhile(
+                lambda item: item[1] + self.limits.max_lag_s <= until, self._dirty.items()
+            )
+            chosen = [block for block, _ in late]
+        actions: list[Action] = []
+        self._victims.clear()
+        for block in chosen:
+            self._spill(block, now, actions)
+        return actions
+
+    def tick(self, now: float) -> list[Action]:
+        """Move idle leases down; a lease ends when all that is its own is on disk only."""
+        actions: list[Action] = []
+        self._victims.clear()
+        while self._due and self._due[0][0] <= now:
+            due, lease_id = heapq.heappop(self._due)
+            lease = self._leases.get(lease_id)
+            if lease is not None and lease.due == due:
+                self._sink_lease(lease, now, actions)
+        return actions
+
+    def next_event(self, now: float) -> float | None:
+        """When `tick` or `write_behind` will have something to do if nothing else happens."""
+        while self._due:
+            due, lease_id = self._due[0]
+            if lease_id in self._leases and self._leases[lease_id].due == due:
+                break
+            heapq.heappop(self._due)
+        oldest = next(iter(self._dirty.values()), math.inf) + self.limits.max_lag_s
+        soonest = min(oldest, self._due[0][0] if self._due else math.inf)
+        return soonest if soonest < math.inf else None
+
+    def demote(self, to: Tier, session: str | None, now: float) -> list[Action]:
+        """Move one session down now, except what others share with it; or everything that no hold holds."""
+        assert to is not Tier.DEVICE
+        actions: list[Action] = []
+        self._victims.clear()
+        leases = [lease for lease in self._leases.values() if session in (None, lease.session)]
+        mine = Counter(block for lease in leases for block in lease.blocks)
+        for block in list(self._blocks.values()) if session is None else list(mine):
+            if sum(block.leases) == mine[block]:
+                self._sink(block, to, now, actions)
+        for lease in leases:
+            lease.target = max(lease.target, to)
+            self._schedule(lease, now)
+        return actions
+
+    def _sink_lease(self, lease: Lease, now: float, actions: list[Action]) -> None:
+        if now >= lease.idle_since + self.limits.disk_after_s:
+            lease.target = Tier.DISK
+        elif now >= lease.idle_since + self.limits.host_after_s:
+            lease.target = max(lease.target, Tier.HOST)
+        own = [block for block in lease.blocks if not block.refs and sum(block.leases) == 1]
+        if lease.target is not Tier.DEVICE:
+            for block in own:
+                self._sink(block, lease.target, now, actions)
+        if lease.target is not Tier.DISK:
+            self._schedule(lease, lease.idle_since + self.limits.disk_after_s)
+        elif all(block.places.keys() <= {Tier.DISK} for block in own):
+            self._end_lease(lease, SessionClass.HUMAN_WAIT)
+        elif any(block.busy for block in own):
+            self._schedule(lease, now + RETRY_S)
+        else:  # the disk has no room for it
+            self._schedule(lease, now + max(RETRY_S, self.limits.disk_after_s))
+
+    def _schedule(self, lease: Lease, due: float) -> None:
+        lease.due = due
+        if due < math.inf:
+            heapq.heappush(self._due, (due, lease.id))
+
+    def _sink(self, block: Block, to: Tier, now: float, actions: list[Action]) -> None:
+        """Begin to move one block down to `to`, if nobody needs it where it is."""
+        if block.refs or block.busy:
+            return
+        if to is Tier.DISK and Tier.DISK not in block.places:
+            if block.places:
+                self._spill(block, now, actions, vacate=(Tier.DEVICE, Tier.HOST))
+            return
+        absent = to is Tier.HOST and Tier.HOST not in block.places and Tier.DEVICE in block.places
+        if absent and (self._copy_to_host(block, now, actions) or len(block.places) == 1):
+            return
+        for tier in [tier for tier in block.places if tier < to]:
+            self._vacate(block, tier)
+
+    def _copy_to_host(self, block: Block, now: float, actions: list[Action]) -> bool:
+        """Begin to move a block from the device. False: no room on the host."""
+        slot = self._make_slot(Tier.HOST, block, now, actions)
+        if slot is None:
+            return False
+        block.arriving[Tier.HOST] = slot
+        copy = Copy(block.key, Tier.DEVICE, block.places[Tier.DEVICE], Tier.HOST, slot)
+        self._issue(actions, copy, _Flight(block, vacate=(Tier.DEVICE,)))
+        return True
+
+    def _spill(
+        self, block: Block, now: float, actions: list[Action], vacate: tuple[Tier, ...] = ()
+    ) -> None:
+        """Begin to write a dirty block behind its dirty ancestors. Without room it stays dirty, to be tried again."""
+        chain: list[Block] = []
+        above: Block | None = block
+        while above is not None and above in self._dirty:
+            chain.append(above)
+            above = self._blocks.get(above.parent)
+        for dirty in reversed(chain):
+            del self._dirty[dirty]
+            slot = self._make_slot(Tier.DISK, dirty, now, actions)
+            if slot is None:
+                self._dirty[dirty] = now
+                continue
+            dirty.arriving[Tier.DISK] = slot
+            source = min(dirty.places)
+            spill = Spill(dirty.key, dirty.parent, dirty.tokens, source, dirty.places[source], slot)
+            self._issue(actions, spill, _Flight(dirty, vacate=vacate if dirty is block else ()))
+
+    # -- evicting ----------------------------------------------------------------------------------------------------
+
+    def _make_slot(
+        self, tier: Tier, newcomer: Block, now: float, actions: list[Action]
+    ) -> Slot | None:
+        """An arriving slot of HOST or DISK, evicting if need be, but nothing that is worth more than the newcomer."""
+        if not self._pools[tier].free:
+            if tier not in self._victims:
+                self._victims[tier] = Victims(self._residents[tier].values())
+            while (victim := self._victims[tier].take(policy.rank(newcomer))) is not None:
+                if self._may_leave(victim, tier):
+                    self._evict(victim, tier, now, actions)
+                    break
+        return self._pools[tier].take(SlotState.ARRIVING)
+
+    def _may_leave(self, block: Block, tier: Tier) -> bool:
+        """Whether a victim may leave a tier. The order of victims may be older than this call's other decisions.
+
+        A record that children on disk continue stays too: after a restart they would be unreachable.
+        """
+        if block.refs or block.busy or tier not in block.places:
+            return False
+        if len(block.places) == 1:
+            return block.key not in self._children
+        return tier is not Tier.DISK or all(
+            child in self._dirty for child in self._children_of(block)
+        )
+
+    def _evict(self, block: Block, tier: Tier, now: float, actions: list[Action]) -> None:
+        if len(block.places) == 1:
+            self._forget(block, actions)
+        elif tier is Tier.DISK:
+            self._drop(block, actions)
+            self._note_dirty(block, now)
+        else:
+            self._vacate(block, tier)
+
+    def _forget_with_descendants(self, block: Block, actions: list[Action]) -> bool:
+        """Forget a block and all that continues it, last first. False: something of it is needed."""
+        doomed = [block]
+        for above in doomed:  # grows while it is walked
+            doomed += self._children_of(above)
+        if any(each.refs or each.busy for each in doomed):
+            return False
+        for each in reversed(doomed):
+            self._forget(each, actions)
+        return True
+
+    def _forget(self, block: Block, actions: list[Action]) -> None:
+        for tier in list(block.places):
+            if tier is Tier.DISK:
+                self._drop(block, actions)
+            else:
+                self._vacate(block, tier)
+        self._remove(block)
+
+    def _vacate(self, block: Block, tier: Tier) -> None:
+        self._pools[tier].give(self._displace(block, tier), SlotState.HELD)
+        self._evictions[tier] += 1
+
+    def _drop(self, block: Block, actions: list[Action]) -> None:
+        actions.append(Drop(block.key, block.places[Tier.DISK]))
+        self._vacate(block, Tier.DISK)
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def landed(self, action: Action, now: float) -> None:
+        """An action was performed: its bytes are where it said."""
+        if isinstance(action, Drop):
+            return
+        flight = self._flights.pop(action)
+        block = flight.block
+        block.busy -= 1
+        tier, slot = _target(action)
+        if flight.private and flight.hold is not None:
+            self._pools[tier].move(slot, SlotState.ARRIVING, SlotState.LENT)
+            flight.hold.flight = None
+        elif not flight.private and block.arriving.get(tier) == slot:
+            del block.arriving[tier]
+            self._pools[tier].move(slot, SlotState.ARRIVING, SlotState.HELD)
+            self._place(block, tier, slot)
+        else:  # nobody wants it any more
+            self._pools[tier].give(slot, SlotState.ARRIVING)
+        if (
+            not block.refs and not block.busy
+        ):  # asked again: someone may have come to need it meanwhile
+            for vacated in flight.vacate:
+                if vacated in block.places:
+                    self._vacate(block, vacated)
+        self._settle(block)
+
+    def failed(self, action: Action, now: float) -> list[Action]:
+        """An action was not performed. A record that cannot be read is dropped; whoever waited for it computes."""
+        actions: list[Action] = []
+        if isinstance(action, Drop):
+            return actions
+        flight = self._flights.pop(action)
+        block = flight.block
+        block.busy -= 1
+        tier, slot = _target(action)
+        self._pools[tier].give(slot, SlotState.ARRIVING)
+        if not flight.private and block.arriving.get(tier) == slot:
+            del block.arriving[tier]
+        if isinstance(action, Spill):
+            self._spill_failures += 1
+        if isinstance(action, Fetch):
+            self._fetch_failures += 1
+            if Tier.DISK in block.places:
+                self._drop(block, actions)
+        if flight.hold is not None:  # its slot is free already
+            flight.hold.flight = None
+            flight.hold.private.pop(0)
+            flight.hold.pending.clear()
+            self._truncate(flight.hold, len(flight.hold.blocks))
+        for hold in self._holds:
+            self._truncate_at(hold, block)
+        self._note_dirty(block, now)
+        self._settle(block)
+        return actions
+
+    def _truncate_at(self, hold: Hold, failed: Block) -> None:
+        """If a block's bytes will not come, whoever waits for them goes on without."""
+        coming = Tier.DEVICE in failed.places or Tier.DEVICE in failed.arriving
+        if coming or (hold.state is HoldState.ACQUIRED and failed.places):
+            return
+        if failed in hold.blocks:
+            self._truncate(hold, hold.blocks.index(failed))
+        elif failed is hold.partial:
+            self._truncate(hold, len(hold.blocks))
+
+    # -- the index ---------------------------------------------------------------------------------------------------
+
+    def restore(
+        self, entries: Iterable[tuple[BlockKey, BlockKey, TokenIds, float]]
+    ) -> tuple[BlockKey, ...]:
+        """At start, once: what the disk holds, as (key, parent, tokens, last used). The keys to drop are returned:
+        what does not fit, coldest first, and what is not what its key says.
+
+        Which parents are roots is not known here, so a record whose parent is missing stays: it is reachable again
+        as soon as its parent is computed, and grows old otherwise. Only the order of `last used` is kept, as times
+        before zero: it was another process's clock.
+        """
+        assert not self._blocks
+        rejected: list[BlockKey] = []
+        sound: dict[BlockKey, tuple[BlockKey, TokenIds]] = {}  # warmest first
+        for key, parent, tokens, _ in sorted(entries, key=lambda entry: entry[3], reverse=True):
+            if 0 < len(tokens) <= self.block_tokens and chain_key(parent, tokens) == key:
+                sound[key] = (parent, tokens)
+            else:
+                rejected.append(key)
+        chains: dict[BlockKey, None] = {}  # warmest first, each behind its parent
+        depths: dict[BlockKey, int] = {}
+        for key in sound:
+            path = [key]
+            while path[-1] not in chains and (parent := sound[path[-1]][0]) in sound:
+                path.append(parent)
+            for step in reversed(path):
+                depths[step] = depths.get(sound[step][0], -1) + 1
+                chains[step] = None
+        disk = self._pools[Tier.DISK]
+        for age, key in enumerate(chains):
+            slot = disk.take(SlotState.HELD)
+            if slot is None:
+                rejected.append(key)
+                continue
+            parent, tokens = sound[key]
+            block = self._add(key, parent, tokens, depths[key], -1.0 - age, SessionClass.HUMAN_WAIT)
+            self._place(block, Tier.DISK, slot)
+        for block in self._blocks.values():
+            if self._is_superseded(block):
+                block.resting = SessionClass.CLOSED
+        return tuple(rejected)
+
+    def _is_superseded(self, tail: Block) -> bool:
+        """Whether a longer block starts with all of a tail's tokens: the tail is what its session had before."""
+        return len(tail.tokens) < self.block_tokens and any(
+            len(other.tokens) > len(tail.tokens) == _shared_prefix(other.tokens, tail.tokens)
+            for other in self._children[tail.parent][tail.tokens[0]]
+        )
+
+    def _add(
+        self,
+        key: BlockKey,
+        parent: BlockKey,
+        tokens: TokenIds,
+        depth: int,
+        last_used: float,
+        resting: SessionClass,
+    ) -> Block:
+        block = Block(
+            key, parent, tokens, depth, last_used, resting, leases=[0] * len(SessionClass)
+        )
+        self._blocks[key] = block
+        self._children.setdefault(parent, {}).setdefault(tokens[0], []).append(block)
+        self._lost.discard(key)
+        return block
+
+    def _remove(self, block: Block) -> None:
+        """Take a block that is nowhere out of the tables."""
+        assert not block.places
+        assert not block.refs
+        assert not block.busy
+        del self._blocks[block.key]
+        self._dirty.pop(block, None)
+        self._forgotten += 1
+        by_token = self._children[block.parent]
+        by_token[block.tokens[0]].remove(block)
+        if not by_token[block.tokens[0]]:
+            del by_token[block.tokens[0]]
+        if not by_token:
+            del self._children[block.parent]
+            self._lost.discard(block.parent)
+
+    def _settle(self, block: Block) -> None:
+        """After an answer: a block whose record was bad, and that is nowhere else, is lost."""
+        if not block.places and not block.busy:
+            self._remove(block)
+            if block.key in self._children:
+                self._lost.add(block.key)
+
+    def _children_of(self, block: Block) -> list[Block]:
+        return [child for some in self._children.get(block.key, {}).values() for child in some]
+
+    def _note_dirty(self, block: Block, since: float) -> None:
+        if block.places and Tier.DISK not in block.places and Tier.DISK not in block.arriving:
+            self._dirty.setdefault(block, since)
+
+    def _take(self, tier: Tier) -> Slot:
+        slot = self._pools[tier].take(SlotState.ARRIVING)
+        assert slot is not None
+        return slot
+
+    def _place(self, block: Block, tier: Tier, slot: Slot) -> None:
+        block.places[tier] = slot
+        self._residents[tier][slot] = block
+
+    def _displace(self, block: Block, tier: Tier) -> Slot:
+        slot = block.places.pop(tier)
+        del self._residents[tier][slot]
+        return slot
+
+    def _issue(self, actions: list[Action], action: Action, flight: _Flight) -> None:
+        assert action not in self._flights
+        flight.block.busy += 1
+        self._flights[action] = flight
+        actions.append(action)
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> CacheStatistics:
+        blocks = self._blocks.values()
+        return CacheStatistics(
+            tiers={
+                tier: TierStatistics(
+                    pool=self._pools[tier].statistics(),
+                    leased=sum(any(block.leases) for block in self._residents[tier].values()),
+                    refs=sum(block.refs for block in self._residents[tier].values()),
+                )
+                for tier in Tier
+            },
+            blocks=len(blocks),
+            holds=len(self._holds),
+            refs=sum(block.refs for block in blocks),
+            leases=len(self._leases),
+            dirty=len(self._dirty),
+            flying=len(self._flights),
+            evictions={tier: self._evictions[tier] for tier in Tier},
+            forgotten=self._forgotten,
+            spill_failures=self._spill_failures,
+            fetch_failures=self._fetch_failures,
+        )
+
+    def check(self) -> None:
+        """Assert every law that can be seen in the tables. Costs a walk over all of them."""
+        self._check_slots()
+        refs = Counter(block for hold in self._holds for block in _referenced(hold))
+        busy = Counter(flight.block for flight in self._flights.values())
+        leases = Counter(
+            (block, of.session_class) for of in self._leases.values() for block in of.blocks
+        )
+        for block in refs.keys() | busy.keys() | self._dirty.keys():
+            assert self._blocks.get(block.key) is block
+        for key, block in self._blocks.items():
+            assert block.key == key == chain_key(block.parent, block.tokens)
+            assert block.refs == refs[block]
+            assert block.busy == busy[block]
+            assert block.leases == [leases[block, of] for of in SessionClass]
+            assert block.places or block.busy, "what is nowhere must be forgotten"
+            assert block.depth == 0 or block.parent in self._blocks or block.parent in self._lost
+            assert block in self._children[block.parent][block.tokens[0]]
+            durable = Tier.DISK in block.places or Tier.DISK in block.arriving
+            assert (block in self._dirty) == (bool(block.places) and not durable)
+        assert len(self._blocks) == sum(
+            len(some) for by in self._children.values() for some in by.values()
+        )
+        assert self._lost.isdisjoint(self._blocks)
+        assert self._lost <= self._children.keys()
+        assert list(self._dirty.values()) == sorted(self._dirty.values())
+        for hold in self._holds:
+            self._check_hold(hold)
+
+    def _check_slots(self) -> None:
+        lent = {slot for hold in self._holds for slot in hold.private[hold.flight is not None :]}
+        for tier, pool in self._pools.items():
+            pool.check()
+            here = {
+                block.places[tier]: block for block in self._blocks.values() if tier in block.places
+            }
+            assert here == self._residents[tier]
+            assert len(here) == sum(tier in block.places for block in self._blocks.values())
+            assert set(pool.slots(SlotState.HELD)) == here.keys()
+            assert set(pool.slots(SlotState.LENT)) == (lent if tier is Tier.DEVICE else set())
+            targets = {slot for at, slot in map(_target, self._flights) if at is tier}
+            assert set(pool.slots(SlotState.ARRIVING)) == targets
+            assert targets >= {
+                x.arriving[tier] for x in self._blocks.values() if tier in x.arriving
+            }
+
+    def _check_hold(self, hold: Hold) -> None:
+        parents = [hold.root, *(block.key for block in hold.blocks)]
+        assert [block.parent for block in hold.blocks] == parents[:-1]
+        assert len(hold.pending) < self.block_tokens
+        if hold.state is HoldState.RUNNING:
+            assert hold.table == [block.places[Tier.DEVICE] for block in hold.blocks] + hold.private
+
+
+def _referenced(hold: Hold) -> list[Block]:
+    return hold.blocks if hold.partial is None else [*hold.blocks, hold.partial]
+
+
+def _bring(block: Block, slot: Slot) -> Copy | Fetch:
+    """To a device slot, from the nearest place."""
+    source = min(block.places)
+    if source is Tier.DISK:
+        return Fetch(block.key, block.parent, block.tokens, Tier.DEVICE, slot)
+    return Copy(block.key, source, block.places[source], Tier.DEVICE, slot)
+
+
+def _target(action: Action) -> tuple[Tier, Slot]:
+    if isinstance(action, Spill | Drop):
+        return Tier.DISK, action.disk_slot
+    return action.target, action.target_slot
+
+
+def _shared_prefix(some: TokenIds, other: TokenIds) -> int:
+    """Tokens that both begin with."""
+    for at, (one, two) in enumerate(zip(some, other, strict=False)):
+        if one != two:
+            return at
+    return min(len(some), len(other))
