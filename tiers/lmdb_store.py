@@ -1,9 +1,9 @@
 """`BlockStore` on LMDB, the only file that knows lmdb. One environment in the state directory, five tables:
 
     blocks     key -> record (record.py); payloads live here and nowhere else
-    index      key -> fingerprint 32, parent 32, last_used f64, record size u64, token ids u32...: what a start reads
+    index      key -> seal, fingerprint 32, parent 32, last_used f64, record size u64, token ids u32...: read at start
     manifests  response name -> age u64, encoded manifest
-    ages       age u64, big endian -> response name, size u64: oldest first, for the budget
+    ages       age u64, big endian -> seal, response name, size u64: oldest first, for the budget
     names      item or content name -> response name
 
 How it is used, each for a measured reason (lmdb 3.0.0, engine 0.9.36)
@@ -13,13 +13,15 @@ How it is used, each for a measured reason (lmdb 3.0.0, engine 0.9.36)
     No transaction object outlives its function: even a finished one keeps its reader slot until it is collected.
     Views (`buffers=True`) are verified and copied inside their transaction.
     The map is far larger than the capacity and never resized; our own budget, not MDB_MAP_FULL, is the limit.
-    LMDB has no checksum for values: ours is in the record, in the manifest, and for `index` the key itself is one.
+    LMDB has no checksum for values: ours are in the record, in the manifest, and in the seals (xxh3-64 of key and
+    value) of the two tables that a start believes.
 
 A damaged environment
     It is created beside its place and renamed into it, so a crash while creating leaves none.
-    Reading a page beyond the end of a truncated file is a SIGBUS. So at open a file shorter than LMDB believes is
-    made longer with a hole: zero pages are refused by LMDB's own checks and by our checksums, without a signal.
-    (A file may legally be shorter: pages allocated and freed within one transaction are never written.)
+    Reading a page beyond the end of a truncated file is a SIGBUS, and a page of zeros can be a failed assertion: both
+    kill. So where the file is shorter than LMDB believes, another process walks it first, and may die of it.
+    (A file may legally be shorter: pages allocated and freed within one transaction are never written. It is then
+    made as long as it should be, so that the next start has no question.)
     Whatever LMDB refuses at open, or while the small tables are read through, is put aside and replaced by nothing.
 """
 
@@ -29,15 +31,19 @@ import logging
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lmdb
+import xxhash
 
 from tiers import manifest as manifests_format
 from tiers import record
-from tiers.block import BlockKey, StoreError, chain_key
+from tiers.block import BlockKey, StoreError
 from tiers.state_dir import make_private, sync_directory
 from tiers.store import (
     IndexEntry,
@@ -53,7 +59,6 @@ from tiers.store import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from tiers.block import TokenIds
     from tiers.manifest import Manifest
@@ -64,7 +69,11 @@ _ENVIRONMENT = "kv"
 _ENGINE = 0  # LMDB 0.9: formats 0.9 and 1.0 are mutually unreadable, so never the binding's default
 _TABLES = (b"blocks", b"index", b"manifests", b"ages", b"names")
 _MAX_READERS = 126
+_SCRUB_MAP_BYTES = 1 << 30  # lmdb makes it larger where the file is
+_WALK_S = 600.0  # a walk that takes longer goes in circles
 _LONGEST_HOLE = 256 << 20  # bytes; one transaction cannot legally leave out more
+_SEAL_BYTES = 8
+_TRIAL = b"trial"  # shorter than any name
 _INDEX = struct.Struct("<32s32sdQ")
 _AGE = struct.Struct(">Q")  # big endian, so that LMDB's byte order is the order of ages
 _AGE_ENTRY = struct.Struct("<32sQ")
@@ -133,6 +142,7 @@ class LmdbStore:
             env.open_db(name, create=False) for name in _TABLES
         )
         usage = self._take_stock()
+        self._try_writing()
         self._usage: _Usage | None = usage  # None: a write failed, count anew
         self._statistics = usage.statistics()
 
@@ -223,7 +233,9 @@ class LmdbStore:
     def index(self) -> Iterator[IndexEntry]:
         with self._reading() as txn:
             found = [_index_entry(key, value) for key, value in txn.cursor(db=self._index)]
-        return iter([own.entry for own in found if own and own.fingerprint == self._fingerprint])
+        return iter(
+            [entry.own for entry in found if entry and entry.fingerprint == self._fingerprint]
+        )
 
     def find_response(self, tenant: str, response_id: str) -> Manifest | None:
         with self._reading() as txn:
@@ -305,10 +317,9 @@ class LmdbStore:
         )
         size = len(head) + block.payload.nbytes
         entry = _INDEX.pack(self._fingerprint, block.parent, block.last_used, size)
+        entry += struct.pack(f"<{len(block.tokens)}I", *block.tokens)
         txn.put(block.key, b"".join((head, block.payload)), db=self._blocks)
-        txn.put(
-            block.key, entry + struct.pack(f"<{len(block.tokens)}I", *block.tokens), db=self._index
-        )
+        txn.put(block.key, _seal(block.key, entry), db=self._index)
         usage.block_bytes -= usage.blocks.get(block.key, 0)
         usage.blocks[block.key] = self._bytes_on_disk(block)
         usage.block_bytes += usage.blocks[block.key]
@@ -361,7 +372,7 @@ class LmdbStore:
         self._delete_manifest(txn, usage, response)
         age = _AGE.pack(usage.next_age)
         txn.put(response, age + data, db=self._manifests)
-        txn.put(age, _AGE_ENTRY.pack(response, len(data)), db=self._ages)
+        txn.put(age, _seal(age, _AGE_ENTRY.pack(response, len(data))), db=self._ages)
         for name in other_names(manifest):
             txn.put(name, response, db=self._names)
         usage.next_age += 1
@@ -372,9 +383,7 @@ class LmdbStore:
         found = txn.pop(response, db=self._manifests)
         if found is None:
             return
-        txn.delete(found[: _AGE.size], db=self._ages)
-        usage.manifests -= 1
-        usage.manifest_bytes -= len(found) - _AGE.size
+        self._forget_age(txn, usage, found[: _AGE.size])
         try:
             manifest = manifests_format.decode(found[_AGE.size :])
         except StoreError:
@@ -383,15 +392,36 @@ class LmdbStore:
             if txn.get(name, db=self._names) == response:
                 txn.delete(name, db=self._names)
 
+    def _forget_age(self, txn: Any, usage: _Usage, age: bytes) -> Name | None:
+        """The response of that age. The totals count what the ages say, so an entry leaves them as it came."""
+        found = _age_entry(age, txn.pop(age, db=self._ages) or b"")
+        if found is None:
+            return None
+        usage.manifests -= 1
+        usage.manifest_bytes -= found.bytes
+        return found.response
+
     def _trim_manifests(self, txn: Any, usage: _Usage) -> None:
         limits = self._limits
         while usage.manifests > limits.manifests or usage.manifest_bytes > limits.manifest_bytes:
             cursor = txn.cursor(db=self._ages)
             cursor.first()
-            response, _ = _AGE_ENTRY.unpack(cursor.value())
-            self._delete_manifest(txn, usage, Name(response))
+            response = self._forget_age(txn, usage, cursor.key())
+            if response is not None:
+                self._delete_manifest(txn, usage, response)
 
     # opening
+
+    def _try_writing(self) -> None:
+        """Make LMDB look at its list of free pages, which no read does. A full or failing disk is no damage."""
+        try:
+            with self._env.begin(write=True) as txn:
+                txn.put(_TRIAL, b"", db=self._names)
+                txn.delete(_TRIAL, db=self._names)
+        except _DAMAGE:
+            raise
+        except lmdb.Error as error:
+            _log.warning("the disk tier starts without being able to write: %s", error)
 
     def _take_stock(self) -> _Usage:
         """Read the small tables through. Raises `lmdb.Error` or `_Damaged` where they cannot be."""
@@ -402,7 +432,7 @@ class LmdbStore:
                 size = found.record_bytes if found else self._record_bytes
                 usage.blocks[BlockKey(bytes(key))] = record_bytes_on_disk(size)
                 if found is None or found.fingerprint != self._fingerprint:
-                    usage.foreign[BlockKey(bytes(key))] = found.entry.last_used if found else 0.0
+                    usage.foreign[BlockKey(bytes(key))] = found.own.last_used if found else 0.0
             if txn.stat(db=self._blocks)["entries"] != len(usage.blocks):
                 # Only damage does this. The walk is slow: lmdb touches every page of every value it passes.
                 for key in txn.cursor(db=self._blocks).iternext(keys=True, values=False):
@@ -413,32 +443,52 @@ class LmdbStore:
                         usage.foreign[BlockKey(bytes(key))] = 0.0
             usage.block_bytes = sum(usage.blocks.values())
             for age, value in txn.cursor(db=self._ages):
-                if len(age) != _AGE.size or len(value) != _AGE_ENTRY.size:
-                    raise _Damaged("the table of ages is not as it was written")
-                usage.next_age = _AGE.unpack(age)[0] + 1
-                usage.manifests += 1
-                usage.manifest_bytes += _AGE_ENTRY.unpack(value)[1]
+                written = _age_entry(age, value)
+                if written is not None:
+                    usage.next_age = written.age + 1
+                    usage.manifests += 1
+                    usage.manifest_bytes += written.bytes
         return usage
 
 
 @dataclass(frozen=True, slots=True)
 class _Indexed:
-    entry: IndexEntry
+    own: IndexEntry
     fingerprint: bytes
     record_bytes: int
 
 
-def _index_entry(key: memoryview, value: memoryview) -> _Indexed | None:
-    """None for an entry that is not as it was written: the key is a hash over parent and tokens."""
-    if len(value) < _INDEX.size or (len(value) - _INDEX.size) % 4:
+def _index_entry(key: memoryview | bytes, value: memoryview | bytes) -> _Indexed | None:
+    """None for an entry that is not as it was written."""
+    entry = _unseal(key, value)
+    if entry is None:
         return None
-    fingerprint, parent, last_used, size = _INDEX.unpack_from(value)
-    tokens = struct.unpack_from(f"<{(len(value) - _INDEX.size) // 4}I", value, _INDEX.size)
-    if chain_key(parent, tokens) != bytes(key):
-        return None
-    return _Indexed(
-        IndexEntry(BlockKey(bytes(key)), BlockKey(parent), tokens, last_used), fingerprint, size
-    )
+    fingerprint, parent, last_used, size = _INDEX.unpack_from(entry)
+    tokens = struct.unpack_from(f"<{(len(entry) - _INDEX.size) // 4}I", entry, _INDEX.size)
+    own = IndexEntry(BlockKey(bytes(key)), BlockKey(parent), tokens, last_used)
+    return _Indexed(own, fingerprint, size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Aged:
+    age: int
+    response: Name
+    bytes: int  # of the encoded manifest
+
+
+def _age_entry(age: memoryview | bytes, value: memoryview | bytes) -> _Aged | None:
+    """None for an entry that is not as it was written."""
+    entry = _unseal(age, value)
+    return None if entry is None else _Aged(*_AGE.unpack(age), *_AGE_ENTRY.unpack(entry))
+
+
+def _seal(key: bytes, value: bytes) -> bytes:
+    return xxhash.xxh3_64_digest(key + value) + value
+
+
+def _unseal(key: memoryview | bytes, sealed: memoryview | bytes) -> bytes | None:
+    value = bytes(sealed[_SEAL_BYTES:])
+    return value if sealed[:_SEAL_BYTES] == xxhash.xxh3_64_digest(bytes(key) + value) else None
 
 
 def _open_environment(state: StateDir, path: Path, map_bytes: int) -> Any:
@@ -461,13 +511,8 @@ def _open_environment(state: StateDir, path: Path, map_bytes: int) -> Any:
     make_private(path)
     for file in path.iterdir():
         make_private(file)
-    env = _environment(path, map_bytes)
-    try:
-        _fill_hole(env, path)
-    except BaseException:
-        env.close()
-        raise
-    return env
+    _check_length(path, map_bytes)
+    return _environment(path, map_bytes)
 
 
 def _environment(path: Path, map_bytes: int) -> Any:
@@ -482,13 +527,121 @@ def _environment(path: Path, map_bytes: int) -> Any:
     )
 
 
-def _fill_hole(env: Any, path: Path) -> None:
-    """Make a file that is shorter than LMDB believes as long as that (see the module's header)."""
-    data = path / "data.mdb"
+def _check_length(path: Path, map_bytes: int) -> None:
+    """Make sure that no page LMDB may touch lies beyond the end of its file. Raises `_Damaged`."""
+    env = _environment(path, map_bytes)
     expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    env.close()
+    data = path / "data.mdb"
     missing = expected - data.stat().st_size
+    if missing <= 0:
+        return
     if missing > _LONGEST_HOLE:
         raise _Damaged(f"{missing} of {expected} bytes are missing from its end")
-    if missing > 0:
-        _log.warning("%s is %d bytes shorter than its last page: filled with zeros", data, missing)
-        os.truncate(data, expected)
+    _log.warning("%s is %d bytes shorter than expected: checking all of it", data, missing)
+    walk = [sys.executable, "-m", __name__, str(path)]
+    try:
+        subprocess.run(
+            walk, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=_WALK_S
+        )
+    except subprocess.SubprocessError as error:
+        raise _Damaged(f"its end is missing: {error}") from error
+    os.truncate(data, expected)
+
+
+def _walk(path: str) -> None:
+    """Touch every page of every table."""
+    env = _environment(Path(path), _SCRUB_MAP_BYTES)
+    for name in _TABLES:
+        table = env.open_db(name, create=False)
+        with env.begin(buffers=True) as txn:
+            for _ in txn.cursor(db=table):  # lmdb itself reads one byte of each page it passes
+                pass
+    env.close()
+
+
+@dataclass(frozen=True, slots=True)
+class ScrubStep:
+    """One record looked at. `reason` is None for a good one, else why it would be refused."""
+
+    done: int
+    total: int
+    name: str  # of the record, in hexadecimal
+    reason: str | None
+
+
+def scrub(state: StateDir) -> Iterator[ScrubStep]:
+    """Verify every byte of every block, whichever model's, and every manifest. Changes nothing.
+
+    Raises `StoreError("io")` where the environment cannot be walked; the daemon would put it aside and start empty.
+    """
+    path = state.path / _ENVIRONMENT
+    if not os.path.lexists(path):
+        return
+    try:
+        env = _open_environment(state, path, _SCRUB_MAP_BYTES)
+        try:
+            yield from _scrub(env)
+        finally:
+            env.close()
+    except (OSError, lmdb.Error, _Damaged) as error:
+        raise StoreError("io", f"{path}: cannot be walked: {error}") from error
+
+
+def _scrub(env: Any) -> Iterator[ScrubStep]:
+    tables = {table: env.open_db(table, create=False) for table in _TABLES}
+    blocks, names = (
+        _keys_of(env, tables[b"index"], tables[b"blocks"]),
+        _keys_of(env, tables[b"manifests"]),
+    )
+    total = len(blocks) + len(names)
+    for done, key in enumerate(blocks, 1):
+        yield ScrubStep(done, total, key.hex(), _fault_of_block(env, tables, BlockKey(key)))
+    for done, name in enumerate(names, len(blocks) + 1):
+        yield ScrubStep(done, total, name.hex(), _fault_of_manifest(env, tables, Name(name)))
+
+
+def _keys_of(env: Any, *tables: Any) -> list[bytes]:
+    with env.begin() as txn:
+        keys = {
+            key
+            for table in tables
+            for key in txn.cursor(db=table).iternext(keys=True, values=False)
+        }
+    return sorted(keys)
+
+
+def _fault_of_block(env: Any, tables: dict[bytes, Any], key: BlockKey) -> str | None:
+    with env.begin(buffers=True) as txn:
+        written = txn.get(key, db=tables[b"index"])
+        found = txn.get(key, db=tables[b"blocks"])
+        entry = None if written is None else _index_entry(key, written)
+        if entry is None:
+            return "index"
+        if found is None:
+            return "missing"
+        try:
+            record.verify(
+                found,
+                fingerprint=entry.fingerprint,
+                key=key,
+                parent=entry.own.parent,
+                tokens=entry.own.tokens,
+            )
+        except StoreError as error:
+            return error.reason
+    return None
+
+
+def _fault_of_manifest(env: Any, tables: dict[bytes, Any], name: Name) -> str | None:
+    with env.begin() as txn:
+        found = txn.get(name, db=tables[b"manifests"])
+    try:
+        manifest = manifests_format.decode(found[_AGE.size :])
+    except StoreError as error:
+        return error.reason
+    return None if response_name(manifest.tenant, manifest.response_id) == name else "key"
+
+
+if __name__ == "__main__":  # what _check_length runs
+    _walk(sys.argv[1])
