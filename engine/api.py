@@ -23,7 +23,8 @@ LeaseId = NewType("LeaseId", int)
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose the next token. `temperature` 0 is greedy; `seed` makes a sampled run repeatable."""
+    """How to choose the next token. `temperature` 0 is greedy; a `seed` makes a sampled run repeatable, without one
+    the service draws one."""
 
     max_tokens: int  # 0: prefill only, nothing is sampled
     temperature: float = 1.0
@@ -228,6 +229,7 @@ class EngineReport:
     loading: int
     leases: int
     refs: int
+    dirty: int  # blocks not yet written to disk
     tokens_total: dict[str, int]  # {computed|device|host|disk|remote: tokens}
     output_tokens_total: int
     evictions_total: dict[str, int]  # {tier name: blocks}

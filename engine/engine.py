@@ -46,6 +46,7 @@ from engine.api import (
     TierReport,
 )
 from engine.batch import Batch, Segment
+from engine.sampler import SamplingState
 from engine.sequence import Phase, Sequence
 from tiers.block import Copy, Drop, Fetch, Spill, Tier
 from tiers.disk import Failed, Forgotten, Landed, Persisted, PersistFailed
@@ -58,10 +59,9 @@ if TYPE_CHECKING:
 
     from engine.api import Command, Output, RequestId
     from engine.memory import Memory
-    from engine.sampler import SamplingState
     from engine.scheduler import Chunk, Scheduler
     from tiers.block import Action, BlockKey
-    from tiers.cache import Hold, TieredCache
+    from tiers.cache import Hold, Lease, TieredCache
     from tiers.disk import DiskReader, DiskWriter
     from tiers.disk import Reply as DiskReply
     from tiers.manifest import Manifest
@@ -95,7 +95,8 @@ class Counters:
 
 
 class Engine:
-    """`run` is the thread's body. `post` may be called from any thread; everything else belongs to the engine thread."""
+    """`run` is the thread's body. `inbox` takes commands and the disk's answers from any thread; `max_context` never
+    changes; everything else belongs to the engine thread."""
 
     def __init__(
         self,
@@ -111,6 +112,7 @@ class Engine:
         max_context: int,
         vocab_size: int,
         clock: Callable[[], float],
+        inbox: queue.SimpleQueue[Command | DiskReply],
     ) -> None:
         self._cache = cache
         self._scheduler = scheduler
@@ -123,7 +125,7 @@ class Engine:
         self._max_context = min(max_context, scheduler.context_limit)
         self._vocab_size = vocab_size
         self._clock = clock
-        self._inbox: queue.SimpleQueue[Command | DiskReply] = queue.SimpleQueue()
+        self._inbox = inbox
         self._sequences: dict[RequestId, Sequence] = {}
         self._prefetches: list[Hold] = []
         self._waiting_for_disk = 0  # posted disk actions and manifests not yet answered
@@ -132,16 +134,15 @@ class Engine:
         self._answers: list[Answer] = []
         self._counters = Counters()
         self._next_check = 0.0
-        self._stuck = False  # nothing can go on before some message arrives: slots are on their way out or in
+        self._stuck = (
+            False  # nothing can go on before some message arrives: slots are on their way out or in
+        )
         self._stopping = False
 
     @property
     def max_context(self) -> int:
         """Tokens of prompt and output together."""
         return self._max_context
-
-    def post(self, message: Command | DiskReply) -> None:
-        self._inbox.put(message)
 
     def run(self, emit: Callable[[Step], None]) -> None:
         """Serve until `Stop`, then finish what runs as cancelled, spill what is dirty and wait for the disk."""
@@ -151,13 +152,16 @@ class Engine:
         for sequence in list(self._sequences.values()):
             self._finish(sequence, FinishReason.CANCELLED, now)
         self._flush(emit)
-        while self._prefetches or self._waiting_for_disk:
-            self._receive(self._inbox.get())
-            self._end_prefetches(self._clock())
+        self._await_disk()
         self._perform(self._cache.write_behind(self._clock(), all_dirty=True))
+        self._await_disk()
+        self._flush(emit)
+
+    def _await_disk(self) -> None:
+        self._end_prefetches(self._clock())
         while self._waiting_for_disk:
             self._receive(self._inbox.get())
-        self._flush(emit)
+            self._end_prefetches(self._clock())
 
     # -- one turn ----------------------------------------------------------------------------------------------------
 
@@ -248,7 +252,11 @@ class Engine:
         elif not self._scheduler.accepts():
             self._refuse(submit, RefuseReason.BUSY, "too many requests are waiting")
         elif not prompt or min(prompt) < 0 or max(prompt) >= self._vocab_size:
-            self._refuse(submit, RefuseReason.PROMPT, "the prompt is empty or has an id outside the vocabulary")
+            self._refuse(
+                submit,
+                RefuseReason.PROMPT,
+                "the prompt is empty or has an id outside the vocabulary",
+            )
         elif len(prompt) > self._max_context - (submit.sampling.max_tokens > 0):
             self._refuse(
                 submit,
@@ -324,7 +332,11 @@ class Engine:
     # -- moving bytes ------------------------------------------------------------------------------------------------
 
     def _perform(
-        self, actions: Iterable[Action], *, manifest: Manifest | None = None, ticket: int | None = None
+        self,
+        actions: Iterable[Action],
+        *,
+        manifest: Manifest | None = None,
+        ticket: int | None = None,
     ) -> None:
         """In order. Copies land at once; spills of one call go to the writer together, with the manifest if any."""
         spills: list[tuple[Spill, memoryview]] = []
@@ -344,7 +356,10 @@ class Engine:
         if spills and self._writer.offer_blocks(tuple(spills), manifest, ticket):
             self._waiting_for_disk += len(spills)
             return
-        for spill, _ in spills:  # the writer is behind: these blocks stay dirty, or are forgotten when their slot is needed
+        for (
+            spill,
+            _,
+        ) in spills:  # the writer is behind: these blocks stay dirty, or are forgotten when their slot is needed
             self._counters.spill_failures += 1
             self._cache.failed(spill, self._clock())
         if manifest is not None:
@@ -355,10 +370,14 @@ class Engine:
     def _admit(self, now: float) -> None:
         while (sequence := self._scheduler.admissible()) is not None:
             root = self._root(sequence.submit.salt)
-            hold = self._cache.acquire(self._cache.match(root, tuple(sequence.tokens)), now)
+            hold = self._cache.acquire(
+                self._cache.match(root, tuple(sequence.tokens)),
+                now,
+                supersedes=sequence.submit.supersedes,
+            )
             actions = self._cache.load(hold, now)
             if actions is None:
-                self._perform(self._cache.make_room(len(hold.table) + 1, now))
+                self._perform(self._cache.make_room(self._cache.slots_to_load(hold), now))
                 actions = self._cache.load(hold, now)
             if actions is None:  # slots are held by others, or their bytes are still on the way out
                 self._cache.release(hold, now)
@@ -411,7 +430,9 @@ class Engine:
             if self._cache.lend(hold, needed, now):
                 break
             victim = self._scheduler.victim(sequence)
-            if victim is None:  # its slots are on the way out, or being loaded by others: try again next turn
+            if (
+                victim is None
+            ):  # its slots are on the way out, or being loaded by others: try again next turn
                 return False
             self._preempt(victim, now)
         return True
@@ -454,7 +475,10 @@ class Engine:
         sampling = sequence.submit.sampling
         if token in sampling.stop_ids:
             self._finish(sequence, FinishReason.STOP, now)
-        elif sequence.output_tokens >= sampling.max_tokens or len(sequence.tokens) >= self._max_context:
+        elif (
+            sequence.output_tokens >= sampling.max_tokens
+            or len(sequence.tokens) >= self._max_context
+        ):
             self._finish(sequence, FinishReason.LENGTH, now)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, now: float) -> None:
@@ -478,7 +502,56 @@ class Engine:
     # -- reports -----------------------------------------------------------------------------------------------------
 
     def _report(self, now: float) -> EngineReport:
-        raise AssertionError  # completed below
+        cache = self._cache.statistics()
+        counters = self._counters
+        block_bytes = self._memory.block_bytes
+        return EngineReport(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            loading=len(self._scheduler.loading),
+            leases=cache.leases,
+            refs=cache.refs,
+            dirty=cache.dirty,
+            tokens_total={
+                "computed": counters.computed,
+                "device": counters.cached_device,
+                "host": counters.cached_host,
+                "disk": counters.cached_disk,
+                "remote": 0,
+            },
+            output_tokens_total=counters.output,
+            evictions_total={tier.name.lower(): cache.evictions[tier] for tier in Tier},
+            spills_total=counters.spills,
+            spill_failures_total=counters.spill_failures,
+            fetches_total=counters.fetches,
+            verify_failures_total=dict(counters.verify_failures),
+            tiers=tuple(
+                TierReport(
+                    tier=tier.name.lower(),
+                    capacity_bytes=of.pool.capacity * block_bytes,
+                    used_bytes=(of.pool.capacity - of.pool.free) * block_bytes,
+                    blocks=of.pool.held,
+                    leased_blocks=of.leased,
+                    held_refs=of.refs,
+                )
+                for tier, of in cache.tiers.items()
+            ),
+            sessions=tuple(_session_report(lease, now) for lease in self._cache.leases()),
+        )
+
+
+def _session_report(lease: Lease, now: float) -> SessionReport:
+    tokens_on = {tier.name.lower(): 0 for tier in Tier}
+    for block in lease.blocks:
+        for tier in block.places:
+            tokens_on[tier.name.lower()] += len(block.tokens)
+    return SessionReport(
+        session=lease.session,
+        session_class=lease.session_class.name.lower(),
+        tokens=sum(len(block.tokens) for block in lease.blocks),
+        idle_s=now - lease.idle_since,
+        tokens_on=tokens_on,
+    )
 
 
 def _batch_of(chunks: list[Chunk]) -> Batch:
@@ -506,3 +579,13 @@ def _batch_of(chunks: list[Chunk]) -> Batch:
 
 def _samples(chunk: Chunk) -> bool:
     return chunk.count == chunk.sequence.pending and not chunk.sequence.prefill_only
+
+
+def _sampling_state(sequence: Sequence) -> SamplingState:
+    sampling = sequence.submit.sampling
+    return SamplingState(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sequence.request if sampling.seed is None else sampling.seed,
+        step=sequence.output_tokens,
+    )

@@ -1,0 +1,341 @@
+"""The trio side of the engine: owns its threads in nurseries, and turns commands and outputs into awaits and channels.
+
+    open_engine
+      disk threads     one writer, several readers: `to_thread` each, for the engine's whole life
+        engine thread  one `to_thread`, shielded: it ends by `Stop` in its inbox, never by cancellation
+          caller       `async with service.generate(submit) as outputs`
+
+Leaving the inner level stops the engine first (it cancels what runs and spills what is dirty), then the disk.
+The engine's `emit` is a rendezvous: `from_thread.run_sync`, one call per step, so it cannot run ahead of trio.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import secrets
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from engine.api import (
+    Cancel,
+    Demote,
+    EngineReport,
+    Finished,
+    Forget,
+    Inspect,
+    Output,
+    Persist,
+    Prefetch,
+    Reclass,
+    Refused,
+    RequestId,
+    Stop,
+)
+from engine.engine import Engine
+from engine.memory import Memory
+from engine.model import LoadSpec, load
+from engine.runner import Runner
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler
+from engine.text import Text
+from tiers.arena import Arena
+from tiers.block import StoreError, Tier, root_key
+from tiers.cache import TieredCache
+from tiers.disk import DiskReader, DiskWriter
+from tiers.lmdb_store import LmdbStore
+from tiers.state_dir import StateDir
+from tiers.store import StoreLimits
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+    from engine.api import Command, LeaseId, Step, Submit
+    from tiers.block import TokenIds
+    from tiers.disk import FetchBlock, Reply
+    from tiers.disk import Stop as StopReading
+    from tiers.manifest import Manifest
+    from tiers.policy import Limits, SessionClass
+
+log = logging.getLogger(__name__)
+
+MIN_DEVICE_SLOTS = 4  # fewer cannot hold a prompt, its copy of a shared tail and the next block
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Everything the engine is built from. Capacities are bytes; a tier too small for one block is off."""
+
+    state_dir: Path
+    model_path: str | None  # None: the model embedded in the wheel
+    model_name: str
+    device: str  # auto, cpu, cuda
+    dtype: str  # auto, float32, bfloat16
+    block_tokens: int
+    step_tokens: int
+    mixed_tokens: int
+    max_running: int
+    max_waiting: int
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    limits: Limits
+    readers: int
+    threads: int | None = None  # torch threads; None: torch decides
+    manifest_bytes: int = field(default=256 << 20)
+
+
+class EngineService:
+    """What the broker knows of the engine. Every method but `emit` belongs to the trio thread."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self.text = parts.text
+        self.model_name = parts.name
+        self.max_context = parts.engine.max_context
+        self._inbox = parts.inbox
+        self._store = parts.store
+        self._requests = itertools.count(1)
+        self._tickets = itertools.count(1)
+        self._channels: dict[RequestId, trio.MemorySendChannel[Output]] = {}
+        self._replies: dict[int, trio.MemorySendChannel[object]] = {}
+        self._lookups = trio.CapacityLimiter(4)  # LMDB reads beside the block readers
+
+    def new_request(self) -> RequestId:
+        return RequestId(next(self._requests))
+
+    @asynccontextmanager
+    async def generate(self, submit: Submit) -> AsyncIterator[trio.MemoryReceiveChannel[Output]]:
+        """Run one generation; the channel closes after `Finished` or `Refused`. Leaving before that cancels it.
+
+        The buffer holds everything a request can say, so the engine never waits for a slow reader.
+        """
+        send, receive = trio.open_memory_channel[Output](submit.sampling.max_tokens + 4)
+        self._channels[submit.request] = send
+        self._inbox.put(_seeded(submit))
+        try:
+            yield receive
+        finally:
+            if self._channels.pop(submit.request, None) is not None:
+                self._inbox.put(Cancel(submit.request))
+            send.close()
+            receive.close()
+
+    def reclass(self, lease: LeaseId, to: SessionClass) -> None:
+        self._inbox.put(Reclass(lease, to))
+
+    def prefetch(self, salt: bytes, prompt: TokenIds) -> None:
+        self._inbox.put(Prefetch(salt, prompt))
+
+    async def demote(self, to: Tier, session: str | None) -> int:
+        moved = await self._ask(lambda ticket: Demote(ticket, to, session))
+        assert isinstance(moved, int)
+        return moved
+
+    async def inspect(self) -> EngineReport:
+        report = await self._ask(Inspect)
+        assert isinstance(report, EngineReport)
+        return report
+
+    async def persist(self, manifest: Manifest) -> None:
+        """Return once the manifest is on disk. Raises StoreError if the disk refused it."""
+        reason = await self._ask(lambda ticket: Persist(ticket, manifest))
+        if reason is not None:
+            raise StoreError(
+                str(reason), f"manifest {manifest.response_id} was not stored: {reason}"
+            )
+
+    def persist_later(self, manifest: Manifest) -> None:
+        self._inbox.put(Persist(None, manifest))
+
+    async def forget_response(self, tenant: str, response_id: str) -> bool:
+        """Delete a stored response; False if there was none."""
+        return bool(await self._ask(lambda ticket: Forget(ticket, tenant, response_id)))
+
+    async def find_response(self, tenant: str, response_id: str) -> Manifest | None:
+        return await self._look_up(self._store.find_response, tenant, response_id)
+
+    async def find_item(self, tenant: str, item_id: str) -> Manifest | None:
+        return await self._look_up(self._store.find_item, tenant, item_id)
+
+    async def find_content(self, tenant: str, digest: bytes) -> Manifest | None:
+        return await self._look_up(self._store.find_content, tenant, digest)
+
+    def emit(self, step: Step) -> None:
+        """Called on the engine thread: hand one step over to the trio thread, and wait until it is taken."""
+        trio.from_thread.run_sync(self._deliver, step)
+
+    def _deliver(self, step: Step) -> None:
+        for output in step.outputs:
+            send = self._channels.get(output.request)
+            if send is None:  # the caller left; its Cancel is on the way
+                continue
+            send.send_nowait(output)
+            if isinstance(output, Finished | Refused):
+                del self._channels[output.request]
+                send.close()
+        for answer in step.answers:
+            reply = self._replies.pop(answer.ticket, None)
+            if reply is not None:
+                reply.send_nowait(answer.value)
+
+    async def _ask(self, command: Callable[[int], Any]) -> object:
+        ticket = next(self._tickets)
+        send, receive = trio.open_memory_channel[object](1)
+        self._replies[ticket] = send
+        try:
+            self._inbox.put(command(ticket))
+            return await receive.receive()
+        finally:
+            self._replies.pop(ticket, None)
+
+    async def _look_up(self, find: Callable[..., Manifest | None], *key: object) -> Manifest | None:
+        """A damaged manifest is a forgotten one."""
+        try:
+            return await trio.to_thread.run_sync(find, *key, limiter=self._lookups)
+        except StoreError as error:
+            log.warning("a manifest is not used: %s: %s", error.reason, error)
+            return None
+
+
+def _seeded(submit: Submit) -> Submit:
+    if submit.sampling.seed is not None:
+        return submit
+    return replace(submit, sampling=replace(submit.sampling, seed=secrets.randbits(63)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    inbox: SimpleQueue[Command | Reply]
+    engine: Engine
+    writer: DiskWriter
+    readers: tuple[DiskReader, ...]
+    store: LmdbStore
+    text: Text
+    name: str
+
+
+@asynccontextmanager
+async def open_engine(
+    settings: EngineSettings, wall_clock: Callable[[], float]
+) -> AsyncIterator[EngineService]:
+    """Load the model, open the store, start the threads; yield the service; stop all in reverse order.
+
+    `wall_clock` gives seconds since the epoch: blocks on disk remember when they were last used, across restarts.
+
+    Raises UnsupportedModel for a model that cannot be paged, StateDirRefused or StoreError for a state directory that
+    cannot be owned.
+    """
+    state = StateDir.open(settings.state_dir)
+    try:
+        parts = await trio.to_thread.run_sync(_build, settings, state, wall_clock)
+        try:
+            async with _running(parts) as service:
+                yield service
+        finally:
+            parts.store.close()
+    finally:
+        state.close()
+
+
+@asynccontextmanager
+async def _running(parts: _Parts) -> AsyncIterator[EngineService]:
+    service = EngineService(parts)
+    async with trio.open_nursery() as disk_threads:
+        for body in (parts.writer.run, *(reader.run for reader in parts.readers)):
+            disk_threads.start_soon(_host, body)
+        try:
+            async with trio.open_nursery() as engine_thread:
+                engine_thread.start_soon(_host, functools.partial(parts.engine.run, service.emit))
+                try:
+                    yield service
+                finally:
+                    parts.inbox.put(Stop())
+        finally:
+            parts.writer.stop()
+            for reader in parts.readers:
+                reader.stop()
+
+
+async def _host(body: Callable[[], None]) -> None:
+    """One thread for a body's whole life. Its own inbox ends it; cancellation waits for that."""
+    with trio.CancelScope(shield=True):
+        await trio.to_thread.run_sync(body, limiter=trio.CapacityLimiter(1))
+
+
+def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], float]) -> _Parts:
+    """Everything that takes long: on a thread of its own."""
+    loaded = load(
+        LoadSpec(
+            state_dir=settings.state_dir,
+            path=settings.model_path,
+            name=settings.model_name,
+            device=settings.device,
+            dtype=settings.dtype,
+            block_tokens=settings.block_tokens,
+            threads=settings.threads,
+        )
+    )
+    text = Text.from_dir(loaded.path)
+    block_bytes = loaded.geometry.block_bytes
+    store = LmdbStore.open(
+        state,
+        fingerprint=loaded.fingerprint,
+        payload_bytes=block_bytes,
+        block_tokens=settings.block_tokens,
+        limits=StoreLimits(block_bytes=settings.disk_bytes, manifest_bytes=settings.manifest_bytes),
+    )
+    slots = {
+        Tier.DEVICE: max(MIN_DEVICE_SLOTS, settings.device_bytes // block_bytes),
+        Tier.HOST: settings.host_bytes // block_bytes,
+        Tier.DISK: store.block_slots,
+    }
+    arenas = {Tier.DEVICE: Arena(loaded.geometry, slots[Tier.DEVICE], loaded.device)}
+    if slots[Tier.HOST]:
+        arenas[Tier.HOST] = Arena(loaded.geometry, slots[Tier.HOST])
+    cache = TieredCache(block_tokens=settings.block_tokens, slots=slots, limits=settings.limits)
+    inbox: SimpleQueue[Command | Reply] = SimpleQueue()
+    fetches: SimpleQueue[FetchBlock | StopReading] = SimpleQueue()
+    writer = DiskWriter(store, inbox.put, wall_clock)
+    readers = tuple(DiskReader(store, fetches, inbox.put) for _ in range(settings.readers))
+    engine = Engine(
+        cache=cache,
+        scheduler=Scheduler(
+            step_tokens=settings.step_tokens,
+            mixed_tokens=settings.mixed_tokens,
+            max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
+            device_slots=slots[Tier.DEVICE],
+            block_tokens=settings.block_tokens,
+        ),
+        runner=Runner(loaded, arenas[Tier.DEVICE]),
+        sampler=Sampler(),
+        memory=Memory(arenas, settings.block_tokens),
+        writer=writer,
+        reader=readers[0],
+        root=functools.partial(root_key, loaded.fingerprint),
+        max_context=loaded.max_context,
+        vocab_size=loaded.vocab_size,
+        clock=time.monotonic,
+        inbox=inbox,
+    )
+    known = ((e.key, e.parent, e.tokens, e.last_used) for e in store.index())
+    if rejected := cache.restore(known):
+        log.info("dropping %d records that no longer fit", len(rejected))
+        store.write(drops=rejected)
+    log.info(
+        "%s on %s: device %d, host %d, disk %d blocks of %d tokens (%.2f MiB each); %d on disk",
+        loaded.name,
+        loaded.device,
+        *slots.values(),
+        settings.block_tokens,
+        block_bytes / 2**20,
+        store.statistics().blocks,
+    )
+    return _Parts(inbox, engine, writer, readers, store, text, loaded.name)

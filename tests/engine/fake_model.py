@@ -1,0 +1,151 @@
+"""A model whose KV is a hash chain, and a disk whose answers come when the test says: wrong bytes show as wrong ids.
+
+Row i of a sequence's KV holds s(i) = mix(s(i-1), token i). The next id is a function of *all* rows, read from the arena
+through the block table, so one wrong, missing or stale row anywhere changes the output. `oracle` computes the same from
+the tokens alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from tiers.block import Drop, Fetch, Spill, StoreError
+from tiers.disk import Failed, Landed, Persisted
+from tiers.store import BlockWrite, MemoryStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from engine.batch import Batch
+    from tiers.arena import Arena
+    from tiers.manifest import Manifest
+
+VOCAB = 251
+PRIME = 16_777_213  # below 2**24: exact in float32
+
+
+def mix(state: int, token: int) -> int:
+    return (state * 31 + token * 7919 + 12345) % PRIME
+
+
+def next_id(rows: list[int]) -> int:
+    return sum((i + 1) * row for i, row in enumerate(rows)) % PRIME % VOCAB
+
+
+def states(tokens: list[int] | tuple[int, ...]) -> list[int]:
+    rows: list[int] = []
+    state = 1
+    for token in tokens:
+        state = mix(state, token)
+        rows.append(state)
+    return rows
+
+
+def oracle(prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """What a greedy run of `count` tokens answers."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_id(states(tokens)))
+    return tuple(tokens[len(prompt) :])
+
+
+class FakeRunner:
+    """Geometry of the arena: one layer, one head, head_dim 1. `batches` records what ran."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self.block_tokens = arena.geometry.block_tokens
+        self.batches: list[Batch] = []
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        self.batches.append(batch)
+        wanted = []
+        for segment in batch.segments:
+            past = segment.context - segment.count
+            for offset in range(segment.count):
+                position = past + offset
+                assert batch.positions[segment.start + offset] == position
+                state = 1 if position == 0 else self._row(segment.table, position - 1)
+                token = batch.tokens[segment.start + offset]
+                slot = segment.table[position // self.block_tokens]
+                self.arena.blocks[slot, 0, :, 0, position % self.block_tokens, 0] = mix(
+                    state, token
+                )
+            if segment.sample:
+                rows = [self._row(segment.table, i) for i in range(segment.context)]
+                logits = torch.zeros(VOCAB)
+                logits[next_id(rows)] = 1.0
+                wanted.append(logits)
+        return torch.stack(wanted) if wanted else torch.empty(0, VOCAB)
+
+    def _row(self, table, position: int) -> int:
+        slot = table[position // self.block_tokens]
+        pair = self.arena.blocks[slot, 0, :, 0, position % self.block_tokens, 0]
+        assert pair[0] == pair[1]
+        return int(pair[0])
+
+
+class FakeSampler:
+    def sample(self, logits: torch.Tensor, requests) -> list[int]:
+        assert len(requests) == logits.shape[0]
+        return logits.argmax(-1).tolist()
+
+
+class FakeDisk:
+    """Writer and reader at once, over a MemoryStore. Nothing is answered until `settle`, in the order it says."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self.store = store
+        self.post: Callable[[object], None] = lambda reply: None
+        self.pending: list[Callable[[], object]] = []
+        self.fail_fetches = 0
+        self.full = False
+        self.refuse = False
+
+    def offer_blocks(self, items, manifest: Manifest | None, ticket: int | None) -> bool:
+        if self.refuse:
+            return False
+        for spill, payload in items:
+            self.pending.append(lambda spill=spill, payload=payload: self._write(spill, payload))
+        if manifest is not None:
+            self.persist(manifest, ticket)
+        return True
+
+    def persist(self, manifest: Manifest, ticket: int | None) -> None:
+        def answer() -> object:
+            self.store.write(manifests=(manifest,))
+            return Persisted(ticket)
+
+        self.pending.append(answer)
+
+    def drop(self, action: Drop) -> None:
+        def answer() -> object:
+            self.store.write(drops=(action.key,))
+            return Landed(action)
+
+        self.pending.append(answer)
+
+    def fetch(self, action: Fetch, into: memoryview) -> None:
+        self.pending.append(lambda: self._read(action, into))
+
+    def settle(self, index: int = 0) -> None:
+        """Answer one pending action."""
+        self.post(self.pending.pop(index % len(self.pending))())
+
+    def _write(self, spill: Spill, payload: memoryview) -> object:
+        if self.full:
+            return Failed(spill, "full")
+        self.store.write(blocks=(BlockWrite(spill.key, spill.parent, spill.tokens, payload, 0.0),))
+        return Landed(spill)
+
+    def _read(self, fetch: Fetch, into: memoryview) -> object:
+        if self.fail_fetches:
+            self.fail_fetches -= 1
+            return Failed(fetch, "checksum")
+        try:
+            self.store.read(fetch.key, fetch.parent, fetch.tokens, into)
+        except StoreError as error:
+            return Failed(fetch, error.reason)
+        return Landed(fetch)

@@ -1,0 +1,516 @@
+"""The engine loop against the hash-chain model: whatever is cached, spilled, fetched, preempted or cancelled, the ids
+are those of the oracle, every request ends once, and nothing stays held."""
+
+from __future__ import annotations
+
+import queue
+from collections import defaultdict
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from engine.api import (
+    Began,
+    Cancel,
+    Demote,
+    Finished,
+    FinishReason,
+    Inspect,
+    Persist,
+    Prefetch,
+    Refused,
+    RefuseReason,
+    RequestId,
+    Sampled,
+    Sampling,
+    Stop,
+    Submit,
+)
+from engine.engine import Engine
+from engine.memory import Memory
+from engine.scheduler import Scheduler
+from tests.engine.fake_model import VOCAB, FakeDisk, FakeRunner, FakeSampler, oracle
+from tiers.arena import Arena, Geometry
+from tiers.block import Tier, root_key
+from tiers.cache import TieredCache
+from tiers.manifest import Manifest
+from tiers.policy import Limits
+from tiers.store import MemoryStore, StoreLimits
+
+BLOCK = 4
+
+
+class Bench:
+    """An engine driven turn by turn in the test's own thread, with a clock that moves when told."""
+
+    def __init__(
+        self,
+        *,
+        device: int = 16,
+        host: int = 8,
+        disk: int = 64,
+        store: MemoryStore | None = None,
+        step_tokens: int = 16,
+        mixed_tokens: int = 4,
+        max_running: int = 4,
+        max_waiting: int = 64,
+        host_after_s: float = 1e6,
+        disk_after_s: float = 2e6,
+        max_lag_s: float = 1.0,
+    ) -> None:
+        self.now = 0.0
+        self.inbox = queue.SimpleQueue()
+        geometry = Geometry(
+            layers=1, kv_heads=1, head_dim=1, block_tokens=BLOCK, dtype_name="float32"
+        )
+        arenas = {Tier.DEVICE: Arena(geometry, device), Tier.HOST: Arena(geometry, max(host, 1))}
+        arenas[Tier.DEVICE].blocks.fill_(float("nan"))
+        arenas[Tier.HOST].blocks.fill_(float("nan"))
+        self.cache = TieredCache(
+            block_tokens=BLOCK,
+            slots={Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: disk},
+            limits=Limits(
+                host_after_s=host_after_s, disk_after_s=disk_after_s, max_lag_s=max_lag_s
+            ),
+        )
+        self.scheduler = Scheduler(
+            step_tokens=step_tokens,
+            mixed_tokens=mixed_tokens,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            device_slots=device,
+            block_tokens=BLOCK,
+        )
+        self.runner = FakeRunner(arenas[Tier.DEVICE])
+        self.store = store or MemoryStore(
+            fingerprint=bytes(32),
+            payload_bytes=geometry.block_bytes,
+            block_tokens=BLOCK,
+            limits=StoreLimits(block_bytes=1 << 30),
+        )
+        self.disk = FakeDisk(self.store)
+        self.engine = Engine(
+            cache=self.cache,
+            scheduler=self.scheduler,
+            runner=self.runner,
+            sampler=FakeSampler(),
+            memory=Memory(arenas, BLOCK),
+            writer=self.disk,
+            reader=self.disk,
+            root=lambda salt: root_key(b"fake", salt),
+            max_context=10_000,
+            vocab_size=VOCAB,
+            clock=lambda: self.now,
+            inbox=self.inbox,
+        )
+        self.disk.post = self.inbox.put
+        self.cache.restore((e.key, e.parent, e.tokens, e.last_used) for e in self.store.index())
+        self.said = defaultdict(list)
+        self.answers = {}
+        self.requests = 0
+
+    def emit(self, step) -> None:
+        for output in step.outputs:
+            self.said[output.request].append(output)
+        for answer in step.answers:
+            self.answers[answer.ticket] = answer.value
+
+    def submit(
+        self, prompt, output=4, *, session="s", salt=b"", supersedes=None, stop=frozenset()
+    ) -> RequestId:
+        self.requests += 1
+        request = RequestId(self.requests)
+        self.inbox.put(
+            Submit(
+                request=request,
+                session=session,
+                salt=salt,
+                prompt=tuple(prompt),
+                sampling=Sampling(max_tokens=output, temperature=0.0, stop_ids=frozenset(stop)),
+                supersedes=supersedes,
+            )
+        )
+        return request
+
+    def turn(self) -> None:
+        """One turn of the loop; never waits: a stuck or idle engine is given a disk answer or left alone."""
+        if (self.engine._stuck or self.scheduler.idle) and self.inbox.empty():
+            if not self.disk.pending:
+                return
+            self.disk.settle()
+        self.engine._turn(self.emit)
+        self.cache.check()
+
+    def until_quiet(self, limit: int = 5000) -> None:
+        for _ in range(limit):
+            if self.scheduler.idle and self.inbox.empty() and not self.disk.pending:
+                return
+            self.turn()
+        raise AssertionError("the engine did not come to rest")
+
+    def run(self, prompt, output=4, **options) -> tuple[int, ...]:
+        request = self.submit(prompt, output, **options)
+        self.until_quiet()
+        return self.ids(request)
+
+    def ids(self, request) -> tuple[int, ...]:
+        return tuple(i for o in self.said[request] if isinstance(o, Sampled) for i in o.tokens)
+
+    def finished(self, request) -> Finished:
+        last = self.said[request][-1]
+        assert isinstance(last, Finished)
+        return last
+
+    def report(self):
+        self.inbox.put(Inspect(ticket=999))
+        self.until_quiet()
+        return self.answers.pop(999)
+
+    def pass_time(self, seconds: float) -> None:
+        """Let the clock and the engine move on, so that what is due happens."""
+        self.now += seconds
+        self.report()
+
+
+def prompt_of(length: int, salt: int = 0) -> tuple[int, ...]:
+    return tuple((i * 37 + salt * 11 + 5) % VOCAB for i in range(length))
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 23])
+def test_a_cold_run_gives_the_oracle_ids(length):
+    bench = Bench()
+    assert bench.run(prompt_of(length), 9) == oracle(prompt_of(length), 9)
+    finished = bench.finished(1)
+    assert finished.reason is FinishReason.LENGTH
+    assert finished.usage.computed_tokens == length
+    assert finished.usage.output_tokens == 9
+
+
+def test_the_next_turn_computes_only_its_delta():
+    bench = Bench()
+    first = bench.run(prompt_of(10), 5)
+    prompt = prompt_of(10) + first + (7, 8, 9)
+    second = bench.run(prompt, 5, supersedes=bench.finished(1).lease)
+    assert second == oracle(prompt, 5)
+    usage = bench.finished(2).usage
+    assert usage.cached.device == 14  # all but the newest sampled token, which never had KV
+    assert usage.computed_tokens == 4
+
+
+def test_the_same_prompt_again_computes_one_token():
+    bench = Bench()
+    bench.run(prompt_of(12), 3)
+    assert bench.run(prompt_of(12), 3) == oracle(prompt_of(12), 3)
+    assert bench.finished(2).usage.computed_tokens == 1
+
+
+def test_a_prompt_that_diverges_inside_a_block_shares_the_rows_before():
+    bench = Bench()
+    bench.run(prompt_of(12), 3)
+    prompt = (*prompt_of(6), 200, 201, 202)
+    assert bench.run(prompt, 3) == oracle(prompt, 3)
+    assert bench.finished(2).usage.cached.device == 6
+
+
+def test_tenants_share_nothing():
+    bench = Bench()
+    bench.run(prompt_of(12), 3, salt=b"a")
+    bench.run(prompt_of(12), 3, salt=b"b")
+    assert bench.finished(2).usage.cached.total == 0
+
+
+def test_a_stop_id_ends_the_run_and_is_its_last_token():
+    expected = oracle(prompt_of(9), 8)
+    bench = Bench()
+    assert (
+        bench.run(prompt_of(9), 8, stop={expected[4]})
+        == expected[: expected.index(expected[4]) + 1]
+    )
+    assert bench.finished(1).reason is FinishReason.STOP
+
+
+def test_prefill_only_samples_nothing_and_leaves_all_but_the_last_token_to_reuse():
+    bench = Bench()
+    assert bench.run(prompt_of(11), 0) == ()
+    assert bench.run(prompt_of(11), 4) == oracle(prompt_of(11), 4)
+    assert bench.finished(2).usage.computed_tokens == 1
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 12, 17])
+@pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
+def test_a_demoted_session_comes_back_from_that_tier_and_computes_one_token(length, tier):
+    bench = Bench()
+    first = bench.run(prompt_of(length), 4)
+    bench.inbox.put(Demote(1, tier, "s"))
+    bench.until_quiet()
+    prompt = prompt_of(length) + first
+    assert bench.run(prompt, 6) == oracle(prompt, 6)
+    usage = bench.finished(2).usage
+    assert (usage.cached.host, usage.cached.disk)[tier - 1] == len(prompt) - 1 == usage.cached.total
+    assert usage.computed_tokens == 1
+
+
+def test_an_idle_session_moves_to_the_host_then_to_the_disk():
+    bench = Bench(host_after_s=10, disk_after_s=60)
+    prompt = prompt_of(9)
+    for wait, tier in ((11, "host"), (61, "disk")):
+        prompt += bench.run(prompt, 4)
+        bench.pass_time(5)
+        bench.pass_time(wait)
+        bench.pass_time(wait)
+        again = bench.submit(prompt, 1)
+        bench.until_quiet()
+        assert getattr(bench.finished(again).usage.cached, tier) == len(prompt) - 1
+        bench.pass_time(1)
+        prompt += bench.ids(again)
+
+
+def test_blocks_are_on_disk_within_the_lag_and_a_new_engine_finds_them():
+    bench = Bench()
+    first = bench.run(prompt_of(14), 4)
+    bench.pass_time(1.1)
+    reborn = Bench(store=bench.store)
+    prompt = prompt_of(14) + first
+    assert reborn.run(prompt, 4) == oracle(prompt, 4)
+    assert reborn.finished(1).usage.cached.disk == len(prompt) - 1
+
+
+def test_a_durable_manifest_takes_the_dirty_blocks_along():
+    bench = Bench(max_lag_s=1e9)
+    bench.run(prompt_of(14), 4)
+    manifest = Manifest(
+        response_id="resp_1",
+        tenant="",
+        session="s",
+        parent=None,
+        created_at=0.0,
+        stored=True,
+        tokens=prompt_of(14),
+        sampled_from=14,
+        item_ids=(),
+        content_digest=b"",
+        keys=bench.finished(1).keys,
+        body=b"",
+    )
+    bench.inbox.put(Persist(7, manifest))
+    bench.until_quiet()
+    assert bench.answers[7] is None
+    reborn = Bench(store=bench.store)
+    reborn.run(prompt_of(14), 1)
+    assert reborn.finished(1).usage.cached.disk == 13
+
+
+def test_a_bad_record_is_counted_and_its_tokens_are_recomputed():
+    bench = Bench()
+    prompt = prompt_of(14)
+    prompt += bench.run(prompt, 4)
+    bench.inbox.put(Demote(1, Tier.DISK, None))
+    bench.until_quiet()
+    bench.disk.fail_fetches = 1
+    assert bench.run(prompt, 4) == oracle(prompt, 4)
+    usage = bench.finished(2).usage
+    assert usage.cached.total + usage.computed_tokens == len(prompt)
+    assert usage.cached.total < len(prompt) - 1
+    assert sum(bench.report().verify_failures_total.values()) == 1
+
+
+@pytest.mark.parametrize("trouble", ["full", "refuse"])
+def test_a_disk_that_takes_nothing_fails_no_turn(trouble):
+    bench = Bench(device=6, host=2)
+    setattr(bench.disk, trouble, True)
+    for turn in range(6):
+        prompt = prompt_of(13, salt=turn)
+        assert bench.run(prompt, 4) == oracle(prompt, 4)
+        bench.pass_time(2)
+    assert bench.report().spill_failures_total > 0
+
+
+def test_a_long_prefill_does_not_stop_a_running_stream():
+    bench = Bench(device=64)
+    stream = bench.submit(prompt_of(3), 30)
+    for _ in range(4):
+        bench.turn()
+    bench.submit(prompt_of(120, salt=1), 1)
+    before = len(bench.ids(stream))
+    for _ in range(10):
+        bench.turn()
+    assert len(bench.ids(stream)) == before + 10
+
+
+def test_a_cancelled_request_ends_once_and_leaves_its_work_in_the_cache():
+    bench = Bench()
+    request = bench.submit(prompt_of(20), 50)
+    for _ in range(4):
+        bench.turn()
+    bench.inbox.put(Cancel(request))
+    bench.until_quiet()
+    assert bench.finished(request).reason is FinishReason.CANCELLED
+    assert sum(isinstance(o, Finished) for o in bench.said[request]) == 1
+    prompt = prompt_of(20) + bench.ids(request)
+    assert bench.run(prompt, 3) == oracle(prompt, 3)
+    assert bench.finished(2).usage.computed_tokens == 1
+
+
+def test_cancelling_while_loading_leaks_nothing():
+    bench = Bench()
+    prompt = prompt_of(20) + bench.run(prompt_of(20), 3)
+    bench.inbox.put(Demote(1, Tier.DISK, None))
+    bench.until_quiet()
+    request = bench.submit(prompt, 3)
+    bench.turn()
+    bench.inbox.put(Cancel(request))
+    bench.until_quiet()
+    assert bench.finished(request).reason is FinishReason.CANCELLED
+    assert bench.report().refs == 0
+    assert bench.run(prompt, 3) == oracle(prompt, 3)
+
+
+def test_sessions_beyond_the_device_are_preempted_and_still_right():
+    bench = Bench(device=10, host=4, max_running=4)
+    prompts = [prompt_of(9, salt=i) for i in range(4)]
+    requests = [bench.submit(p, 12) for p in prompts]
+    bench.until_quiet()
+    for prompt, request in zip(prompts, requests, strict=True):
+        assert bench.ids(request) == oracle(prompt, 12)
+
+
+def test_what_cannot_run_is_refused_with_a_reason():
+    bench = Bench(device=4, max_waiting=1)
+    too_long = bench.submit(prompt_of(40), 1)
+    empty = bench.submit((), 1)
+    foreign = bench.submit((VOCAB,), 1)
+    kept = bench.submit(prompt_of(3), 1)
+    busy = bench.submit(prompt_of(3), 1)
+    bench.until_quiet()
+    reasons = {r: bench.said[r][0].reason for r in (too_long, empty, foreign, busy)}
+    assert reasons == {
+        too_long: RefuseReason.CONTEXT,
+        empty: RefuseReason.PROMPT,
+        foreign: RefuseReason.PROMPT,
+        busy: RefuseReason.BUSY,
+    }
+    assert all(len(bench.said[r]) == 1 for r in reasons)
+    assert bench.finished(kept)
+
+
+def test_the_output_ends_where_the_context_ends():
+    bench = Bench(device=5)
+    request = bench.submit(prompt_of(10), 500)
+    bench.until_quiet()
+    assert bench.finished(request).reason is FinishReason.LENGTH
+    assert len(bench.ids(request)) == bench.engine.max_context - 10
+
+
+def test_a_prefetch_brings_a_session_up_before_its_request():
+    bench = Bench()
+    prompt = prompt_of(21)
+    bench.run(prompt, 2)
+    bench.inbox.put(Demote(1, Tier.DISK, None))
+    bench.until_quiet()
+    bench.inbox.put(Prefetch(b"", prompt))
+    bench.until_quiet()
+    bench.run(prompt, 2)
+    assert bench.finished(2).usage.cached.device >= 20
+    assert bench.report().refs == 0
+
+
+def test_stop_ends_everything_and_spills_what_is_dirty():
+    bench = Bench(max_lag_s=1e9)
+    bench.run(prompt_of(14), 4)
+    running = bench.submit(prompt_of(30, salt=3), 100)
+    for _ in range(5):
+        bench.turn()
+    bench.inbox.put(Stop())
+
+    def emit(step):
+        bench.emit(step)
+
+    original = bench.disk.offer_blocks
+
+    def offer(*args):
+        accepted = original(*args)
+        while bench.disk.pending:
+            bench.disk.settle()
+        return accepted
+
+    bench.disk.offer_blocks = offer
+    while bench.disk.pending:
+        bench.disk.settle()
+    bench.engine.run(emit)
+    assert bench.finished(running).reason is FinishReason.CANCELLED
+    reborn = Bench(store=bench.store)
+    reborn.run(prompt_of(14), 1)
+    assert reborn.finished(1).usage.cached.disk == 13
+
+
+SCENARIO = st.lists(
+    st.tuples(
+        st.sampled_from(["turn", "fork", "fresh", "cancel", "demote", "time", "settle", "step"]),
+        st.integers(0, 7),
+        st.integers(1, 14),
+    ),
+    min_size=5,
+    max_size=40,
+)
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(
+    steps=SCENARIO,
+    device=st.integers(8, 16),
+    host=st.integers(0, 6),
+    disk=st.integers(0, 20),
+    failures=st.integers(0, 3),
+)
+def test_any_mixture_of_turns_forks_cancels_and_demotions_gives_oracle_ids(
+    steps, device, host, disk, failures
+):
+    bench = Bench(device=device, host=host, disk=disk, host_after_s=20, disk_after_s=60)
+    bench.disk.fail_fetches = failures
+    prompts: dict[RequestId, tuple[tuple[int, ...], int]] = {}
+    limit = bench.engine.max_context - 12
+    for kind, pick, size in steps:
+        done = [r for r in prompts if bench.said[r] and isinstance(bench.said[r][-1], Finished)]
+        known = [r for r in done if len(prompts[r][0]) + len(bench.ids(r)) + size < limit]
+        match kind:
+            case "turn" | "fork" if known:
+                parent = known[pick % len(known)]
+                tokens = prompts[parent][0] + bench.ids(parent) + prompt_of(size, salt=pick)
+                lease = bench.finished(parent).lease if kind == "turn" else None
+                prompts[bench.submit(tokens, 5, session=f"s{pick}", supersedes=lease)] = (tokens, 5)
+            case "turn" | "fork" | "fresh":
+                tokens = prompt_of(size, salt=pick % 3)
+                prompts[bench.submit(tokens, 5, session=f"s{pick}")] = (tokens, 5)
+            case "cancel" if prompts:
+                bench.inbox.put(Cancel(list(prompts)[pick % len(prompts)]))
+            case "demote":
+                bench.inbox.put(Demote(1, Tier.HOST if size % 2 else Tier.DISK, None))
+                bench.turn()
+            case "time":
+                bench.now += size
+                bench.turn()
+            case "settle" if bench.disk.pending:
+                bench.disk.settle(pick)
+            case _:
+                for _ in range(size):
+                    bench.turn()
+    bench.until_quiet()
+    for request, (prompt, output) in prompts.items():
+        said = bench.said[request]
+        assert sum(isinstance(o, Finished | Refused) for o in said) == 1
+        ids = bench.ids(request)
+        assert ids == oracle(prompt, output)[: len(ids)]
+        if bench.finished(request).reason is not FinishReason.CANCELLED:
+            assert len(ids) == output
+        assert isinstance(said[0], Began)
+        usage = bench.finished(request).usage
+        assert usage.cached.total + usage.computed_tokens == len(prompt)
+        for tier in ("device", "host", "disk"):
+            if getattr(usage.cached, tier):
+                event(f"served from {tier}")
+    report = bench.report()
+    assert report.refs == 0
+    bench.inbox.put(Demote(2, Tier.DISK, None))
+    bench.pass_time(1000)
+    bench.pass_time(1000)
