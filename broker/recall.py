@@ -1,0 +1,157 @@
+"""From what a client names or repeats to what was really said: the tables first, then the manifests on disk.
+
+Laws
+    An output that the model sampled here is recalled with its exact ids, by item id, else by what it says.
+    Each response's output is recalled once, however the client's list cuts it up: the ids already cover all of it.
+    What cannot be recalled is kept as the client's JSON describes it. Only an id that must resolve is an error.
+    A manifest that cannot be read is as good as absent.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from broker.errors import NotFound, UnknownResponse
+from broker.session import Part, from_manifest
+from broker.wire.items import (
+    ClientGroup,
+    ItemReference,
+    content_digest,
+    group_outputs,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from broker.access import Tenant
+    from broker.session import ConnectionScope, Node, Sessions
+    from broker.wire.items import Item
+    from tiers.block import TokenIds
+    from tiers.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+
+class Manifests(Protocol):
+    """The part of the engine's service that remembers on disk."""
+
+    async def find_response(self, tenant: str, response_id: str) -> Manifest | None: ...
+    async def find_item(self, tenant: str, item_id: str) -> Manifest | None: ...
+    async def find_content(self, tenant: str, digest: bytes) -> Manifest | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """Client items as parts. `last` is the node of the last output among them, if it was recalled."""
+
+    parts: tuple[Part, ...]
+    last: Node | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """One tenant's view of everything that was said."""
+
+    manifests: Manifests
+    sessions: Sessions
+    tenant: Tenant
+
+    async def response(self, response_id: str) -> Node | None:
+        """The stored response of this id."""
+        node = self.sessions.known(self.tenant.name, response_id)
+        if node is None:
+            node = self._kept(await self.manifests.find_response(self.tenant.name, response_id))
+        return node if node is not None and node.stored else None
+
+    async def item(self, item_id: str) -> Node | None:
+        """The response that has this output item, stored or not."""
+        node = self.sessions.find_item(self.tenant.name, item_id)
+        if node is not None:
+            return node
+        return self._kept(await self.manifests.find_item(self.tenant.name, item_id))
+
+    async def content(self, digest: bytes) -> tuple[Node, ...]:
+        """The responses that say exactly this, newest first."""
+        nodes = self.sessions.find_content(self.tenant.name, digest)
+        if nodes:
+            return nodes
+        node = self._kept(await self.manifests.find_content(self.tenant.name, digest))
+        return () if node is None else (node,)
+
+    async def parts(
+        self, items: Iterable[Item], *, prompt: Callable[[tuple[Part, ...]], TokenIds]
+    ) -> Recalled:
+        """What the client's list stands for. Raises NotFound for a reference to an item that is not stored.
+
+        `prompt` gives the ids that would have been fed after some parts: it tells apart two responses that say the
+        same in different tokens.
+        """
+        parts: list[Part] = []
+        last: Node | None = None
+        recalled: set[str] = set()  # response ids
+        for group in group_outputs(items):
+            if isinstance(group, ClientGroup):
+                parts.append(Part(group.items))
+                continue
+            for node, run in await self._by_id(group.items):
+                if node is None:
+                    node = await self._by_content(run, tuple(parts), prompt)
+                elif node.response_id in recalled:
+                    continue
+                else:
+                    recalled.add(node.response_id)
+                last = node
+                parts.append(Part(run) if node is None else Part(node.output or run, node.sampled))
+        return Recalled(tuple(parts), last)
+
+    async def _by_id(self, items: tuple[Item, ...]) -> list[tuple[Node | None, tuple[Item, ...]]]:
+        """The items in order, cut into runs of one response's output; None for items with no id that we know."""
+        runs: list[tuple[Node | None, list[Item]]] = []
+        for item in items:
+            node = None if item.id is None else await self.item(item.id)
+            if isinstance(item, ItemReference) and (node is None or not node.stored):
+                raise NotFound(
+                    f"Item with id '{item.id}' not found.", code="item_not_found", param="input"
+                )
+            if runs and runs[-1][0] is node:
+                runs[-1][1].append(item)
+            else:
+                runs.append((node, [item]))
+        return [(node, tuple(run)) for node, run in runs]
+
+    async def _by_content(
+        self,
+        items: tuple[Item, ...],
+        before: tuple[Part, ...],
+        prompt: Callable[[tuple[Part, ...]], TokenIds],
+    ) -> Node | None:
+        nodes = await self.content(content_digest(items))
+        if len({node.sampled for node in nodes}) > 1:
+            fed = prompt(before)
+            nodes = tuple(n for n in nodes if n.tokens[: n.sampled_from] == fed) or nodes
+        return nodes[0] if nodes else None
+
+    def _kept(self, manifest: Manifest | None) -> Node | None:
+        """The manifest's node, now in the tables."""
+        if manifest is None:
+            return None
+        known = self.sessions.known(manifest.tenant, manifest.response_id)
+        if known is not None:
+            return known
+        try:
+            node = from_manifest(manifest)
+        except ValueError as error:
+            log.warning("forgot a manifest: %s", error)
+            return None
+        self.sessions.add(node)
+        return node
+
+
+async def continued(recall: Recall, connection: ConnectionScope, response_id: str) -> Node:
+    """The response to continue: this connection's own, or a stored one. Raises UnknownResponse."""
+    node = connection.find(recall.tenant.name, response_id) or await recall.response(response_id)
+    if node is None:
+        raise UnknownResponse(response_id)
+    return node
