@@ -1,0 +1,264 @@
+"""The grammar of a Responses event stream, as an independent reader of the published rules would check it.
+
+    stream  := created in_progress (item | in_progress)* terminal
+    item    := added (message | call) done
+    message := (content_part.added output_text.delta* output_text.done content_part.done)*
+    call    := arguments.delta* arguments.done
+    terminal := completed | incomplete | failed
+
+A failed stream may stop inside an item. `in_progress` may come again anywhere before the terminal: it is the
+keepalive. Knows nothing of the code under test, and trusts no field that another field determines.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Event = dict[str, Any]
+
+RESPONSE_FIELDS = frozenset(
+    ["id", "object", "created_at", "completed_at", "status", "incomplete_details", "model", "previous_response_id", "instructions", "output", "error", "tools", "tool_choice", "truncation", "parallel_tool_calls", "text", "top_p", "presence_penalty", "frequency_penalty", "top_logprobs", "temperature", "reasoning", "usage", "max_output_tokens", "max_tool_calls", "store", "background", "service_tier", "metadata", "safety_identifier", "prompt_cache_key"]
+)
+PART_KINDS = ("output_text",)
+TERMINALS = ("response.completed", "response.incomplete", "response.failed")
+
+
+class GrammarError(AssertionError):
+    """A sentence that says which rule the stream breaks."""
+
+
+def check_events(events: list[Event], *, stream_id: str | None = None) -> dict[str, Any]:
+    """Check a whole stream; the terminal event's response is returned. Raises GrammarError.
+
+    Give it the events of one response: without request errors, steer answers or the article's `response.done`.
+    """
+    reader = _Reader(stream_id)
+    for event in events:
+        reader.read(event)
+    _require(reader.terminal is not None, "the stream ends without a terminal event")
+    assert reader.terminal is not None
+    return reader.terminal
+
+
+def check_response(response: dict[str, Any]) -> None:
+    """The shape of a response object, whatever its status. Raises GrammarError."""
+    _require(
+        response.keys() >= RESPONSE_FIELDS, f"fields missing: {RESPONSE_FIELDS - response.keys()}"
+    )
+    _require(response["object"] == "response", "object is not 'response'")
+    _require(response["id"].startswith("resp_"), "the response id has no resp_ prefix")
+    status = response["status"]
+    _require((response["error"] is not None) == (status == "failed"), "error and status disagree")
+    _require(
+        (response["incomplete_details"] is not None) == (status == "incomplete"),
+        "incomplete_details and status disagree",
+    )
+    _require(
+        (response["completed_at"] is not None) == (status == "completed"),
+        "completed_at and status disagree",
+    )
+    for tool in response["tools"]:
+        if tool["type"] == "function":
+            for key in ("name", "description", "parameters", "strict"):
+                _require(key in tool, f"an echoed function tool has no {key}")
+    for item in response["output"]:
+        _check_item(item)
+    statuses = [item["status"] for item in response["output"]]
+    _require("incomplete" not in statuses[:-1], "an incomplete item is not the last")
+    _require(
+        "incomplete" not in statuses or status == "incomplete",
+        "an incomplete item in a response that is not incomplete",
+    )
+    if response["usage"] is not None:
+        _check_usage(response["usage"])
+
+
+def _check_usage(usage: dict[str, Any]) -> None:
+    details = usage["input_tokens_details"]
+    _require(
+        usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"],
+        "total_tokens is not the sum",
+    )
+    _require(
+        0 <= details["cached_tokens"] <= usage["input_tokens"],
+        "more tokens cached than there were",
+    )
+    _require(details["cache_write_tokens"] >= 0, "cache_write_tokens is negative")
+    _require(usage["output_tokens_details"]["reasoning_tokens"] >= 0, "no reasoning_tokens")
+    by_tier = usage["homeport:cached_by_tier"]
+    _require(set(by_tier) == {"device", "host", "disk", "remote"}, "not the four tiers")
+    _require(sum(by_tier.values()) == details["cached_tokens"], "tiers do not sum to cached_tokens")
+
+
+def _check_item(item: dict[str, Any]) -> None:
+    """An item that is done."""
+    _require(item["status"] in ("completed", "incomplete"), f"a done item is {item['status']}")
+    if item["type"] == "message":
+        _require(item["id"].startswith("msg_"), "a message id has no msg_ prefix")
+        _require(item["role"] == "assistant", "an output message is not the assistant's")
+        for part in item["content"]:
+            _check_part(part)
+    elif item["type"] == "function_call":
+        _require(item["id"].startswith("fc_"), "a call's item id has no fc_ prefix")
+        for key in ("call_id", "name"):
+            _require(bool(item[key]), f"a call has no {key}")
+        _require(isinstance(item["arguments"], str), "arguments are not a string")
+    else:
+        raise GrammarError(f"unknown item type {item['type']}")
+
+
+def _check_part(part: dict[str, Any]) -> None:
+    _require(part["type"] in PART_KINDS, f"unknown part type {part['type']}")
+    _require(
+        part["annotations"] == [] and part["logprobs"] == [], "annotations or logprobs missing"
+    )
+    _require(isinstance(part["text"], str), "a part's text is not a string")
+
+
+def _require(fact: bool, sentence: str) -> None:
+    if not fact:
+        raise GrammarError(sentence)
+
+
+class _Reader:
+    """One pass over the events, keeping what must agree later."""
+
+    def __init__(self, stream_id: str | None) -> None:
+        self.stream_id = stream_id
+        self.terminal: dict[str, Any] | None = None
+        self.number = 0
+        self.response_id: str | None = None
+        self.done: list[dict[str, Any]] = []
+        self.added: dict[str, Any] | None = None  # the open item, as it was added
+        self.parts: list[dict[str, Any]] = []  # done parts of the open item
+        self.part: str | None = None  # text of the open part so far
+        self.text_done = False  # output_text.done was seen for the open part
+        self.arguments = ""
+        self.arguments_done = False
+
+    def read(self, event: Event) -> None:
+        kind = event["type"]
+        _require(self.terminal is None, f"{kind} after the terminal event")
+        _require(
+            event["sequence_number"] == self.number,
+            f"{kind} is numbered {event['sequence_number']}, not {self.number}",
+        )
+        if self.stream_id is None:
+            _require("stream_id" not in event, f"{kind} names a lane on the default lane")
+        else:
+            _require(event.get("stream_id") == self.stream_id, f"{kind} is on another lane")
+        expected = {0: "response.created", 1: "response.in_progress"}.get(self.number)
+        _require(expected in (None, kind), f"event {self.number} is {kind}")
+        _require(self.number == 0 or kind != "response.created", "created twice")
+        self.number += 1
+        if "response" in event:
+            self._response(kind, event["response"])
+        elif kind == "response.output_item.added":
+            self._item_added(event)
+        elif kind == "response.output_item.done":
+            self._item_done(event)
+        else:
+            self._inside_item(kind, event)
+
+    def _response(self, kind: str, response: dict[str, Any]) -> None:
+        check_response(response)
+        self.response_id = self.response_id or response["id"]
+        _require(response["id"] == self.response_id, "the response id changes")
+        _require(response["output"] == self.done, f"{kind}: output is not the items done so far")
+        status = response["status"]
+        if kind in TERMINALS:
+            _require(status == kind.removeprefix("response."), f"{kind} with status {status}")
+            _require(
+                self.added is None or kind == "response.failed", f"{kind} while an item is open"
+            )
+            self.terminal = response
+        else:
+            _require(kind in ("response.created", "response.in_progress"), f"unknown event {kind}")
+            _require(status == "in_progress", f"{kind} with status {status}")
+
+    def _item_added(self, event: Event) -> None:
+        item = event["item"]
+        _require(self.added is None, "an item is added inside an item")
+        _require(event["output_index"] == len(self.done), "output_index does not count up")
+        _require(item["status"] == "in_progress", f"an item is added {item['status']}")
+        empty = {"message": "content", "function_call": "arguments"}.get(item["type"])
+        _require(empty is not None, f"unknown item type {item['type']}")
+        _require(not item[str(empty)], f"an item is added with {empty}")
+        _require(item["id"] not in [done["id"] for done in self.done], "two items have one id")
+        self.added = item
+        self.parts, self.part, self.text_done = [], None, False
+        self.arguments, self.arguments_done = "", False
+
+    def _item_done(self, event: Event) -> None:
+        item = event["item"]
+        added = self._open_item(event, item["id"])
+        _check_item(item)
+        if item["type"] == "message":
+            _require(self.part is None, "a message is done while a part is open")
+            _require(item["content"] == self.parts, "the done message differs from its parts")
+            _require(bool(self.parts), "a message is done without a part")
+        else:
+            _require(self.arguments_done, "a call is done before its arguments are")
+            _require(item["arguments"] == self.arguments, "the done call differs from its deltas")
+        for key in ("type", "id", "role", "name", "call_id", "namespace"):
+            _require(added.get(key) == item.get(key), f"an item's {key} changes")
+        self.done.append(item)
+        self.added = None
+
+    def _inside_item(self, kind: str, event: Event) -> None:
+        added = self._open_item(event, event["item_id"])
+        match kind.removeprefix("response."):
+            case "content_part.added":
+                self._part_added(added, event)
+            case "output_text.delta":
+                _require(not self.text_done, "text after output_text.done")
+                _require(event["delta"] != "", "an empty text delta")
+                _require(event["logprobs"] == [], "a text delta without logprobs")
+                self.part = self._part_text(event) + event["delta"]
+            case "output_text.done":
+                _require(not self.text_done, "output_text.done twice")
+                _require(
+                    event["text"] == self._part_text(event), "the done text differs from its deltas"
+                )
+                self.text_done = True
+            case "content_part.done":
+                _require(self.text_done, "a part is done before its text is")
+                _check_part(event["part"])
+                _require(event["part"]["text"] == self._part_text(event), "the done part differs")
+                self.parts.append(event["part"])
+                self.part, self.text_done = None, False
+            case "function_call_arguments.delta":
+                self._in_call(added)
+                _require(event["delta"] != "", "an empty arguments delta")
+                self.arguments += event["delta"]
+            case "function_call_arguments.done":
+                self._in_call(added)
+                _require(event["arguments"] == self.arguments, "done arguments differ from deltas")
+                _require(event["name"] == added["name"], "done arguments of another name")
+                self.arguments_done = True
+            case _:
+                raise GrammarError(f"unknown event {kind}")
+
+    def _part_added(self, added: dict[str, Any], event: Event) -> None:
+        _require(added["type"] == "message", "a part is added to a call")
+        _require(self.part is None, "a part is added inside a part")
+        _require(event["content_index"] == len(self.parts), "content_index does not count up")
+        _check_part(event["part"])
+        _require(event["part"]["text"] == "", "a part is added with text")
+        self.part = ""
+
+    def _part_text(self, event: Event) -> str:
+        _require(self.part is not None, f"{event['type']} outside a part")
+        _require(event["content_index"] == len(self.parts), f"{event['type']} of another part")
+        return str(self.part)
+
+    def _in_call(self, added: dict[str, Any]) -> None:
+        _require(added["type"] == "function_call", "arguments outside a call")
+        _require(not self.arguments_done, "arguments after they were done")
+
+    def _open_item(self, event: Event, item_id: str) -> dict[str, Any]:
+        _require(self.added is not None, f"{event['type']} outside an item")
+        assert self.added is not None
+        _require(item_id == self.added["id"], f"{event['type']} is about another item")
+        _require(event["output_index"] == len(self.done), f"{event['type']} of another index")
+        return self.added
