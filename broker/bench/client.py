@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import trio
-from trio_websocket import WebSocketConnection, wrap_client_stream
+from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
 if TYPE_CHECKING:
     from broker.bench.workload import Item
@@ -144,11 +144,26 @@ class Socket:
                     return turn
 
     async def send(self, frame: Item) -> None:
-        await self._connection.send_message(json.dumps(frame))
+        """Raises ConnectionError when the socket is closed, as `receive` does."""
+        try:
+            await self._connection.send_message(json.dumps(frame))
+        except ConnectionClosed as closed:
+            raise ConnectionError(f"the WebSocket is closed: {closed.reason}") from None
 
     async def receive(self) -> Item:
-        event: Item = json.loads(await self._connection.get_message())
+        try:
+            event: Item = json.loads(await self._connection.get_message())
+        except ConnectionClosed as closed:
+            raise ConnectionError(f"the WebSocket is closed: {closed.reason}") from None
         return event
+
+    async def close_code(self) -> int:
+        """Read until the server closes, and say with which code."""
+        while True:
+            try:
+                await self._connection.get_message()
+            except ConnectionClosed as closed:
+                return int(closed.reason.code)
 
     async def close(self) -> None:
         """Leave politely, with a close frame."""

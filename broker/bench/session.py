@@ -92,15 +92,17 @@ class Agent:
     async def demote(self, tier: str) -> None:
         """Move every session's KV down to `host` or `disk`, and wait until none is left above."""
         await self.admin("POST", "/admin/demote", {"tier": tier})
-        above = ("device",) if tier == "host" else ("device", "host")
+        await self.until_empty(*(("device",) if tier == "host" else ("device", "host")))
+
+    async def until_empty(self, *tiers: str) -> None:
+        """Wait until these tiers hold no block. Raises trio.TooSlowError."""
         with trio.fail_after(SETTLE_TIMEOUT_S):
-            while sum([await self.blocks(each) for each in above]):  # noqa: ASYNC110 -- another process
+            while await self._blocks(tiers):  # noqa: ASYNC110 -- another process has no event
                 await trio.sleep(0.05)
 
-    async def blocks(self, tier: str) -> int:
-        """Blocks that a tier holds now."""
+    async def _blocks(self, tiers: tuple[str, ...]) -> int:
         report = await self.admin("GET", "/admin/tiers")
-        return sum(int(each["blocks"]) for each in report["tiers"] if each["tier"] == tier)
+        return sum(int(each["blocks"]) for each in report["tiers"] if each["tier"] in tiers)
 
     async def admin(self, method: str, path: str, body: Item | None = None) -> Any:
         return await trio.to_thread.run_sync(call, method, self.url, path, body, self._key)

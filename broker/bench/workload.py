@@ -1,8 +1,8 @@
 """The synthetic agent: what it says, turn by turn. Pure: the same arguments give the same text, in every process.
 
 Laws
-    Text is made of common short words, one token each for any English byte-pair vocabulary, so `words` is close to
-    `tokens`; the true counts are the ones that the daemon reports.
+    Text is made of common short words, one token each in an English byte-pair vocabulary. Sizes in tokens are meant
+    so; the true counts are the ones that the daemon reports.
     The only thing that `nonce` changes is digits in the first line of the system prompt: two workloads that differ
     in it share no prefix and have the same length.
     The agent goes on whichever way the model answered: every function call gets a `function_call_output` with the
@@ -25,7 +25,9 @@ _TEXT = """
 """
 _WORDS = _TEXT.split()
 
-_TOOLS_WORDS = 230  # what TOOLS adds to a prompt, measured once with the default model's template
+_TOOLS_TOKENS = (
+    380  # what TOOLS, roles and the task add to the prompt; measured with the default model
+)
 
 
 def _tool(name: str, purpose: str, **parameters: str) -> Item:
@@ -49,10 +51,10 @@ TOOLS = (
 )
 
 
-def filler(words: int, label: str) -> str:
-    """`words` words that `label` alone decides, in lines of twenty."""
-    chosen = random.Random(label).choices(_WORDS, k=words)
-    return "\n".join(" ".join(chosen[at : at + 20]) for at in range(0, words, 20))
+def filler(tokens: int, label: str) -> str:
+    """Words that `label` alone decides, in lines of nineteen: the line's end is the twentieth token."""
+    chosen = random.Random(label).choices(_WORDS, k=max(1, tokens * 19 // 20))
+    return "\n".join(" ".join(chosen[at : at + 19]) for at in range(0, len(chosen), 19))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Workload:
 
     def instructions(self) -> str:
         head = f"Session {self.nonce:05d}. You are an agent that works on a project with tools.\n"
-        return head + filler(max(1, self.system_tokens - _TOOLS_WORDS), "system prompt")
+        return head + filler(self.system_tokens - _TOOLS_TOKENS, "system prompt")
 
     def task(self) -> tuple[Item, ...]:
         """The input of the first turn."""

@@ -1,0 +1,59 @@
+"""A real daemon with the real default model, on a free loopback port, with a state directory of its own.
+
+Converted models are kept in pytest's cache, so that only the first run on a machine converts one.
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import trio
+
+from broker.bench.daemon import Daemon
+from broker.bench.session import Agent
+from broker.bench.workload import Workload
+
+QUICK = ("log.level=warning",)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session")
+def models(request):
+    return request.config.cache.mkdir("models")
+
+
+@pytest.fixture(scope="session")
+def new_daemon(tmp_path_factory, models):
+    """Makes daemons, started, each on an empty state directory; what still runs at the end is killed."""
+    with ExitStack() as stack:
+
+        def make(*settings: str) -> Daemon:
+            daemon = Daemon(
+                tmp_path_factory.mktemp("state"), settings=QUICK + settings, models=models
+            )
+            return stack.enter_context(daemon)
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def daemon(new_daemon):
+    """One daemon with default settings that tests share: they may fill it, but not stop or demote it."""
+    return new_daemon()
+
+
+@pytest.fixture
+async def new_agent():
+    """Makes agents whose sockets live as long as the test."""
+    async with trio.open_nursery() as nursery:
+
+        def make(url: str, workload: Workload) -> Agent:
+            return Agent(nursery, url, workload)
+
+        yield make
+        nursery.cancel_scope.cancel()
