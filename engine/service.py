@@ -127,6 +127,10 @@ class EngineService:
             send.close()
             receive.close()
 
+    def cancel(self, request: RequestId) -> None:
+        """Stop sampling; the request still ends in `Finished`."""
+        self._inbox.put(Cancel(request))
+
     def reclass(self, lease: LeaseId, to: SessionClass) -> None:
         self._inbox.put(Reclass(lease, to))
 
