@@ -67,26 +67,27 @@ def _paged_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    paged: Paged,
+    paged: Paged | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,  # wider than the context, or the model is refused at load
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """Called by transformers in each layer with [1, heads, tokens, head_dim]."""
-    assert attention_mask is None, (
-        "transformers builds no mask for an implementation without a mask function"
-    )
-    assert dropout == 0.0, "this is inference"
+    if attention_mask is not None:
+        raise UnknownAttention("it builds attention masks of its own")
+    if paged is None:
+        raise UnknownAttention("it does not hand its arguments on to its attention")
     asked = sorted(name for name in _NOT_COMPUTED & rest.keys() if rest[name] is not None)
     if asked:
         raise UnknownAttention(f"its attention needs {', '.join(asked)}")
+    assert dropout == 0.0, "this is inference"
     layer = module.layer_idx
     assert isinstance(layer, int)
     return paged.attend(layer, query[0], key[0], value[0], scaling)[None], None
 
 
 # What other architectures pass to change the scores; ignoring any of these would be wrong KV and wrong tokens.
-_NOT_COMPUTED = frozenset({"softcap", "s_aux", "sinks", "position_bias", "alibi", "cu_seq_lens_q"})
+_NOT_COMPUTED = frozenset({"softcap", "s_aux"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 Laws
     No code from a model's directory is ever run, and nothing is unpickled: safetensors (or GGUF) only.
-    A model is served only if every layer is plain causal attention that goes through engine/attention.py. That is not taken
-    from its config alone: one token is run through it, and every layer must have asked for attention exactly once.
+    A model is served only if every layer is plain causal attention that goes through engine/attention.py. Its config is not
+    believed: at load, every layer must be seen to ask for attention once, and a few chunks of tokens on scattered blocks must
+    give the logits that transformers' own attention gives.
     The fingerprint changes whenever the KV bytes of some token could: another weight, config, dtype or block layout.
 
 How it works
@@ -19,7 +20,7 @@ import importlib.metadata
 import json
 import logging
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -41,7 +43,10 @@ from transformers import (
 )
 
 from engine import attention, paged_cpu
-from tiers.arena import Geometry
+from engine.batch import Batch, Segment
+from engine.runner import Runner
+from tiers.arena import Arena, Geometry
+from tiers.block import Slot
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +111,7 @@ def load(spec: LoadSpec) -> LoadedModel:
         log.info("preparing the attention kernel: about 5 s where it was never compiled")
         paged_cpu.warm_up()
     weights = {file.name: digests.of(file) for file in sorted(directory.glob("*.safetensors"))}
-    return LoadedModel(
+    loaded = LoadedModel(
         model=model,
         name=spec.name or (DEFAULT_NAME if spec.path is None else Path(spec.path).stem),
         path=directory,
@@ -118,6 +123,8 @@ def load(spec: LoadSpec) -> LoadedModel:
         max_context=config.max_position_embeddings,
         stop_ids=_stop_ids(directory, config),
     )
+    compare(loaded)
+    return loaded
 
 
 def check_config(config: PretrainedConfig) -> None:
@@ -134,14 +141,17 @@ def check_config(config: PretrainedConfig) -> None:
         raise UnsupportedModel(
             f"{kind}: has {', '.join(others)} layers; all must be full attention"
         )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
+    window = getattr(config, "sliding_window", None)  # None, or 0 in some, where it is off
+    if window and window < config.max_position_embeddings:
         raise UnsupportedModel(
             f"{kind}: sees only the last {window} tokens (sliding_window) of "
             f"{config.max_position_embeddings}; full attention is needed"
         )
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise UnsupportedModel(f"{kind}: caps attention scores (attn_logit_softcapping)")
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if architecture is None:
+        raise UnsupportedModel(f"{kind}: not a language model that transformers knows")
+    if not getattr(architecture, "_supports_attention_backend", False):
+        raise UnsupportedModel(f"{kind}: transformers does not let its attention be replaced")
     moving = sorted(_rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"})
     if moving:
         raise UnsupportedModel(
@@ -178,6 +188,34 @@ def probe(model: PreTrainedModel, block_tokens: int) -> Geometry:
     return Geometry(
         layers, kv_heads, head_dim, block_tokens, str(model.dtype).removeprefix("torch.")
     )
+
+
+def compare(loaded: LoadedModel) -> None:
+    """Hold paged attention against transformers' own, on the loaded weights. Raises `UnsupportedModel` if they differ.
+
+    Catches what a config does not say: positions taken from elsewhere, scores changed by an argument we do not know.
+    """
+    small = replace(loaded, geometry=replace(loaded.geometry, block_tokens=4))
+    runner = Runner(small, Arena(small.geometry, slots=8, device=loaded.device))
+    ends = (9, 19, 21)  # a start; many tokens on a past; few tokens on a past
+    table = [Slot(slot) for slot in (6, 1, 4, 0, 7, 2)]
+    tokens = [7919 * (i + 1) % loaded.vocab_size for i in range(ends[-1])]
+    paged = []
+    for start, end in zip((0, *ends), ends, strict=False):
+        segment = Segment(start=0, count=end - start, context=end, table=table, sample=True)
+        paged.append(runner.run(Batch(tokens[start:end], range(start, end), (segment,))))
+    model = loaded.model
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        output = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
+        plain = output.logits[0, [end - 1 for end in ends]].float()
+    model.set_attn_implementation(attention.NAME)
+    apart = (torch.cat(paged) - plain).abs().max() / plain.abs().max()
+    # Seen: 1e-6 in float32. bfloat16 rounds to 0.4 %, and layers add up.
+    if not apart < (1e-3 if loaded.dtype is torch.float32 else 0.1):
+        raise UnsupportedModel(
+            f"{model.config.model_type}: paged attention and its own differ by {apart:.1e} of the largest logit"
+        )
 
 
 class _Probe:
