@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP_TORCH ?= torch==2.13.0
 ARGS ?=
 
-.PHONY: serve test check bench mutants fmt gpu size clean
+.PHONY: serve test check bench acceptance mutants fmt gpu size clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "homeport needs Python 3.11 or newer; set PYTHON=")'
@@ -46,6 +46,9 @@ fmt: $(VENV)/.dev
 
 bench: $(VENV)/.runtime
 	@$(BIN)/homeport bench agent $(ARGS)
+
+acceptance: $(VENV)/.dev
+	@$(BIN)/python -m tests.e2e.acceptance $(ARGS)
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants.py $(ARGS)

@@ -20,6 +20,8 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from broker.bench.workload import Item
 
 MESSAGE_BYTES = 64 << 20  # the library's own limit of 1 MiB is below a long response.completed
@@ -88,17 +90,18 @@ def _said(item: Item) -> tuple[str, ...]:
     return item["type"], *(part.get("text", "") for part in item.get("content") or ())
 
 
-class _Collector:
-    """Gathers one turn's events and stamps the first output."""
+class Collector:
+    """Gathers one turn's events and stamps the first output. Made when the request is about to be sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self._events: list[Item] = []
-        self._sent = time.perf_counter()
+        self._sent = clock()
         self._first: float | None = None
 
     def feed(self, event: Item) -> Turn | None:
         """The whole turn once its terminal event is in. Raises `Refused` on an error event."""
-        now = time.perf_counter()
+        now = self._clock()
         if event["type"] == "error":
             raise Refused(int(event.get("status", 0)), event["error"])
         self._events.append(event)
@@ -135,7 +138,7 @@ class Socket:
 
     async def turn(self, body: Item) -> Turn:
         """Send `response.create` and wait for the turn's end. One turn at a time."""
-        collector = _Collector()
+        collector = Collector()
         await self.send({"type": "response.create", **body})
         with trio.fail_after(TURN_TIMEOUT_S):
             while True:
@@ -181,7 +184,7 @@ def http_turn(url: str, body: Item, key: str | None = None) -> Turn:
     payload = json.dumps({**body, "stream": True})
     try:
         connection.connect()
-        collector = _Collector()
+        collector = Collector()
         connection.request("POST", "/v1/responses", payload, _headers(key))
         answer = connection.getresponse()
         if answer.status != http.client.OK:
