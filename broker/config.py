@@ -119,7 +119,6 @@ class WebSocket:
     max_fragments: Annotated[int, Within(1)] = 1024
     ping_interval: Annotated[Seconds, Within(1)] = Seconds(20.0)
     ping_timeout: Annotated[Seconds, Within(1)] = Seconds(20.0)
-    keepalive: Annotated[Seconds, Within(0.05, 15)] = Seconds(10.0)
     max_lifetime: Annotated[Seconds, Within(1)] = Seconds(3600.0)
     send_timeout: Annotated[Seconds, Within(0.1)] = Seconds(30.0)
     max_in_flight: Annotated[int, Within(1, 1024)] = 16
@@ -134,7 +133,6 @@ class Http:
     max_body: Annotated[Bytes, Within(KIB, GIB)] = Bytes(32 * MIB)
     body_timeout: Annotated[Seconds, Within(1)] = Seconds(60.0)
     idle_timeout: Annotated[Seconds, Within(1)] = Seconds(60.0)
-    keepalive: Annotated[Seconds, Within(0.05, 15)] = Seconds(10.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ Laws
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     Side = Callable[["Arrival"], Awaitable[None]]
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 4096  # bytes a read may take while the head is incomplete
 _FAREWELL_S = 2.0  # for a refusal to be sent, and for its reader to hang up
@@ -74,6 +77,7 @@ class Arrival:
 
     stream: Replay
     request: h11.Request
+    head_bytes: int  # how many of the stream's bytes are the head
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -112,7 +116,7 @@ async def read_head(stream: trio.abc.HalfCloseableStream, max_head: int) -> Arri
     if _tokens(event, b"upgrade") == {b"h2c"}:
         event = _without_upgrade(event)
         seen = _head(event) + parser.trailing_data[0]
-    return Arrival(Replay(stream, seen), event)
+    return Arrival(Replay(stream, seen), event, len(seen) - len(parser.trailing_data[0]))
 
 
 def wants_websocket(request: h11.Request) -> bool:
@@ -122,7 +126,11 @@ def wants_websocket(request: h11.Request) -> bool:
 
 
 class Door:
-    """Serves one connection at a time per task; `serve` is what a listener calls for each accepted stream."""
+    """What a listener calls for each accepted stream.
+
+    A fault of ours in one connection's code ends that connection, loudly, and no other: what it could have broken
+    for others (the KV tables) is out of its reach. Everywhere else our faults fall through.
+    """
 
     def __init__(
         self,
@@ -147,6 +155,8 @@ class Door:
             await self._serve(stream)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the peer vanished: normal, and nobody is left to tell
+        except Exception:
+            log.exception("a connection ended by our fault; the others go on")
         finally:
             self.connections -= 1
             await trio.aclose_forcefully(stream)
@@ -186,9 +196,18 @@ async def refuse(
     lines += [f"{name}: {value}" for name, value in fields.items()]
     with trio.move_on_after(_FAREWELL_S):
         await stream.send_all("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
-        await stream.send_eof()
-        while await stream.receive_some(_CHUNK):
-            pass
+    await linger(stream)
+
+
+async def linger(stream: trio.abc.HalfCloseableStream) -> None:
+    """Say that nothing more comes and let the peer hang up: closing on unread bytes would reset what we said last."""
+    with trio.move_on_after(_FAREWELL_S):
+        try:
+            await stream.send_eof()
+            while await stream.receive_some(_CHUNK):
+                pass
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
 
 
 def _tokens(request: h11.Request, wanted: bytes) -> set[bytes]:

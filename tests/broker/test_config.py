@@ -76,7 +76,7 @@ def test_later_files_and_assignments_win_key_by_key(tmp_path):
         ("model.aliases=[1]", ["model.aliases", "a non-empty string"]),
         ("model.aliases=['smollm2-135m-instruct']", ["model.aliases", "model.name"]),
         ("server.state_dir=1", ["server.state_dir", "a path"]),
-        ("websocket.keepalive=16s", ["websocket.keepalive", "between 0.05s and 15s"]),
+        ("tiers.disk.max_lag=2h", ["tiers.disk.max_lag", "between 0s and 3600s"]),
         ("http.max_head=2MiB", ["http.max_head", "between 1KiB and 1MiB"]),
         ("no equals sign", ["key.path=value"]),
     ],

@@ -1,0 +1,313 @@
+"""The command line. `homeport serve` is the daemon; `sessions`, `tiers` and `demote` ask a running one over HTTP.
+
+Exit status: 0 done, 1 failed (the reason is one line on stderr), 2 wrong usage or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import logging
+import signal
+import sys
+import urllib.parse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from broker.config import Config, ConfigError, load
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_DEFAULT_URL = "http://127.0.0.1:8321"
+_ASK_TIMEOUT_S = 60.0
+
+
+class CommandFailed(Exception):
+    """What to say on stderr before leaving with status 1."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except ConfigError as error:
+        print(f"homeport: {error}", file=sys.stderr)
+        return 2
+    except CommandFailed as error:
+        print(f"homeport: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="homeport", description="An LLM server for agents whose KV cache survives."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the daemon")
+    _add_config(serve)
+    serve.add_argument("--host", help="address to listen on (server.host)")
+    serve.add_argument("--port", type=int, help="port to listen on; 0 picks one (server.port)")
+    serve.set_defaults(run=_serve)
+
+    config = commands.add_parser("config", help="look at configuration files")
+    check = config.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "check", help="say whether a file is good"
+    )
+    check.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help="read in order, later keys win"
+    )
+    check.set_defaults(run=_config_check)
+
+    sessions = commands.add_parser("sessions", help="sessions that a running daemon keeps warm")
+    _add_daemon(sessions)
+    sessions.set_defaults(run=_sessions)
+
+    tiers = commands.add_parser("tiers", help="what a running daemon keeps where")
+    _add_daemon(tiers)
+    tiers.set_defaults(run=_tiers)
+
+    demote = commands.add_parser("demote", help="move sessions' KV down a tier now")
+    _add_daemon(demote)
+    demote.add_argument("--tier", choices=("host", "disk"), required=True)
+    demote.add_argument("--session", metavar="ID", help="one session; all of them without it")
+    demote.set_defaults(run=_demote)
+
+    verify = commands.add_parser(
+        "verify", help="check every record of a state directory (daemon stopped)"
+    )
+    _add_config(verify)
+    verify.set_defaults(run=_verify)
+
+    bench = commands.add_parser("bench", help="measure")
+    agent = bench.add_subparsers(required=True, metavar="BENCHMARK").add_parser(
+        "agent", help="an agent's loop, interrupted in every way we promise to survive"
+    )
+    from broker.bench import agent as agent_bench
+
+    agent_bench.add_arguments(agent)
+    agent.set_defaults(run=agent_bench.main)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="TOML; may be given again, later files win key by key",
+    )
+    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="server.state_dir")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="assignments",
+        metavar="key.path=value",
+        help="one key, over every file; may be given again",
+    )
+
+
+def _add_daemon(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default=_DEFAULT_URL, help=f"the daemon (default {_DEFAULT_URL})")
+    parser.add_argument("--key", help="a bearer key, if the daemon wants one")
+    parser.add_argument("--json", action="store_true", help="the daemon's answer as it is")
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    """The files, then --set, then the options that have names of their own."""
+    config = load(arguments.config, arguments.assignments)
+    server = config.server
+    if arguments.state_dir is not None:
+        server = replace(server, state_dir=arguments.state_dir.expanduser())
+    if getattr(arguments, "host", None) is not None:
+        server = replace(server, host=arguments.host)
+    if getattr(arguments, "port", None) is not None:
+        if not 0 <= arguments.port <= 65535:
+            raise ConfigError(f"--port must be between 0 and 65535, not {arguments.port}")
+        server = replace(server, port=arguments.port)
+    return replace(config, server=server)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    import trio
+
+    from broker.access import check_exposure
+    from broker.app import StartError, open_model_engine, serve
+
+    config = _config(arguments)
+    check_exposure(config.server.host, config.auth.keys)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=config.log.level.upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+    )
+    logging.getLogger("trio-websocket").setLevel(
+        logging.INFO
+    )  # its debug lines hold what clients say
+
+    from engine.model import UnsupportedModel
+    from tiers.block import StoreError
+    from tiers.state_dir import StateDirRefused
+
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # ends a start at once; `serve` takes over when it can end well
+    reasons: list[str] = []
+    try:
+        trio.run(lambda: serve(config, open_engine=open_model_engine, announce=_announce))
+    except* (ConfigError, StartError, UnsupportedModel, StoreError, StateDirRefused) as group:
+        reasons = [str(error) for error in _leaves(group)]
+    if reasons:
+        raise CommandFailed("; ".join(reasons))
+    return 0
+
+
+def _announce(line: str) -> None:
+    print(line, flush=True)
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    out: list[BaseException] = []
+    for error in group.exceptions:
+        out += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return out
+
+
+def _config_check(arguments: argparse.Namespace) -> int:
+    from broker.access import check_exposure
+
+    config = load(arguments.files)
+    check_exposure(config.server.host, config.auth.keys)
+    print(f"{', '.join(str(one) for one in arguments.files)}: good")
+    return 0
+
+
+def _sessions(arguments: argparse.Namespace) -> int:
+    answer = _ask(arguments, "GET", "/admin/sessions")
+    if arguments.json:
+        print(json.dumps(answer, indent=2))
+        return 0
+    rows = [("SESSION", "CLASS", "TOKENS", "IDLE", "DEVICE", "HOST", "DISK")]
+    for one in answer["sessions"]:
+        on = one["tokens_on"]
+        where = [str(on.get(tier, 0)) for tier in ("device", "host", "disk")]
+        rows.append(
+            (
+                one["session"],
+                one["session_class"],
+                str(one["tokens"]),
+                f"{one['idle_s']:.0f}s",
+                *where,
+            )
+        )
+    print(_table(rows))
+    return 0
+
+
+def _tiers(arguments: argparse.Namespace) -> int:
+    answer = _ask(arguments, "GET", "/admin/tiers")
+    if arguments.json:
+        print(json.dumps(answer, indent=2))
+        return 0
+    rows = [("TIER", "USED", "CAPACITY", "BLOCKS", "LEASED", "REFS")]
+    for tier in answer["tiers"]:
+        used, capacity = _mib(tier["used_bytes"]), _mib(tier["capacity_bytes"])
+        counts = [str(tier[name]) for name in ("blocks", "leased_blocks", "held_refs")]
+        rows.append((tier["tier"], used, capacity, *counts))
+    print(_table(rows))
+    state = {name: answer[name] for name in ("running", "waiting", "loading", "leases", "refs")}
+    print("  ".join(f"{name} {value}" for name, value in state.items()))
+    return 0
+
+
+def _demote(arguments: argparse.Namespace) -> int:
+    body = {"tier": arguments.tier, "session": arguments.session}
+    answer = _ask(arguments, "POST", "/admin/demote", body)
+    if arguments.json:
+        print(json.dumps(answer, indent=2))
+    else:
+        print(f"{answer['moved_blocks']} blocks moved to {arguments.tier}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from tiers.block import StoreError
+    from tiers.lmdb_store import scrub
+    from tiers.state_dir import StateDir, StateDirRefused
+
+    directory = _config(arguments).server.state_dir
+    if not directory.is_dir():
+        raise CommandFailed(f"{directory}: no such state directory")
+    records, bad = 0, 0
+    try:
+        state = StateDir.open(directory)
+        try:
+            with tqdm(unit=" records", file=sys.stderr) as bar:
+                for step in scrub(state):
+                    records = bar.total = step.total
+                    bar.update()
+                    if step.reason is not None:
+                        bad += 1
+                        bar.write(f"{step.name}: {step.reason}", file=sys.stdout)
+        finally:
+            state.close()
+    except (StateDirRefused, StoreError) as error:
+        raise CommandFailed(str(error)) from error
+    print(f"{records} records, {bad} bad")
+    return 1 if bad else 0
+
+
+def _ask(arguments: argparse.Namespace, method: str, path: str, body: object = None) -> Any:
+    """One request to the daemon; its JSON. Raises CommandFailed with the daemon's own words."""
+    url = urllib.parse.urlsplit(arguments.url)
+    if url.scheme not in ("http", "https") or url.hostname is None:
+        raise CommandFailed(f"--url {arguments.url}: write http://HOST:PORT")
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    connection = kind(url.hostname, url.port, timeout=_ASK_TIMEOUT_S)
+    headers = {"content-type": "application/json"}
+    if arguments.key:
+        headers["authorization"] = f"Bearer {arguments.key}"
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        answer = connection.getresponse()
+        status, text = answer.status, answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise CommandFailed(f"no daemon at {arguments.url}: {error}") from error
+    finally:
+        connection.close()
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise CommandFailed(f"{arguments.url} is no homeport: status {status}, not JSON") from None
+    if status != 200:
+        raise CommandFailed(f"{arguments.url}: {value.get('error', {}).get('message', status)}")
+    return value
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):.0f}MiB"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their longest entry; the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first, *others = row
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Numbers to Prometheus text. Pure: reports in, one string out.
+
+Laws
+    Names are `homeport_*`, counters end in `_total`, units come last. No label names a tenant, a session or an id.
+    Every series of a known label set is always there, at 0 if need be: an absent series cannot be alerted on.
+    Token counts are the engine's measurements, passed on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from broker.admission import AdmissionStatistics
+    from engine.api import EngineReport
+
+_SOURCES = ("computed", "device", "host", "disk", "remote")
+_TIERS = ("device", "host", "disk")
+
+Sample = tuple[dict[str, str], float]  # labels, value
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeReport:
+    """What the sockets' side knows."""
+
+    websockets: int
+    turns_total: Mapping[str, int]  # {transport: turns that were admitted}
+    admission: AdmissionStatistics
+    sessions: int  # response ids in memory
+
+
+def render(engine: EngineReport, edge: EdgeReport) -> str:
+    """The whole of `/metrics`."""
+    lines: list[str] = []
+
+    def put(name: str, kind: str, meaning: str, samples: Iterable[Sample]) -> None:
+        lines.append(f"# HELP homeport_{name} {meaning}")
+        lines.append(f"# TYPE homeport_{name} {kind}")
+        for labels, value in samples:
+            inner = ",".join(f'{label}="{text}"' for label, text in labels.items())
+            lines.append(
+                f"homeport_{name}{{{inner}}} {value}" if inner else f"homeport_{name} {value}"
+            )
+
+    def one(value: float) -> list[Sample]:
+        return [({}, value)]
+
+    def by(label: str, counts: Mapping[str, int], always: Iterable[str]) -> list[Sample]:
+        known = dict.fromkeys(always, 0) | dict(counts)
+        return [({label: key}, value) for key, value in known.items()]
+
+    put("running", "gauge", "Sequences in the batch.", one(engine.running))
+    put("waiting", "gauge", "Requests the engine has not started.", one(engine.waiting))
+    put("loading", "gauge", "Sequences whose KV is being restored.", one(engine.loading))
+    put("leases", "gauge", "Finished turns whose KV is kept warm.", one(engine.leases))
+    put("refs", "gauge", "References that running sequences hold on blocks.", one(engine.refs))
+    put(
+        "tokens_total",
+        "counter",
+        "Prompt tokens, by where their KV came from.",
+        by("source", engine.tokens_total, _SOURCES),
+    )
+    put("output_tokens_total", "counter", "Tokens sampled.", one(engine.output_tokens_total))
+    put(
+        "evictions_total",
+        "counter",
+        "Blocks that left a tier to make room.",
+        by("tier", engine.evictions_total, _TIERS),
+    )
+    put("spills_total", "counter", "Blocks written to disk.", one(engine.spills_total))
+    put(
+        "spill_failures_total",
+        "counter",
+        "Blocks the disk refused.",
+        one(engine.spill_failures_total),
+    )
+    put("fetches_total", "counter", "Blocks read from disk.", one(engine.fetches_total))
+    failures = engine.verify_failures_total or {"checksum": 0}
+    put(
+        "verify_failures_total",
+        "counter",
+        "Records that failed a check and were forgotten.",
+        [({"tier": "disk", "reason": reason}, count) for reason, count in failures.items()],
+    )
+    tiers = [({"tier": tier.tier}, tier) for tier in engine.tiers]
+    put(
+        "tier_capacity_bytes",
+        "gauge",
+        "Size of a tier.",
+        [(at, t.capacity_bytes) for at, t in tiers],
+    )
+    put(
+        "tier_used_bytes",
+        "gauge",
+        "Bytes of blocks in a tier.",
+        [(at, t.used_bytes) for at, t in tiers],
+    )
+    put("tier_blocks", "gauge", "Blocks in a tier.", [(at, t.blocks) for at, t in tiers])
+    put(
+        "tier_leased_blocks",
+        "gauge",
+        "Blocks that leases keep.",
+        [(at, t.leased_blocks) for at, t in tiers],
+    )
+    put("websockets", "gauge", "Open WebSocket connections.", one(edge.websockets))
+    put(
+        "turns_total",
+        "counter",
+        "Turns admitted.",
+        by("transport", edge.turns_total, ("http", "websocket")),
+    )
+    put("turns_admitted", "gauge", "Turns under way.", one(edge.admission.admitted))
+    put("turns_queued", "gauge", "Turns waiting for a place.", one(edge.admission.waiting))
+    put(
+        "turns_refused_total",
+        "counter",
+        "Turns refused as too many.",
+        one(edge.admission.refused_total),
+    )
+    put("sessions", "gauge", "Responses that can be continued from memory.", one(edge.sessions))
+    return "\n".join([*lines, ""])

@@ -1,0 +1,108 @@
+"""What both sides of the port share: the engine, the tables, the gates, and the way a turn is run.
+
+Laws
+    A transport reaches the engine through `Port.turn` only, so every turn passes the same gate and is counted.
+    `stopping` is set once. From then on no turn starts; those under way have `config.server.grace`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from broker.errors import NotFound, Overloaded
+from broker.metrics import EdgeReport
+from broker.turn import Engine, run_turn
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from typing import Any
+
+    from broker.access import Access, Tenant
+    from broker.admission import Admission
+    from broker.config import Config
+    from broker.session import ConnectionScope, Sessions
+    from broker.turn import Cancellation, Clock
+    from broker.wire.requests import TurnRequest
+    from engine.api import EngineReport
+
+    Emit = Callable[[dict[str, Any]], Awaitable[None]]
+
+_RESTART_S = (
+    5.0  # the hint to clients that arrive while we stop (guessed: a restart with a converted model)
+)
+
+
+class Service(Engine, Protocol):
+    """What the broker uses of `engine.service.EngineService`."""
+
+    async def inspect(self) -> EngineReport: ...
+
+
+@dataclass(slots=True, eq=False)
+class Port:
+    config: Config
+    access: Access
+    engine: Service
+    sessions: Sessions
+    admission: Admission
+    clock: Clock
+    new_id: Callable[[str], str]  # "msg" -> "msg_…", at least 128 random bits
+    stopping: trio.Event = field(default_factory=trio.Event)
+    websockets: int = 0
+    turns_total: Counter[str] = field(default_factory=Counter)  # {transport: turns}
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The ids that clients may send, ours first."""
+        return (self.config.model.name, *self.config.model.aliases)
+
+    async def turn(
+        self,
+        request: TurnRequest,
+        *,
+        transport: str,
+        tenant: Tenant,
+        scope: ConnectionScope,
+        emit: Emit,
+        background: trio.Nursery | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        """Run one turn to its terminal event. Raises BrokerError if it is refused before its first event."""
+        self.check_open()
+        if request.model is not None and request.model not in self.models:
+            raise NotFound(
+                f"The model '{request.model}' does not exist.",
+                code="model_not_found",
+                param="model",
+            )
+        async with self.admission.place():
+            self.turns_total[transport] += 1
+            await run_turn(
+                request,
+                engine=self.engine,
+                sessions=self.sessions,
+                connection=scope,
+                tenant=tenant,
+                emit=emit,
+                clock=self.clock,
+                new_id=self.new_id,
+                background=background,
+                cancellation=cancellation,
+            )
+
+    def check_open(self) -> None:
+        """Raises Overloaded when no turn may start any more."""
+        if self.stopping.is_set():
+            raise Overloaded("The server is restarting; try again.", retry_after_s=_RESTART_S)
+
+    def report(self) -> EdgeReport:
+        return EdgeReport(
+            websockets=self.websockets,
+            turns_total=dict(self.turns_total),
+            admission=self.admission.statistics(),
+            sessions=self.sessions.statistics().nodes,
+        )
