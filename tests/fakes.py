@@ -298,6 +298,7 @@ class FakeService:
             loading=0,
             leases=len(self.leases),
             refs=0,
+            dirty=0,
             tokens_total={"computed": sum(f.usage.computed_tokens for f in self.finished)},
             output_tokens_total=sum(f.usage.output_tokens for f in self.finished),
             evictions_total={},
