@@ -292,7 +292,7 @@ class LmdbStore:
             self._usage = None
             with self._env.begin(write=True) as txn:
                 yield txn, usage
-        except lmdb.MapFullError as error:
+        except (lmdb.MapFullError, lmdb.DiskError) as error:
             raise StoreError("full", f"write failed: {error}") from error
         except (lmdb.Error, _Damaged) as error:
             raise StoreError(self._blame(), f"write failed: {error}") from error

@@ -115,7 +115,8 @@ def _unpack(packed: memoryview) -> Manifest:
         raise _bad(f"not msgpack within limits: {error}") from error
     if type(fields) is not dict or fields.keys() != _FIELDS:
         raise _bad("not a map with exactly the known fields")
-    if fields.pop("v") != VERSION:
+    version = fields.pop("v")
+    if type(version) is not int or version != VERSION:
         raise _bad("another format version")
     tokens, keys, items = fields["tokens"], fields["keys"], fields["item_ids"]
     if type(tokens) is not bytes or len(tokens) % 4:

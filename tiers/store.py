@@ -215,6 +215,7 @@ class MemoryStore:
         self._blocks = after
         for manifest, data in encoded:
             self._add_manifest(manifest, data)
+        self._trim_manifests()
 
     def read(self, key: BlockKey, parent: BlockKey, tokens: TokenIds, into: memoryview) -> None:
         stored = self._blocks.get(key)
@@ -294,6 +295,8 @@ class MemoryStore:
         self._manifests[response] = data
         for name in other_names(manifest):
             self._names[name] = response
+
+    def _trim_manifests(self) -> None:
         limits = self._limits
         while (
             len(self._manifests) > limits.manifests
