@@ -68,18 +68,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run and print; the exit status."""
     plan = _plan(args)
+    samples: list[Sample] = []
+    failures: list[str] = []
     with tqdm(total=plan.total_turns, unit="turn", file=sys.stderr, dynamic_ncols=True) as bar:
 
         def tick(what: str) -> None:
-            bar.set_description(what)
+            bar.set_description(what, refresh=False)
             bar.update()
 
         try:
-            samples = trio.run(measure, plan, tick, strict_exception_groups=False)
-        except (OSError, DidNotStart, Refused) as error:
-            bar.close()
-            print(f"bench: {error}", file=sys.stderr)
-            return 1
+            samples = trio.run(measure, plan, tick)
+        except* (OSError, DidNotStart, Refused, trio.TooSlowError) as group:
+            failures = [f"{type(error).__name__}: {error}" for error in leaves(group)]
+    if failures:
+        print(f"bench: {'; '.join(failures)}", file=sys.stderr)
+        return 1
     rows = summarise(samples)
     print(table(rows))
     if plan.url is not None:
@@ -103,6 +106,14 @@ def _plan(args: argparse.Namespace) -> Plan:
         settings=tuple(args.settings),
         models=args.models,
     )
+
+
+def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The errors of a nest of groups, without the groups."""
+    out: list[BaseException] = []
+    for error in group.exceptions:
+        out += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return out
 
 
 @dataclass(frozen=True, slots=True)

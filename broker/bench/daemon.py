@@ -30,18 +30,18 @@ class DidNotStart(Exception):
 
 
 class Daemon:
-    """`homeport serve --port 0` on `state_dir`; its log is `<state_dir>/serve.log`, appended to by restarts."""
+    """`homeport serve --port 0` on `state_dir`; its log is `<state_dir>.log`, appended to by restarts."""
 
     def __init__(
         self, state_dir: Path, *, settings: Sequence[str] = (), models: Path | None = None
     ) -> None:
         """`settings` are `key.path=value`; `models` is a folder of converted models to share."""
-        state_dir.mkdir(parents=True, exist_ok=True)
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if models is not None and not (state_dir / "models").exists():
             models.mkdir(parents=True, exist_ok=True)
             (state_dir / "models").symlink_to(models, target_is_directory=True)
         self.state_dir = state_dir
-        self.log = state_dir / "serve.log"
+        self.log = state_dir.with_name(state_dir.name + ".log")
         self._settings = tuple(settings)
         self._process: subprocess.Popen[bytes] | None = None
         self._url = ""

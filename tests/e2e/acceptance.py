@@ -47,7 +47,7 @@ def survival(verdicts: Verdicts, models: Path, repeat: int) -> None:
     part(f"1, 2. One session of {TURNS} turns, interrupted in every way, {repeat} times each")
     plan = Plan(AGENT, turns=TURNS, repeat=repeat, models=models)
     with tqdm(total=plan.total_turns, unit="turn", file=sys.stderr) as bar:
-        samples = trio.run(measure, plan, lambda what: bar.update(), strict_exception_groups=False)
+        samples = trio.run(measure, plan, lambda what: bar.update())
     print(table(summarise(samples)))
     for scenario in SCENARIOS:
         mine = [sample for sample in samples if sample.scenario == scenario.name]
@@ -127,11 +127,11 @@ def main() -> int:
         survival(verdicts, args.models, args.repeat)
         quick = ("tiers.host.after=5s", "tiers.disk.after=40s")
         with Daemon(Path(folder) / "idle", settings=quick, models=args.models) as daemon:
-            trio.run(idle, verdicts, daemon.url, strict_exception_groups=False)
+            trio.run(idle, verdicts, daemon.url)
         half = f"tiers.device.capacity={_crowd().half()}"
         crowded = Daemon(Path(folder) / "crowded", settings=(half,), models=args.models)
         roomy = Daemon(Path(folder) / "roomy", models=args.models)
-        trio.run(crowd, verdicts, roomy, crowded, strict_exception_groups=False)
+        trio.run(crowd, verdicts, roomy, crowded)
     print(f"\n{verdicts.failed} failed" if verdicts.failed else "\nall passed")
     return 1 if verdicts.failed else 0
 

@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def models(request):
-    return request.config.cache.mkdir("models")
+    return request.config.cache.mkdir("models") / "models"  # where tests/engine keeps them, too
 
 
 @pytest.fixture(scope="session")
