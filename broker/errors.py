@@ -3,7 +3,7 @@
     BrokerError                  has status, code, type, param, message, headers: enough for any transport
       ClientError                they are wrong: 4xx, or an error event; never logged above info
         BadRequest               400, the field at fault in `param`
-          UnsupportedContent     400, an image, file or audio part for a model that reads text
+          UnsupportedContent     400, an image or a file for a model that reads text
           ContextTooLong         400 context_length_exceeded: clients show it and do not retry
           UnknownResponse        400 previous_response_not_found: clients replay everything, without an id
         Unauthorized             401
@@ -11,13 +11,13 @@
         NotFound                 404, for a thing named in the URL
         TooLarge                 413
       Overloaded                 we are busy: try again after `retry_after_s`
-      TurnFailed                 we are wrong, for one turn; the traceback is logged, the client gets `message`
+      TurnFailed                 we are wrong, for one turn: the traceback is logged, the client told
 
 Laws
     A message is written for the client: it names fields and limits, never paths, tracebacks or other tenants.
-    A rendered error always has a string `code`, and on a WebSocket an integer `status`: without either, clients
-    wait for minutes.
-    Pure: exceptions and dicts. Status codes follow what clients do with them, not only what they mean; see `Overloaded`.
+    A rendered error always has a string `code`, and on a WebSocket an integer `status`: without either,
+    clients wait for minutes.
+    Status codes follow what clients do with them, not only what they mean; see `Overloaded`.
 """
 
 from __future__ import annotations
@@ -132,9 +132,8 @@ class TooLarge(ClientError):
 class Overloaded(BrokerError):
     """Too much waits already.
 
-    503 over HTTP, where one coding agent gives up for good on a 429 but retries a 5xx; 429 with a retry-after in
-    a WebSocket event, where the same agent waits that long and comes back. The code is not one that clients know
-    as "choose another model".
+    503 over HTTP, where one coding agent gives up for good on a 429 but retries a 5xx; 429 with a retry-after
+    in a WebSocket event, where the same agent waits that long and comes back.
     """
 
     status = 503

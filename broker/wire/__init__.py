@@ -1,4 +1,4 @@
-"""What clients write and what they read back, as pure functions and machines. No clock, no socket, no waiting.
+"""What clients write and what they read back: pure functions and machines. No clock, no socket, no waiting.
 
 fields          one typed, bounded read of a JSON object's field; every refusal names the field by its path
 json_in         strict JSON text to Python values

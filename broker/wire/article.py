@@ -1,4 +1,4 @@
-"""The dialect of the article that Homeport was born from: a loop that names nothing and expects to be continued.
+"""The dialect of the article that Homeport was born from: a loop that names nothing and is continued anyway.
 
     client                                                        server
     {"model", "system", "tools", "input"}                  ──>
@@ -9,8 +9,8 @@
 
 Laws
     The connection is the conversation: each item continues the latest response, with the opening's settings.
-    A tool's result answers the first unanswered call of that response, unless it names its call. With no call left
-    to answer it is a message of role `tool`.
+    A tool's result answers the first unanswered call of that response, unless it names its call. With no call
+    left to answer it is a message of role `tool`.
     What was sent and got no response that can be continued goes along with the next item.
     `response.done` follows every terminal event, so that the loop cannot wait for ever.
 """
@@ -112,7 +112,7 @@ class Dialogue:
         )
 
     def answered(self, response: Mapping[str, Any]) -> None:
-        """Take note of the response object of a terminal event. A failed one is not continued: the one before it is."""
+        """Note a terminal event's response object. A failed one is not continued: the one before it is."""
         if response["status"] == "failed":
             return
         self._unanswered = ()

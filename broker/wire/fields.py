@@ -1,8 +1,8 @@
-"""Reading one field of a client's JSON object: its type, its bounds, and the refusal that names it by its path.
+"""Reading one field of a client's JSON object: its type, its bounds, and the refusal that names its path.
 
 Laws
-    Absent and null are the same. Every refusal is a `BadRequest` whose `param` is the field's path as the client
-    would write it (`input[2].content`), with the codes and sentences that OpenAI's server uses.
+    Absent and null are the same. Every refusal is a `BadRequest` whose `param` is the field's path as the
+    client would write it (`input[2].content`), with the codes and sentences that OpenAI's server uses.
     A value quoted back to the client is cut to `_QUOTE_CHARS`.
 """
 

@@ -1,15 +1,15 @@
-"""Conversation items: what a client may put in `input`, what we put in `output`, and when two of them are the same.
+"""Conversation items: what clients put in `input`, what we put in `output`, and when two say the same.
 
 Laws
-    Parsing is total over what real clients replay: our own items byte for byte, the same items with ids stripped,
-    bare `{role, content}` messages, content as a string or as parts, any extra fields.
-    `content_digest` of a response's output equals that of any replay of it. It covers what was sampled (texts, call
-    names, argument strings, in order) and nothing that clients add, drop or renumber (ids, call ids, statuses,
-    annotations, how the text is cut into parts and messages).
+    Parsing is total over what real clients replay: our own items byte for byte, the same items with ids
+    stripped, bare `{role, content}` messages, content as a string or as parts, any extra fields.
+    `content_digest` of a response's output equals that of any replay of it. It covers what was sampled
+    (texts, call names, argument strings, in order) and nothing that clients add, drop or renumber (ids, call
+    ids, statuses, annotations, how the text is cut into parts and messages).
     Items keep the order they came in.
 
-A run of assistant messages, calls and reasoning is one group: what one response produced, as far as the client's
-list can say.
+A run of assistant messages, calls and reasoning is one group: what one response produced, as far as the
+client's list can say.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Role = Literal["user", "assistant", "system", "developer", "tool"]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """`text` is the parts' texts, concatenated. Role `tool` is the article's: a result that answers no known call."""
+    """`text` is the parts' texts, joined. Role `tool` is the article's: a result that answers no call."""
 
     id: str | None
     role: Role
@@ -71,7 +71,7 @@ class FunctionCallOutput:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """`text` is the content if the client kept it, else the summary. `encrypted` is opaque and comes back as sent."""
+    """`text` is the content if the client kept it, else the summary. `encrypted` is opaque."""
 
     id: str | None
     text: str
@@ -108,7 +108,7 @@ def spoken_name(name: str, namespace: str | None) -> str:
 
 
 def parse_input(value: Json, *, at: str = "input") -> tuple[Item, ...]:
-    """An `input` field: absent, a string, or an array of items. The empty string is no item. Raises BadRequest."""
+    """An `input` field: absent, a string (the empty one is no item), or an array. Raises BadRequest."""
     if value is None or value == "":
         return ()
     if isinstance(value, str):
@@ -119,7 +119,7 @@ def parse_input(value: Json, *, at: str = "input") -> tuple[Item, ...]:
 
 
 def parse_items(values: Sequence[Json], *, at: str = "input") -> tuple[Item, ...]:
-    """Items from a client's list, or from a response's own `output`. Raises BadRequest with the path at fault."""
+    """Items from a client's list, or from a response's own `output`. Raises BadRequest."""
     return tuple(_item(value, f"{at}[{index}]") for index, value in enumerate(values))
 
 
@@ -151,8 +151,8 @@ def is_output(item: Item) -> bool:
 def content_digest(items: Iterable[Item]) -> bytes:
     """32 bytes that name what one output group says. Client items in the list count for nothing.
 
-    Layout hashed: for each run of message text, call or reasoning a tag byte, then its strings, each framed by its
-    length in bytes as u64 LE. Neighbouring messages are one run, and an empty text is none.
+    Layout hashed: for each run of message text, call or reasoning a tag byte, then its strings, each framed
+    by its length in bytes as u64 LE. Neighbouring messages are one run, and an empty text is none.
     A reference is framed by its id, so it equals nothing but itself: resolve references first.
     """
     digest = blake2b(digest_size=32, person=b"homeport-out-1")

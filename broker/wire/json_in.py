@@ -1,9 +1,9 @@
 """JSON text from a client to Python values, refusing what two parsers might read differently.
 
-Refused, each with code `invalid_json` and a sentence that says why: text that is not UTF-8 or not one JSON value, NaN and infinities
-(also as `1e999`), integers of more than `_INTEGER_CHARS` characters, duplicate keys, lone surrogates (no UTF-8
-exists for them: they would break the socket on the way out), nesting deeper than `MAX_DEPTH`, more than
-`MAX_VALUES` values.
+Refused, each with code `invalid_json` and a sentence that says why: text that is not UTF-8 or not one JSON
+value, NaN and infinities (also as `1e999`), integers of more than `_INTEGER_CHARS` characters, duplicate
+keys, lone surrogates (no UTF-8 exists for them: they would break the socket on the way out), nesting deeper
+than `MAX_DEPTH`, more than `MAX_VALUES` values.
 The size of the text is the transport's limit, applied before it gets here.
 """
 

@@ -1,10 +1,10 @@
 """A `response.create` body, as sent over any transport, to a `TurnRequest`.
 
 Laws
-    What changes the answer is understood or refused by name; what does not is accepted whatever it is: unknown
-    fields, `client_metadata`, `include`, `stream` in a frame, tools that only the vendor's servers can run.
+    What changes the answer is understood or refused by name; what does not is accepted whatever it is:
+    unknown fields, `client_metadata`, `include`, `stream` in a frame, a web search that only vendors can run.
     A refusal is a BadRequest with a code and the path of the field at fault.
-    The client's own words are kept where the response repeats them (`echo`); everything else is typed here, once.
+    The client's own words are kept where the response repeats them (`echo`); all else is typed here, once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _STREAM_ID = re.compile(r"[A-Za-z0-9_.-]{1,256}")
 
 
 class Transport(enum.Enum):
-    """Decides which fields mean something: `stream_id` on a WebSocket, `stream` and `background` over HTTP."""
+    """Decides which fields mean something: `stream_id` on a WebSocket, `background` over HTTP."""
 
     HTTP = "http"
     WEBSOCKET = "websocket"
@@ -372,7 +372,7 @@ _SAFETY_IDENTIFIER_CHARS = 128
 def _echo(body: Mapping[str, Json]) -> dict[str, Json]:
     """Response fields that the client set, completed to what the published schema requires of them.
 
-    `truncation`, `service_tier` and `background` are only checked: the response says what was done, not what was asked.
+    `truncation` and `service_tier` are only checked: the response says what was done, not what was asked.
     """
     choice(body, "truncation", ("auto", "disabled"), default="disabled")
     optional_string(body, "service_tier")

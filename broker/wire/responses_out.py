@@ -1,19 +1,19 @@
-"""One turn's output as Responses events: a machine that is told what the model did and answers with events in order.
+"""One turn's output as Responses events: a machine that is told what the model did and answers with events.
 
 Laws (tests/broker/wire/grammar.py checks them on every stream, in tests of this file and end to end)
-    Events are numbered from 0 by 1: response.created, response.in_progress, then items one after the other, then
-    exactly one terminal event that carries the whole response. After it the machine refuses everything.
+    Events are numbered from 0 by 1: response.created, response.in_progress, then items one after the other,
+    then exactly one terminal event that carries the whole response. After it the machine refuses everything.
     An item is opened, filled and done before the next one opens; its place is its index in `output`.
     The concatenated deltas are the done text. How the text was cut into deltas changes nothing else.
-    The terminal event's `output` is exactly the items that were done. A failure finishes no item falsely: an open
-    one is left open and is not in `output`.
+    The terminal event's `output` is exactly the items that were done. A failure finishes no item falsely: an
+    open one is left open and is not in `output`.
     On a named lane every event carries `stream_id`; on the default lane none does.
 
     start ──> (text* | call_start call_arguments* call_end)* ──> finish | fail
                 └── text opens a message; a call or the end closes it
 
-White space that comes before any text of a message is held: followed by text it belongs to it, followed by a call
-or by the end it is dropped, so that no blank message stands before a call. Sampled tokens still have it.
+White space that comes before any text of a message is held: followed by text it belongs to it, followed by a
+call or by the end it is dropped, so that no blank message stands before a call. Sampled tokens still have it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class ResponseStream:
         return [self._response_event("created"), self._response_event("in_progress")]
 
     def keepalive(self) -> Event:
-        """Something to say while nothing happens: valid in the published schema, and clients make nothing of it."""
+        """Something to say while nothing happens: in the published schema, and clients make nothing of it."""
         self._assert_running()
         return self._response_event("in_progress")
 
@@ -150,7 +150,7 @@ class ResponseStream:
     ) -> list[Event]:
         """Close what is open with `status`, then the terminal event, last in the list.
 
-        `incomplete_reason` is `max_output_tokens`, `cancelled`, …; None if and only if the status is completed.
+        `incomplete_reason` is `max_output_tokens`, `cancelled`, …; None if and only if completed.
         A call that the model left open by ending its turn is completed, its arguments as sampled.
         """
         self._assert_running()
@@ -172,7 +172,7 @@ class ResponseStream:
         return [self._response_event("failed")]
 
     def response(self) -> dict[str, Any]:
-        """The response object as it stands: the 31 fields of the published schema, and what the client sent beside."""
+        """The response object as it stands: the 31 published fields, and what else the client wants repeated."""
         request = self._request
         return {
             "id": self.response_id,

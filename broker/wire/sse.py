@@ -1,7 +1,7 @@
 """Events to bytes: one JSON text per event, and its Server-Sent Events frame.
 
-An event is written in one send: some clients break when a frame comes in parts. JSON escapes line breaks inside
-strings, so one `data:` line always holds the whole event.
+An event is written in one send: some clients break when a frame comes in parts. JSON escapes line breaks
+inside strings, so one `data:` line always holds the whole event.
 """
 
 from __future__ import annotations

@@ -1,23 +1,23 @@
-"""Sampled text to text and tool calls, as it streams. The Hermes form, which the generic fallback template teaches:
+"""Sampled text to text and tool calls, as it streams. The Hermes form, which our fallback template teaches:
 
     <tool_call>{"name": "look_up", "arguments": {"key": "value"}}</tool_call>
 
 Laws
     However the text is cut into pieces, the joined texts, calls and arguments are the same.
-    Nothing is held longer than it is undecided: text, no longer than it may be the beginning of a tag; a call,
-    until its head (all before the arguments' brace) is there. From then on the arguments stream.
-    What does not become a call is text again, tags included. Nothing is lost but the markup of calls, and white
-    space around it.
+    Nothing is held longer than it is undecided: text, while it may be the beginning of a tag; a call, until
+    its head (all before the arguments' brace) is there. From then on the arguments stream.
+    What does not become a call is text again, tags included. Nothing is lost but the markup of calls, and the
+    white space before a closing tag.
 
-    TEXT ── <tool_call> ──> HEAD ── {"name": "…", "arguments": ──> ARGUMENTS ── its last brace ──> TAIL
-      ^                      │                                        │ a '<' outside strings        │
-      └── </tool_call> or end: a call if all of it is one JSON call,  └──────────────────────────────┤
-          else text                                                       }</tool_call>, or not      │
-      ^──────────────────────────────────────────────────────────────────────────────────────────────┘
+    TEXT ── <tool_call> ──> HEAD ── {"name": "…", "arguments": ──> ARGUMENTS ── last brace, or '<' ──> TAIL
+      ^                      │                                                                           │
+      └──────────────────────┴───────────────────────────────────────────────────────────────────────────┘
+        at </tool_call> or the end: a call,                                   at }</tool_call>, or at what
+        if all of it is one as JSON; else text                                cannot be that, which is text
 
-In ARGUMENTS only strings and braces are understood: whether the rest is JSON is the tool's business, as it is with every
-server whose model is not constrained. A '<' outside a string is no JSON, so the call was cut there. A call whose text
-ends inside its arguments stays open, and the response's end says how it ended.
+In ARGUMENTS only strings and braces are understood: whether the rest is JSON is the tool's business, as with
+every server whose model is not constrained. A '<' outside a string is no JSON, so the call was cut there. A
+call whose text ends inside its arguments stays open, and the response's end says how it ended.
 """
 
 from __future__ import annotations

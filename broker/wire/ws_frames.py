@@ -1,10 +1,10 @@
 """A WebSocket text frame to what is to be done about it.
 
 Laws
-    Parsing never raises: a frame that cannot be served becomes `Refused`, which waits its turn in its lane like the
-    response it would have been. An error sent out of turn would be read as the end of the response before it.
-    A type that nobody knows is ignored without an answer: clients read only while they wait for a response, so a
-    stray error would end their next turn.
+    Parsing never raises: a frame that cannot be served becomes `Refused`, which waits its turn in its lane
+    like the response it would have been. An error out of turn would be read as the end of the one before it.
+    A type that nobody knows is ignored without an answer: clients read only while they wait for a response,
+    so a stray error would end their next turn.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Ignored:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A frame at fault. What it tried to continue must be forgotten like after any failed continuation of its lane."""
+    """A frame at fault. What it tried to continue is evicted, as after any failed continuation."""
 
     error: ClientError
     stream_id: str | None = None
@@ -86,7 +86,7 @@ def parse_frame(text: str) -> Frame:
 
 
 def steer_failed(steer: Steer) -> dict[str, Any]:
-    """The answer to a steer: this server's responses are not steered. It belongs to no response's numbering."""
+    """The answer to every steer: responses are not steered here. It belongs to no response's numbering."""
     return {
         "type": "response.steer.failed",
         "sequence_number": 0,

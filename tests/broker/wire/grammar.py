@@ -17,7 +17,39 @@ from typing import Any
 Event = dict[str, Any]
 
 RESPONSE_FIELDS = frozenset(
-    ["id", "object", "created_at", "completed_at", "status", "incomplete_details", "model", "previous_response_id", "instructions", "output", "error", "tools", "tool_choice", "truncation", "parallel_tool_calls", "text", "top_p", "presence_penalty", "frequency_penalty", "top_logprobs", "temperature", "reasoning", "usage", "max_output_tokens", "max_tool_calls", "store", "background", "service_tier", "metadata", "safety_identifier", "prompt_cache_key"]
+    [
+        "id",
+        "object",
+        "created_at",
+        "completed_at",
+        "status",
+        "incomplete_details",
+        "model",
+        "previous_response_id",
+        "instructions",
+        "output",
+        "error",
+        "tools",
+        "tool_choice",
+        "truncation",
+        "parallel_tool_calls",
+        "text",
+        "top_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "top_logprobs",
+        "temperature",
+        "reasoning",
+        "usage",
+        "max_output_tokens",
+        "max_tool_calls",
+        "store",
+        "background",
+        "service_tier",
+        "metadata",
+        "safety_identifier",
+        "prompt_cache_key",
+    ]
 )
 PART_KINDS = ("output_text",)
 TERMINALS = ("response.completed", "response.incomplete", "response.failed")
@@ -30,11 +62,14 @@ class GrammarError(AssertionError):
 def check_events(events: list[Event], *, stream_id: str | None = None) -> dict[str, Any]:
     """Check a whole stream; the terminal event's response is returned. Raises GrammarError.
 
-    Give it the events of one response: without request errors, steer answers or the article's `response.done`.
+    Give it one response's events, without request errors, steer answers or the article's `response.done`.
     """
     reader = _Reader(stream_id)
     for event in events:
-        reader.read(event)
+        try:
+            reader.read(event)
+        except KeyError as error:
+            raise GrammarError(f"{event.get('type')} has no field {error}") from error
     _require(reader.terminal is not None, "the stream ends without a terminal event")
     assert reader.terminal is not None
     return reader.terminal

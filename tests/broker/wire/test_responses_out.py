@@ -1,0 +1,341 @@
+"""Event streams: any order of text, calls, cancel and failure is grammatical, and says what was told."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from openai.types.responses import Response
+from openai.types.responses.responses_server_event import ResponsesServerEvent
+from pydantic import TypeAdapter
+
+from broker.wire.items import content_digest, parse_items
+from broker.wire.requests import Transport, parse_create
+from broker.wire.responses_out import ResponseStream, usage_json
+from engine.api import CachedTokens, Usage
+from tests.broker.wire.grammar import check_events, check_response
+
+TOOLS = [
+    {"type": "function", "name": "f"},
+    {
+        "type": "namespace",
+        "name": "box",
+        "description": "d",
+        "tools": [{"type": "function", "name": "g"}],
+    },
+]
+USAGE = Usage(
+    prompt_tokens=10,
+    cached=CachedTokens(device=1, host=2, disk=3, remote=0),
+    computed_tokens=4,
+    output_tokens=5,
+)
+
+
+def new_stream(**body):
+    request = parse_create({"tools": TOOLS, **body}, transport=Transport.WEBSOCKET)
+    numbers = itertools.count()
+    return ResponseStream(
+        request,
+        response_id="resp_1",
+        model="m",
+        created_at=1700000000.7,
+        new_id=lambda prefix: f"{prefix}_{next(numbers)}",
+    )
+
+
+def run(stream, script):
+    """Play a script of ("text", s) | ("call", name, [deltas], ended) | ("alive",) and return the events."""
+    events = stream.start()
+    for step in script:
+        match step:
+            case ("text", text):
+                events += stream.text(text)
+            case ("call", name, deltas, ended):
+                events += stream.call_start(name, "call_1")
+                for delta in deltas:
+                    events += stream.call_arguments(delta)
+                if ended:
+                    events += stream.call_end()
+            case ("alive",):
+                events.append(stream.keepalive())
+    return events
+
+
+texts = st.text("ab \n", max_size=4)
+steps = st.one_of(
+    st.tuples(st.just("text"), texts),
+    st.tuples(
+        st.just("call"),
+        st.sampled_from(["f", "box.g", "unknown"]),
+        st.lists(texts, max_size=3),
+        st.just(True),
+    ),
+    st.just(("alive",)),
+)
+open_call = st.tuples(st.just("call"), st.just("f"), st.lists(texts, max_size=3), st.just(False))
+scripts = st.builds(
+    lambda body, last: [*body, *last], st.lists(steps, max_size=8), st.lists(open_call, max_size=1)
+)
+endings = st.sampled_from(
+    [
+        ("completed", None),
+        ("incomplete", "max_output_tokens"),
+        ("incomplete", "cancelled"),
+        ("failed", None),
+    ]
+)
+
+
+def end(stream, ending):
+    status, reason = ending
+    if status == "failed":
+        return stream.fail("server_error", "broken")
+    return stream.finish(status, reason, USAGE, completed_at=1700000001)
+
+
+SERVER_EVENT = TypeAdapter(ResponsesServerEvent)
+
+
+@given(scripts, endings, st.sampled_from([None, "main"]))
+def test_any_turn_satisfies_the_grammar(script, ending, lane):
+    stream = new_stream(stream_id=lane)
+    events = run(stream, script)
+    assert not stream.is_over
+    events += end(stream, ending)
+    assert stream.is_over
+    terminal = check_events(events, stream_id=lane)
+    event(f"{ending[0]}, {len(terminal['output'])} items")
+    assert terminal == stream.response()
+    assert terminal["output"] == stream.output_items
+    assert events[-1]["type"] == f"response.{ending[0]}"
+    json.dumps(events)
+
+
+@given(scripts, endings)
+def test_nothing_that_was_told_is_lost_but_blank_messages(script, ending):
+    stream = new_stream()
+    run(stream, script)
+    end(stream, ending)
+    text, told = "", []
+    for step in script:
+        if step[0] == "text":
+            text += step[1]
+        elif step[0] == "call":
+            told += [text] if text.strip() else []
+            text = ""
+            if step[3] or ending[0] != "failed":
+                told.append((step[1], "".join(step[2])))
+    if ending[0] != "failed" and text.strip():
+        told.append(text)
+    said = []
+    for item in stream.output_items:
+        if item["type"] == "message":
+            said.append(item["content"][0]["text"])
+        else:
+            name = f"{item['namespace']}.{item['name']}" if "namespace" in item else item["name"]
+            said.append((name, item["arguments"]))
+    assert said == told
+
+
+def shape(events):
+    """Events with neighbouring deltas joined and without numbers."""
+    joined = []
+    for each in events:
+        bare = {key: value for key, value in each.items() if key != "sequence_number"}
+        if joined and "delta" in bare and joined[-1]["type"] == bare["type"]:
+            joined[-1] = bare | {"delta": joined[-1]["delta"] + bare["delta"]}
+        else:
+            joined.append(bare)
+    return joined
+
+
+@given(st.lists(texts, max_size=6), endings, st.booleans())
+def test_how_text_is_cut_changes_only_the_deltas(pieces, ending, then_a_call):
+    call = [("call", "f", ["{", "}"], True)] if then_a_call else []
+    whole, cut = new_stream(), new_stream()
+    at_once = run(whole, [("text", "".join(pieces)), *call])
+    in_pieces = run(cut, [*(("text", piece) for piece in pieces), *call])
+    at_once += end(whole, ending)
+    in_pieces += end(cut, ending)
+    assert shape(at_once) == shape(in_pieces)
+
+
+@settings(max_examples=30)  # the SDK's union of 60 events is slow to match
+@given(scripts, endings.filter(lambda ending: ending[1] != "cancelled"))
+def test_every_event_is_one_that_the_official_sdk_knows(script, ending):
+    stream = new_stream(stream_id="main")
+    for each in run(stream, script) + end(stream, ending):
+        parsed = SERVER_EVENT.validate_python(each)
+        assert parsed.type == each["type"]
+
+
+def test_the_response_is_one_that_the_official_sdk_knows():
+    stream = new_stream(instructions="i", metadata={"a": "b"}, temperature=0, top_p=0.5)
+    run(stream, [("text", "hello"), ("call", "f", ["{}"], True)])
+    end(stream, ("completed", None))
+    response = Response.model_validate(stream.response())
+    assert response.output_text == "hello"
+    assert response.usage.input_tokens_details.cached_tokens == 6
+
+
+def test_a_text_turn_event_by_event():
+    stream = new_stream()
+    events = run(stream, [("text", " "), ("text", "hi"), ("text", "")])
+    events += end(stream, ("completed", None))
+    assert [each["type"] for each in events] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert events[4]["delta"] == " hi"
+
+
+def test_a_call_turn_event_by_event():
+    stream = new_stream()
+    events = run(stream, [("text", "\n\n"), ("call", "box.g", ['{"a"', ":1}"], True)])
+    events += end(stream, ("completed", None))
+    assert [each["type"].removeprefix("response.") for each in events] == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "function_call_arguments.delta",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "output_item.done",
+        "completed",
+    ]
+    assert events[-2]["item"] == {
+        "type": "function_call",
+        "id": "fc_0",
+        "call_id": "call_1",
+        "name": "g",
+        "namespace": "box",
+        "arguments": '{"a":1}',
+        "status": "completed",
+    }
+
+
+def test_a_warm_up_has_no_output_and_may_have_no_usage():
+    stream = new_stream(generate=False)
+    events = stream.start() + stream.finish("completed", None, None, completed_at=2)
+    terminal = check_events(events)
+    assert (terminal["output"], terminal["usage"]) == ([], None)
+    assert len(events) == 3
+
+
+def test_a_cancelled_turn_ends_its_item_as_incomplete():
+    stream = new_stream()
+    events = run(stream, [("call", "f", ["{}"], True), ("text", "half a sen")])
+    events += end(stream, ("incomplete", "cancelled"))
+    terminal = check_events(events)
+    assert [item["status"] for item in terminal["output"]] == ["completed", "incomplete"]
+    assert terminal["incomplete_details"] == {"reason": "cancelled"}
+    assert terminal["completed_at"] is None
+    assert terminal["usage"]["output_tokens"] == 5
+
+
+def test_a_call_that_the_model_leaves_open_is_completed_as_sampled():
+    stream = new_stream()
+    events = run(stream, [("call", "f", ['{"a": '], False)]) + end(stream, ("completed", None))
+    [call] = check_events(events)["output"]
+    assert (call["status"], call["arguments"]) == ("completed", '{"a": ')
+
+
+def test_a_failure_finishes_no_item_falsely():
+    stream = new_stream()
+    events = run(stream, [("call", "f", ["{}"], True), ("text", "half")])
+    events += stream.fail("server_error", "The model failed.")
+    terminal = check_events(events)
+    assert [item["type"] for item in terminal["output"]] == ["function_call"]
+    assert terminal["error"] == {"code": "server_error", "message": "The model failed."}
+    assert terminal["status"] == "failed"
+
+
+def test_the_response_repeats_what_the_client_said():
+    body = {
+        "instructions": "i",
+        "previous_response_id": "resp_0",
+        "max_output_tokens": 7,
+        "metadata": {"a": "b"},
+        "prompt_cache_key": "k",
+        "store": False,
+        "temperature": 0.5,
+        "top_p": 0.25,
+        "parallel_tool_calls": False,
+        "tool_choice": {"type": "function", "name": "f"},
+        "reasoning": {"effort": "low"},
+        "safety_identifier": "s",
+        "max_tool_calls": 3,
+        "user": "u",
+    }
+    response = new_stream(**body).response()
+    said = body | {"reasoning": {"effort": "low", "summary": None}}
+    assert {key: response[key] for key in said} == said
+    assert (response["created_at"], response["model"]) == (1700000000, "m")
+
+
+def test_a_response_for_a_request_that_was_not_parsed_is_whole():
+    check_response(new_stream().response() | {"status": "in_progress"})
+    assert len(new_stream().response()) == 31
+
+
+def test_usage_counts_cached_tokens_as_input_and_by_tier():
+    assert usage_json(USAGE) == {
+        "input_tokens": 10,
+        "input_tokens_details": {"cached_tokens": 6, "cache_write_tokens": 4},
+        "output_tokens": 5,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 15,
+        "homeport:cached_by_tier": {"device": 1, "host": 2, "disk": 3, "remote": 0},
+    }
+
+
+@given(scripts)
+def test_a_replay_of_the_output_has_its_digest(script):
+    stream = new_stream()
+    run(stream, script)
+    end(stream, ("completed", None))
+    replay = [
+        {"role": "assistant", "content": item["content"][0]["text"]}
+        if item["type"] == "message"
+        else {key: item[key] for key in item if key not in ("id", "status")}
+        for item in stream.output_items
+    ]
+    assert content_digest(parse_items(replay)) == content_digest(parse_items(stream.output_items))
+
+
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        lambda stream: stream.start(),
+        lambda stream: stream.call_arguments("x"),
+        lambda stream: stream.call_end(),
+        lambda stream: stream.call_start("f", "c") and stream.call_start("f", "c"),
+        lambda stream: stream.call_start("f", "c") and stream.text("x"),
+        lambda stream: stream.finish("completed", "cancelled", None, 1),
+        lambda stream: stream.finish("incomplete", None, None, 1),
+        lambda stream: stream.fail("c", "m") and stream.fail("c", "m"),
+        lambda stream: stream.fail("c", "m") and stream.text("x"),
+        lambda stream: stream.fail("c", "m") and stream.keepalive(),
+        lambda stream: stream.fail("c", "m") and stream.finish("completed", None, None, 1),
+    ],
+)
+def test_our_own_mistakes_are_loud(misuse):
+    stream = new_stream()
+    stream.start()
+    with pytest.raises(AssertionError):
+        misuse(stream)
+
+
+def test_nothing_comes_before_the_start():
+    for early in (lambda stream: stream.text("x"), lambda stream: stream.fail("c", "m")):
+        with pytest.raises(AssertionError):
+            early(new_stream())
