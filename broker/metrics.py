@@ -58,6 +58,7 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
     put("loading", "gauge", "Sequences whose KV is being restored.", one(engine.loading))
     put("leases", "gauge", "Finished turns whose KV is kept warm.", one(engine.leases))
     put("refs", "gauge", "References that running sequences hold on blocks.", one(engine.refs))
+    put("dirty_blocks", "gauge", "Blocks not yet written to disk.", one(engine.dirty))
     put(
         "tokens_total",
         "counter",

@@ -98,6 +98,7 @@ class WebSocketSide:
                 await Connection(port, tenant).run(arrival)
         finally:
             port.websockets -= 1
+        await linger(arrival.stream)
 
 
 class Fragments:
@@ -232,7 +233,6 @@ class Connection:
                 await self._read()
         finally:
             self.scope.close(self.port.engine)
-        await linger(arrival.stream)
 
     # reader
 
@@ -463,7 +463,6 @@ async def _echo(arrival: Arrival, settings: WebSocket) -> None:
                 await ws.send_message(await ws.get_message())
         except ConnectionClosed:
             nursery.cancel_scope.cancel()
-    await linger(arrival.stream)
 
 
 def _check_handshake(arrival: Arrival) -> None:

@@ -1,0 +1,576 @@
+"""The WebSocket side against a fake engine: lanes, limits, errors, and every way a connection ends."""
+
+import itertools
+import json
+import struct
+
+import h11
+import pytest
+import trio
+import trio_websocket
+from hypothesis import given
+from hypothesis import strategies as st
+from trio.testing import wait_all_tasks_blocked
+
+from broker.websocket import Fragments
+from tests.broker.rig import open_rig
+from tests.broker.wire.grammar import check_events
+from tests.fakes import saying
+from tiers.policy import SessionClass
+
+NOT_FOUND = "previous_response_not_found"
+
+
+def response_id(events):
+    return events[-1]["response"]["id"]
+
+
+async def test_a_turn_is_a_good_event_stream_without_stream_id_on_the_default_lane():
+    async with open_rig() as rig, rig.websocket() as client:
+        response = check_events(await client.turn())
+        assert response["output"][0]["content"][0]["text"] == "Hello there."
+
+
+async def test_a_store_false_response_is_continued_on_its_connection_and_dead_on_the_next():
+    async with open_rig() as rig:
+        async with rig.websocket() as client:
+            first = await client.turn(store=False)
+            second = await client.turn(store=False, previous_response_id=response_id(first))
+            usage = check_events(second)["usage"]
+            assert usage["input_tokens_details"]["cached_tokens"] > 0
+        async with rig.websocket() as client:
+            (error,) = await client.turn(previous_response_id=response_id(second))
+            assert error["status"] == 400
+            assert error["error"]["code"] == NOT_FOUND
+            assert error["error"]["param"] == "previous_response_id"
+            check_events(await client.turn())  # the socket stays open
+        async with rig.websocket() as client:
+            stored = await client.turn(store=True)
+        async with rig.websocket() as client:
+            check_events(await client.turn(previous_response_id=response_id(stored)))
+
+
+async def test_creates_on_a_busy_lane_are_queued_and_answered_in_order():
+    async with open_rig(reply=saying("one", "two", "three")) as rig, rig.websocket() as client:
+        for name in "abc":
+            await client.create(name, metadata={"n": name})
+        for name, said in zip("abc", ("one", "two", "three"), strict=True):
+            response = check_events(await client.until("response.completed"))
+            assert response["metadata"] == {"n": name}
+            assert response["output"][0]["content"][0]["text"] == said
+
+
+async def test_named_lanes_run_at_the_same_time_and_every_event_names_its_lane():
+    async with open_rig() as rig, rig.websocket() as client:
+        rig.engine.hold()
+        for lane in ("a", "b", None):
+            await client.create(**({"stream_id": lane} if lane else {}))
+        await wait_all_tasks_blocked()
+        assert len(rig.engine.submitted) == 3
+        rig.engine.go()
+        lanes = {"a": [], "b": [], None: []}
+        while not all(
+            events and events[-1]["type"] == "response.completed" for events in lanes.values()
+        ):
+            event = await client.event()
+            lanes[event.get("stream_id")].append(event)
+        for lane, events in lanes.items():
+            check_events(events, stream_id=lane)
+
+
+async def test_in_flight_turns_are_bounded_over_all_lanes_and_the_rest_wait():
+    async with open_rig("websocket.max_in_flight=2") as rig, rig.websocket() as client:
+        rig.engine.hold()
+        for lane in "abc":
+            await client.create(stream_id=lane)
+        await wait_all_tasks_blocked()
+        assert len(rig.engine.submitted) == 2
+        rig.engine.go()
+        done = [(await client.until("response.completed"))[-1]["stream_id"] for _ in "abc"]
+        assert sorted(done) == ["a", "b", "c"]
+
+
+async def test_the_number_of_lane_names_is_bounded_and_known_names_go_on():
+    async with open_rig("websocket.max_lanes=2") as rig, rig.websocket() as client:
+        for lane in ("a", "b"):
+            check_events(await client.turn(stream_id=lane), stream_id=lane)
+        (error,) = await client.turn(stream_id="c")
+        assert error["error"]["code"] == "websocket_stream_limit_reached"
+        assert (error["status"], error["stream_id"]) == (400, "c")
+        check_events(await client.turn(stream_id="a"), stream_id="a")
+        check_events(await client.turn())
+
+
+async def test_more_creates_than_may_queue_get_an_error_event_and_the_others_are_served():
+    async with open_rig("websocket.max_in_flight=1", "websocket.max_queued=2") as rig:
+        async with rig.websocket() as client:
+            rig.engine.hold()
+            for _ in range(4):
+                await client.create()
+            error = await client.event()
+            assert (error["type"], error["status"]) == ("error", 429)
+            assert error["headers"]["retry-after"]
+            rig.engine.go()
+            for _ in range(3):
+                check_events(await client.until("response.completed"))
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        ("{", "invalid_json"),
+        ("[1]", "invalid_type"),
+        ('{"type": 3}', "invalid_type"),
+        ("{}", "missing_required_parameter"),
+        ('{"type": "response.create", "input": 3}', "invalid_type"),
+        ('{"type": "response.create", "stream_id": ""}', "invalid_stream_id"),
+        ('{"type": "response.create", "model": "other"}', "model_not_found"),
+        ('{"type": "response.create", "input": [], "a": NaN}', "invalid_json"),
+    ],
+)
+async def test_a_bad_frame_is_an_error_event_and_the_connection_lives(frame, code):
+    async with open_rig() as rig, rig.websocket() as client:
+        await client.send(frame)
+        error = await client.event()
+        assert error["type"] == "error"
+        assert isinstance(error["status"], int)
+        assert error["error"]["code"] == code
+        check_events(await client.turn())
+
+
+async def test_unknown_client_events_are_ignored_without_an_answer():
+    async with open_rig() as rig, rig.websocket() as client:
+        await client.send({"type": "response.processed", "response_id": "x"})
+        await client.send({"type": "response.cancel", "response_id": "unknown"})
+        check_events(await client.turn())
+
+
+async def test_steering_is_answered_with_its_failure():
+    async with open_rig() as rig, rig.websocket() as client:
+        await client.send(
+            {"type": "response.steer", "previous_response_id": "resp_x", "input": "left"}
+        )
+        event = await client.event()
+        assert event["type"] == "response.steer.failed"
+        assert event["error"]["code"] == "steering_not_supported"
+        assert event["steer"] == {"input": "left", "previous_response_id": "resp_x"}
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_cancel_ends_the_running_response_incomplete_and_the_lane_goes_on(named):
+    async with open_rig(reply=saying("x" * 500)) as rig, rig.websocket() as client:
+        await client.create()
+        events = await client.until("response.output_text.delta")
+        frame = {"type": "response.cancel"}
+        if named:
+            frame["response_id"] = events[0]["response"]["id"]
+        await client.send(frame)
+        events += await client.until("response.incomplete", "response.completed")
+        response = check_events(events)
+        assert response["incomplete_details"] == {"reason": "cancelled"}
+        assert rig.engine.cancelled
+
+
+async def test_an_error_in_one_lane_does_not_disturb_another():
+    async with open_rig() as rig, rig.websocket() as client:
+        rig.engine.hold()
+        await client.create(stream_id="good")
+        await client.create(stream_id="bad", previous_response_id="resp_nobody")
+        error = await client.event()
+        assert (error["stream_id"], error["error"]["code"]) == ("bad", NOT_FOUND)
+        rig.engine.go()
+        check_events(await client.until("response.completed"), stream_id="good")
+
+
+async def test_a_silent_turn_repeats_in_progress(autojump_clock):
+    async with open_rig() as rig, rig.websocket() as client:
+        rig.engine.hold()
+        await client.create()
+        await client.until("response.in_progress")
+        before = trio.current_time()
+        for _ in range(3):
+            assert (await client.event())["type"] == "response.in_progress"
+        assert trio.current_time() - before <= 45
+        rig.engine.go()
+
+
+async def test_generate_false_is_acknowledged_before_its_prefill():
+    async with open_rig() as rig, rig.websocket() as client:
+        rig.engine.hold()
+        events = await client.turn(generate=False, store=False)
+        assert check_events(events)["output"] == []
+        rig.engine.go()
+        check_events(
+            await client.turn("more", previous_response_id=response_id(events), store=False)
+        )
+
+
+async def test_the_article_dialect_gets_response_done_and_goes_on_with_a_tools_result():
+    call = 'ok <tool_call>{"name": "ls", "arguments": {}}</tool_call>'
+    async with open_rig(reply=saying(call, "Done.")) as rig, rig.websocket() as client:
+        tools = [{"type": "function", "name": "ls", "parameters": {"type": "object"}}]
+        await client.send(
+            {
+                "model": "smollm2-135m-instruct",
+                "system": "Be brief.",
+                "tools": tools,
+                "input": "Go.",
+            }
+        )
+        events = await client.until("response.done")
+        assert check_events(events[:-1]) == events[-1]["response"]
+        await client.send(
+            {"type": "conversation.item.create", "item": {"role": "tool", "content": "a.txt"}}
+        )
+        events = await client.until("response.done")
+        assert events[-1]["response"]["output"][0]["content"][0]["text"] == "Done."
+        assert b"a.txt" in bytes(t for t in rig.engine.submitted[-1].prompt if t < 256)
+
+
+async def test_an_article_item_before_any_opening_is_an_error_event():
+    async with open_rig() as rig, rig.websocket() as client:
+        await client.send(
+            {"type": "conversation.item.create", "item": {"role": "tool", "content": "x"}}
+        )
+        assert (await client.event())["error"]["code"] == "conversation_not_open"
+
+
+async def test_a_dropped_transport_cancels_the_turns_and_gives_their_leases_up():
+    async with open_rig(reply=saying("x" * 500)) as rig:
+        async with rig.websocket() as client:
+            await client.turn(max_output_tokens=3)
+            rig.engine.hold()
+            await client.create()
+            await client.create(stream_id="b")
+            await wait_all_tasks_blocked()
+        await wait_all_tasks_blocked()
+        assert len(rig.engine.cancelled) == 2
+        (lease,) = {finished.lease for finished in rig.engine.finished[:1]}
+        assert rig.engine.leases[lease] is SessionClass.CLOSED
+        assert rig.port.websockets == 0
+        assert rig.port.admission.statistics().admitted == 0
+
+
+async def test_a_close_frame_is_answered_and_ends_the_connection():
+    async with open_rig() as rig, rig.websocket() as client:
+        await client.turn()
+        await client.connection.aclose()
+        await wait_all_tasks_blocked()
+        assert rig.port.websockets == 0
+
+
+async def test_a_binary_frame_closes_with_1003():
+    async with open_rig() as rig, rig.websocket() as client:
+        await client.send(b"\x00")
+        assert await client.closed() == 1003
+
+
+async def test_a_message_over_the_limit_closes_with_1009(autojump_clock):
+    async with open_rig("websocket.max_message=4KiB") as rig, rig.websocket() as client:
+        check_events(await client.turn("x" * 3000))
+        await client.create("x" * 5000)
+        assert await client.closed() == 1009
+
+
+def frame(payload, *, opcode=1, fin=True):
+    """A client's frame, masked with zeros."""
+    length = len(payload)
+    if length < 126:
+        sized = bytes([0x80 | length])
+    elif length < 65536:
+        sized = b"\xfe" + struct.pack("!H", length)
+    else:
+        sized = b"\xff" + struct.pack("!Q", length)
+    return bytes([(0x80 if fin else 0) | opcode]) + sized + b"\0\0\0\0" + payload
+
+
+async def test_a_flood_of_fragments_closes_with_1008(autojump_clock):
+    async with open_rig("websocket.max_fragments=8") as rig, rig.websocket() as client:
+        pieces = [b'{"type":"response.create","input":', *[b""] * 6, b'"Hi."}']
+        flags = [(1, False), *[(0, False)] * 6, (0, True)]
+        await client.stream.send_all(
+            b"".join(frame(p, opcode=o, fin=f) for p, (o, f) in zip(pieces, flags, strict=True))
+        )
+        check_events(await client.until("response.completed"))
+        await client.stream.send_all(frame(b"", fin=False) + frame(b"", opcode=0, fin=False) * 8)
+        assert await client.closed() == 1008
+        assert trio.current_time() < 5
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 6), st.sampled_from([0, 1, 125, 126, 127, 65535, 65536]), st.booleans()
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(1, 6),
+    st.data(),
+)
+def test_fragments_are_counted_whatever_the_lengths_and_the_splits(messages, limit, data):
+    stream = b""
+    for count, length, ping in messages:
+        for index in range(count):
+            stream += frame(b"p" * length, opcode=0 if index else 1, fin=index == count - 1)
+            if ping:
+                stream += frame(b"ping", opcode=9)
+    step = data.draw(st.integers(1, max(1, len(stream))))
+    step = max(step, len(stream) // 50)
+    meter = Fragments(limit)
+    flooded = any(meter.exceeded_by(stream[at : at + step]) for at in range(0, len(stream), step))
+    # the last frame of a message is its end, and ends the count
+    assert flooded is any(count - 1 > limit for count, _, _ in messages)
+
+
+async def test_a_peer_without_pongs_is_dropped(autojump_clock):
+    async with open_rig("websocket.ping_interval=20s", "websocket.ping_timeout=10s") as rig:
+        stream = rig.stream()
+        await stream.send_all(handshake())
+        await stream.receive_some()
+        with trio.fail_after(40):
+            while await stream.receive_some():
+                pass
+        await wait_all_tasks_blocked()
+        assert rig.port.websockets == 0
+        assert 30 <= trio.current_time() < 40
+
+
+async def test_a_peer_that_answers_pings_lives_and_is_pinged_during_a_silent_turn(autojump_clock):
+    async with open_rig("websocket.ping_interval=5s", "websocket.ping_timeout=5s") as rig:
+        async with rig.websocket() as client:
+            rig.engine.hold()
+            await client.create()
+            with trio.move_on_after(100):
+                while True:
+                    await client.event()
+            rig.engine.go()
+            await client.until("response.completed")
+
+
+async def test_the_connection_limit_is_an_error_event_and_then_a_close(autojump_clock):
+    async with open_rig("websocket.max_lifetime=60m") as rig, rig.websocket() as client:
+        error = await client.event()
+        assert trio.current_time() == pytest.approx(3600)
+        assert (error["status"], error["error"]["code"]) == (
+            400,
+            "websocket_connection_limit_reached",
+        )
+        assert "(60 minutes)" in error["error"]["message"]
+        assert await client.closed() == 1000
+
+
+async def test_a_peer_that_reads_nothing_is_dropped_after_the_send_timeout(autojump_clock):
+    async with open_rig("websocket.send_timeout=10s", reply=saying("x" * 3000)) as rig:
+        client, server = trio.testing.lockstep_stream_pair()
+        rig.nursery.start_soon(rig.door.serve, server)
+        await client.send_all(handshake())
+        await client.receive_some()
+        await client.send_all(frame(b'{"type":"response.create","input":"Hi."}'))
+        await trio.sleep(15)
+        assert rig.port.websockets == 0
+        await wait_all_tasks_blocked()
+        assert rig.port.admission.statistics().admitted == 0  # the turn went with its connection
+        await client.aclose()
+
+
+async def test_a_peer_that_sends_and_never_reads_is_dropped(autojump_clock):
+    async with open_rig() as rig:
+        client, server = trio.testing.lockstep_stream_pair()
+        rig.nursery.start_soon(rig.door.serve, server)
+        await client.send_all(handshake())
+        await client.receive_some()
+        for _ in range(100):
+            await client.send_all(frame(b'{"type":"response.steer","previous_response_id":"r"}'))
+        assert trio.current_time() < 5
+        assert rig.port.websockets == 0
+        await client.aclose()
+
+
+async def test_on_shutdown_running_turns_finish_new_ones_are_refused_and_the_close_is_1012(
+    autojump_clock,
+):
+    async with open_rig() as rig, rig.websocket() as client, rig.websocket() as idle:
+        rig.engine.hold()
+        await client.create()
+        await wait_all_tasks_blocked()
+        rig.port.stopping.set()
+        assert await idle.closed() == 1012
+        await client.create("too late")
+        events = await client.until("error")
+        assert events[-1]["status"] == 429
+        rig.engine.go()
+        events = events[:-1] + await client.until("response.completed")
+        check_events(events)
+        assert await client.closed() == 1012
+
+
+async def test_on_shutdown_a_turn_that_does_not_finish_is_cut_after_its_grace(autojump_clock):
+    async with open_rig("server.grace=25s") as rig, rig.websocket() as client:
+        rig.engine.hold()
+        await client.create()
+        await wait_all_tasks_blocked()
+        rig.port.stopping.set()
+        assert await client.closed() == 1012
+        assert 25 <= trio.current_time() < 30
+        await wait_all_tasks_blocked()
+        assert rig.engine.cancelled
+
+
+def handshake(path="/v1/responses", **fields):
+    headers = {
+        "host": "localhost",
+        "connection": "Upgrade",
+        "upgrade": "websocket",
+        "sec-websocket-version": "13",
+        "sec-websocket-key": "MDEyMzQ1Njc4OWFiY2RlZg==",
+        **{name.replace("_", "-"): value for name, value in fields.items()},
+    }
+    lines = [
+        f"GET {path} HTTP/1.1",
+        *(f"{k}: {v}" for k, v in headers.items() if v is not None),
+        "",
+        "",
+    ]
+    return "\r\n".join(lines).encode()
+
+
+@pytest.mark.parametrize(
+    ("sets", "path", "fields", "status"),
+    [
+        ((), "/v1/responses?x=1", {}, 101),
+        ((), "/v1/responses", {"origin": "http://localhost"}, 101),
+        ((), "/v1/responses", {"sec_websocket_extensions": "permessage-deflate"}, 101),
+        ((), "/v1/responses", {"origin": "https://evil.example"}, 403),
+        ((), "/v1/responses", {"host": "evil.example"}, 421),
+        (["auth.keys=['k']"], "/v1/responses", {}, 401),
+        (["auth.keys=['k']"], "/nowhere", {}, 401),
+        (["auth.keys=['k']"], "/v1/responses", {"authorization": "Bearer k"}, 101),
+        (["websocket.enabled=false"], "/v1/responses", {}, 426),
+        ((), "/v1/models", {}, 404),
+        ((), "/echo", {}, 404),
+        (["dev.echo=true"], "/echo", {}, 101),
+        ((), "/v1/responses", {"sec_websocket_version": "8"}, 426),
+        ((), "/v1/responses", {"sec_websocket_key": None}, 400),
+    ],
+)
+async def test_the_handshake_is_accepted_or_refused_with_a_proper_status(
+    sets, path, fields, status
+):
+    async with open_rig(*sets) as rig:
+        stream = rig.stream()
+        await stream.send_all(handshake(path, **fields))
+        parser = h11.Connection(h11.CLIENT)
+        parser.send(
+            h11.Request(
+                method="GET",
+                target="/",
+                headers=[("host", "a"), ("connection", "upgrade"), ("upgrade", "websocket")],
+            )
+        )
+        parser.send(h11.EndOfMessage())
+        parser.receive_data(await stream.receive_some())
+        answer = parser.next_event()
+        names = dict(answer.headers)
+        assert answer.status_code == status
+        assert b"sec-websocket-extensions" not in names
+        if status != 101:
+            parser.receive_data(await stream.receive_some()) if parser.trailing_data[
+                0
+            ] == b"" else None
+            body = parser.next_event()
+            assert json.loads(body.data)["error"]["code"]
+        if status == 401:
+            assert names[b"www-authenticate"] == b"Bearer"
+        if status == 426:
+            assert names[b"sec-websocket-version"] == b"13"
+        await trio.aclose_forcefully(stream)
+
+
+async def test_while_stopping_an_upgrade_is_503():
+    async with open_rig() as rig:
+        rig.port.stopping.set()
+        stream = rig.stream()
+        await stream.send_all(handshake())
+        assert b" 503 " in (await stream.receive_some()).split(b"\r\n")[0]
+        await trio.aclose_forcefully(stream)
+
+
+async def test_echo_gives_text_and_binary_back():
+    async with open_rig("dev.echo=true") as rig, rig.websocket("/echo") as client:
+        for message in ("text", b"\x00binary", "x" * 100_000):
+            await client.send(message)
+            assert await client.connection.get_message() == message
+        await client.connection.aclose()
+
+
+async def test_two_tenants_do_not_see_each_others_responses():
+    async with open_rig("auth.keys=['a', 'b']") as rig:
+        async with rig.websocket(authorization="Bearer a") as client:
+            stored = await client.turn(store=True)
+        async with rig.websocket(authorization="Bearer b") as client:
+            (foreign,) = await client.turn(previous_response_id=response_id(stored))
+            (absent,) = await client.turn(previous_response_id=response_id(stored)[:-1] + "~")
+            assert foreign["error"]["code"] == absent["error"]["code"] == NOT_FOUND
+            usage = check_events(await client.turn())["usage"]
+            assert usage["input_tokens_details"]["cached_tokens"] == 0
+        assert len({submit.salt for submit in rig.engine.submitted}) == 2
+
+
+async def test_a_full_server_answers_with_an_error_event_that_says_when_to_come_back():
+    async with open_rig("admission.max_turns=1", "admission.max_queued=0") as rig:
+        async with rig.websocket() as client, rig.websocket() as other:
+            rig.engine.hold()
+            await client.create()
+            await wait_all_tasks_blocked()
+            (error,) = await other.turn()
+            assert (error["status"], error["error"]["code"]) == (429, "overloaded")
+            assert int(error["headers"]["retry-after"]) >= 1
+            rig.engine.go()
+            await client.until("response.completed")
+            check_events(await other.turn())
+
+
+async def test_a_fault_of_ours_ends_one_connection_and_leaves_the_others(caplog):
+    async with open_rig() as rig, rig.websocket() as good:
+        async with rig.websocket() as client:
+            good_reply, rig.engine.text = rig.engine.text, None
+            await client.create()
+            assert await client.closed() == 1006
+            rig.engine.text = good_reply
+        assert "by our fault" in caplog.text
+        check_events(await good.turn())
+
+
+@pytest.mark.parametrize("cut_after", [1, 3, 8])
+async def test_dropping_at_any_event_leaves_nothing_behind(cut_after):
+    async with open_rig() as rig:
+        async with rig.websocket() as client:
+            await client.create()
+            for _ in range(cut_after):
+                await client.event()
+        await wait_all_tasks_blocked()
+        statistics = rig.port.admission.statistics()
+        assert (statistics.admitted, statistics.waiting, rig.port.websockets) == (0, 0, 0)
+        assert not rig.engine._running
+
+
+async def test_a_server_side_close_before_any_frame_is_seen_by_the_client():
+    async with open_rig() as rig, rig.websocket() as client:
+        rig.port.stopping.set()
+        with pytest.raises(trio_websocket.ConnectionClosed):
+            await client.connection.get_message()
+        assert client.connection.closed.code == 1012
+
+
+async def test_events_larger_than_the_outbox_reach_a_slow_reader_in_order(autojump_clock):
+    async with open_rig(reply=saying("y" * 300)) as rig, rig.websocket() as client:
+        await client.create()
+        events = []
+        while not events or events[-1]["type"] != "response.completed":
+            await trio.sleep(0.1)
+            events.append(await client.event())
+        check_events(events)
+        assert [e["sequence_number"] for e in events] == list(
+            itertools.islice(itertools.count(), len(events))
+        )
