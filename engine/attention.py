@@ -131,7 +131,7 @@ class PagedForward:
         self._slots = torch.tensor(slots, device=arena.device)  # [tokens]
         self._rows = torch.tensor(rows, device=arena.device)  # [tokens]
         self._few = paged_cpu.plan(few, size) if few and on_cpu else None
-        self._padded = _padded(few, arena) if few and not on_cpu else None
+        self._padded = pad(few, arena) if few and not on_cpu else None
         self._many = [_many(segment, arena) for segment in many]
 
     def attend(
@@ -173,7 +173,7 @@ class PagedForward:
         return out
 
 
-def _padded(segments: Sequence[Segment], arena: Arena) -> Padded:
+def pad(segments: Sequence[Segment], arena: Arena) -> Padded:
     size = arena.geometry.block_tokens
     blocks = [-(-segment.context // size) for segment in segments]
     longest = max(blocks)

@@ -1,7 +1,8 @@
 """Attention over pages in place, on the CPU: for few query tokens per sequence, where gathering would cost the most.
 
 Flash decoding: every thread walks its share of every sequence's blocks with an online softmax, and the shares are merged
-at the end. Blocks are dealt round robin, so threads stay level for any mix of context lengths.
+at the end. Blocks are dealt round robin, so threads stay level for any mix of context lengths, and from each sequence's own
+start, so what a sequence gets is the same to the bit whoever it is batched with.
 
 Measured on two AVX2 cores, 4,096 tokens of context, 3 KV heads, 9 query heads, head_dim 64, fp32, per layer: 0.70 ms for
 one query token (contiguous SDPA 0.85, gather and SDPA 2.0), 1.7 for 4, 2.8 for 8, 5.3 for 16, where gathering costs 3.4.
@@ -102,7 +103,7 @@ def _attend(query, blocks, layer, tables, starts, counts, contexts, scaling, out
         for sequence in range(tables.shape[0]):
             context, count, start = contexts[sequence], counts[sequence], starts[sequence]
             for kv_head in range(kv_heads):
-                first = (thread + sequence + kv_head) % threads
+                first = (thread + kv_head) % threads
                 for block in range(first, (context + block_tokens - 1) // block_tokens, threads):
                     slot = tables[sequence, block]
                     keys = blocks[slot, layer, 0, kv_head]
