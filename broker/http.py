@@ -218,7 +218,7 @@ class _Routes:
         body = parse_object(await _read_body(request, self._port))
         tiers = {"host": Tier.HOST, "disk": Tier.DISK}
         tier, session = body.get("tier"), body.get("session")
-        if tier not in tiers:
+        if not isinstance(tier, str) or tier not in tiers:
             raise BadRequest("'tier' must be 'host' or 'disk'.", code="invalid_value", param="tier")
         if not isinstance(session, str | None):
             raise BadRequest(

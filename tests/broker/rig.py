@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import h11
 import trio
 import trio_websocket
-from trio.testing import memory_stream_pair
+from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from broker.access import Access
 from broker.admission import Admission
@@ -32,6 +32,7 @@ class Rig:
 
     def __init__(self, nursery, *sets, **service):
         self.nursery = nursery
+        self.sockets = []
         self.config = load([], sets)
         self.engine = FakeService(
             nursery,
@@ -77,7 +78,8 @@ class Rig:
         """The same over a socket pair: hypercorn asks for addresses."""
         client, server = trio.socket.socketpair()
         self.nursery.start_soon(self.door.serve, trio.SocketStream(server))
-        return trio.SocketStream(client)
+        self.sockets.append(trio.SocketStream(client))
+        return self.sockets[-1]
 
     @asynccontextmanager
     async def websocket(self, path="/v1/responses", **headers):
@@ -102,6 +104,10 @@ class Rig:
                 with trio.CancelScope(shield=True):
                     await trio.aclose_forcefully(stream)
 
+    async def settled(self):
+        """Wait until nothing moves any more. Bytes in a socket wake their task a moment later, hence the cushion."""
+        await wait_all_tasks_blocked(0.02)
+
     def browser(self):
         return Browser(self.socket_stream())
 
@@ -109,8 +115,14 @@ class Rig:
 @asynccontextmanager
 async def open_rig(*sets, **service):
     async with trio.open_nursery() as nursery:
-        yield Rig(nursery, *sets, **service)
-        nursery.cancel_scope.cancel()
+        rig = Rig(nursery, *sets, **service)
+        try:
+            yield rig
+        finally:
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                for stream in rig.sockets:
+                    await stream.aclose()
 
 
 class Client:
@@ -177,6 +189,8 @@ class Browser:
     def __init__(self, stream):
         self.stream = stream
         self.parser = h11.Connection(h11.CLIENT)
+        self.head = None
+        self.body = b""
 
     async def request(self, method, path, body=None, **headers):
         await self.send(method, path, body, **headers)
@@ -198,23 +212,22 @@ class Browser:
         await self.stream.send_all(self.parser.send(h11.EndOfMessage()))
 
     async def answer(self):
-        body = b""
         with trio.fail_after(10_000):
             while True:
                 event = await self._event()
                 match event:
                     case h11.Response():
-                        head = event
+                        self.head, self.body = event, b""
                     case h11.Data():
-                        body += event.data
+                        self.body += event.data
                     case h11.EndOfMessage():
                         break
                     case h11.ConnectionClosed():
                         raise AssertionError("no answer")
         if self.parser.our_state is h11.DONE and self.parser.their_state is h11.DONE:
             self.parser.start_next_cycle()
-        names = {name.decode(): value.decode() for name, value in head.headers}
-        return Answer(head.status_code, names, body)
+        names = {name.decode(): value.decode() for name, value in self.head.headers}
+        return Answer(self.head.status_code, names, self.body)
 
     async def _event(self):
         while (event := self.parser.next_event()) is h11.NEED_DATA:

@@ -1,0 +1,421 @@
+"""The HTTP side against a fake engine, over socket pairs."""
+
+import json
+import logging
+
+import pytest
+import trio
+
+from broker.admission import AdmissionStatistics
+from broker.metrics import EdgeReport, render
+from engine.api import EngineReport, RefuseReason, TierReport
+from tests.broker.rig import open_rig
+from tests.broker.wire.grammar import check_events, check_response
+from tests.fakes import saying
+from tiers.block import Tier
+
+ROUTES = [
+    ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/resp_x"),
+    ("DELETE", "/v1/responses/resp_x"),
+    ("GET", "/v1/responses/resp_x/input_items"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/m"),
+    ("GET", "/metrics"),
+    ("GET", "/admin/sessions"),
+    ("GET", "/admin/tiers"),
+    ("POST", "/admin/demote"),
+    ("GET", "/nowhere"),
+    ("PUT", "/v1/models"),
+]
+
+
+async def test_a_post_is_one_json_response():
+    async with open_rig() as rig:
+        answer = await rig.browser().request("POST", "/v1/responses", {"input": "Hi."})
+        assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
+        check_response(answer.json)
+        assert answer.json["output"][0]["content"][0]["text"] == "Hello there."
+        assert answer.headers["x-request-id"].startswith("req_")
+
+
+async def test_a_streamed_post_is_the_event_stream_and_ends_in_done():
+    async with open_rig() as rig:
+        answer = await rig.browser().request(
+            "POST", "/v1/responses", {"input": "Hi.", "stream": True}
+        )
+        assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert answer.body.endswith(b"\n\ndata: [DONE]\n\n")
+        check_events(answer.events)
+        frames = answer.body.split(b"\n\n")[:-2]
+        for frame, event in zip(frames, answer.events, strict=True):
+            assert frame.startswith(f"event: {event['type']}\ndata: ".encode())
+
+
+async def test_each_event_is_one_write():
+    async with open_rig() as rig:
+        browser = rig.browser()
+        await browser.send("POST", "/v1/responses", {"input": "Hi.", "stream": True})
+        chunks = b""
+        while b"0\r\n\r\n" not in chunks:
+            chunks += await browser.stream.receive_some()
+        for chunk in chunks.partition(b"\r\n\r\n")[2].split(b"\r\nevent: ")[1:]:
+            assert b"\n\n\r\n" in chunk
+
+
+async def test_several_requests_share_one_connection():
+    async with open_rig() as rig:
+        browser = rig.browser()
+        first = await browser.request("POST", "/v1/responses", {"input": "Hi.", "store": True})
+        more = {"input": "More.", "previous_response_id": first.json["id"], "stream": True}
+        second = await browser.request("POST", "/v1/responses", more)
+        assert check_events(second.events)["usage"]["input_tokens_details"]["cached_tokens"] > 0
+        assert (await browser.request("GET", "/healthz")).status == 200
+
+
+async def test_a_stored_response_is_read_paged_deleted_and_then_gone():
+    async with open_rig() as rig:
+        browser = rig.browser()
+        items = [{"role": "user", "content": f"part {n}"} for n in range(3)]
+        created = (await browser.request("POST", "/v1/responses", {"input": items})).json
+        path = f"/v1/responses/{created['id']}"
+        assert (await browser.request("GET", path)).json == created
+        page = (await browser.request("GET", f"{path}/input_items?order=asc&limit=2")).json
+        assert [item["content"][0]["text"] for item in page["data"]] == ["part 0", "part 1"]
+        assert page["has_more"]
+        assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][1]["id"])
+        page = (
+            await browser.request("GET", f"{path}/input_items?order=asc&after={page['last_id']}")
+        ).json
+        assert [item["content"][0]["text"] for item in page["data"]] == ["part 2"]
+        assert not page["has_more"]
+        newest = (await browser.request("GET", f"{path}/input_items?limit=1")).json
+        assert newest["data"] == page["data"]
+        for query in ("limit=0", "limit=101", "limit=x", "order=up", "after=nobody"):
+            assert (await browser.request("GET", f"{path}/input_items?{query}")).status == 400
+        deleted = await browser.request("DELETE", path)
+        assert deleted.json == {"id": created["id"], "object": "response", "deleted": True}
+        for method in ("GET", "DELETE"):
+            assert (await browser.request(method, path)).status == 404
+        assert (await browser.request("GET", f"{path}/input_items")).status == 404
+
+
+async def test_a_stored_response_is_read_from_its_manifest_after_the_tables_forgot_it():
+    async with open_rig() as rig:
+        browser = rig.browser()
+        created = (await browser.request("POST", "/v1/responses", {"input": "Hi."})).json
+        rig.port.sessions.forget("", created["id"])
+        assert (await browser.request("GET", f"/v1/responses/{created['id']}")).json == created
+        page = (await browser.request("GET", f"/v1/responses/{created['id']}/input_items")).json
+        assert page["data"][0]["content"] == [{"type": "input_text", "text": "Hi."}]
+
+
+async def test_input_items_have_the_shape_of_their_kind():
+    call = 'ok <tool_call>{"name": "ls", "arguments": {}}</tool_call>'
+    async with open_rig(reply=saying(call, "Done.")) as rig:
+        browser = rig.browser()
+        tools = [{"type": "function", "name": "ls", "parameters": {"type": "object"}}]
+        first = (
+            await browser.request("POST", "/v1/responses", {"input": "Go.", "tools": tools})
+        ).json
+        call_id = first["output"][-1]["call_id"]
+        result = {"type": "function_call_output", "call_id": call_id, "output": "a.txt"}
+        body = {"input": [result], "previous_response_id": first["id"], "tools": tools}
+        second = (await browser.request("POST", "/v1/responses", body)).json
+        page = (
+            await browser.request("GET", f"/v1/responses/{second['id']}/input_items?order=asc")
+        ).json
+        kinds = [item["type"] for item in page["data"]]
+        assert kinds == ["message", "message", "function_call", "function_call_output"]
+        assert page["data"][2]["id"] == first["output"][-1]["id"]
+        assert page["data"][2]["arguments"] == first["output"][-1]["arguments"]
+        assert page["data"][3]["output"] == "a.txt"
+
+
+async def test_a_store_false_response_cannot_be_read_or_continued_over_http():
+    async with open_rig() as rig:
+        browser = rig.browser()
+        created = (
+            await browser.request("POST", "/v1/responses", {"input": "Hi.", "store": False})
+        ).json
+        assert (await browser.request("GET", f"/v1/responses/{created['id']}")).status == 404
+        more = {"input": "More.", "previous_response_id": created["id"]}
+        answer = await browser.request("POST", "/v1/responses", more)
+        assert (answer.status, answer.code) == (400, "previous_response_not_found")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"),
+        (b"\xff", 400, "invalid_json"),
+        (b"[]", 400, "invalid_type"),
+        ({"input": 3}, 400, "invalid_type"),
+        ({"model": "other"}, 404, "model_not_found"),
+        ({"previous_response_id": "resp_x"}, 400, "previous_response_not_found"),
+        ({"input": "x" * 5000}, 400, "context_length_exceeded"),
+    ],
+)
+async def test_a_refused_turn_has_its_http_status_also_when_a_stream_was_asked_for(
+    stream, body, status, code
+):
+    async with open_rig() as rig:
+        if isinstance(body, dict):
+            body = {**body, "stream": stream}
+        browser = rig.browser()
+        answer = await browser.request("POST", "/v1/responses", body)
+        assert (answer.status, answer.code) == (status, code)
+        assert (await browser.request("GET", "/healthz")).status == 200
+
+
+async def test_the_body_is_bounded_and_the_refusal_is_heard():
+    async with open_rig("http.max_body=4KiB") as rig:
+        for size in (5000, 40_000):
+            answer = await rig.browser().request("POST", "/v1/responses", {"input": "x" * size})
+            assert (answer.status, answer.code) == (413, "request_too_large")
+        answer = await rig.browser().request("POST", "/v1/responses", {"input": "x" * 3000})
+        assert answer.status == 200
+
+
+async def test_a_coded_body_is_415():
+    async with open_rig() as rig:
+        answer = await rig.browser().request("POST", "/v1/responses", b"x", content_encoding="gzip")
+        assert (answer.status, answer.code) == (415, "unsupported_encoding")
+
+
+async def test_a_slow_body_is_408(autojump_clock):
+    async with open_rig("http.body_timeout=9s") as rig:
+        stream = rig.socket_stream()
+        head = b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{"
+        await stream.send_all(head)
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 408 ")
+        assert 9 <= trio.current_time() < 12
+        await stream.aclose()
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+async def test_every_route_needs_the_key(method, path):
+    async with open_rig("auth.keys=['k']") as rig:
+        browser = rig.browser()
+        answer = await browser.request(method, path)
+        assert (answer.status, answer.code) == (401, "invalid_api_key")
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert (await browser.request(method, path, authorization="Bearer k")).status != 401
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+async def test_probes_need_no_key_but_a_known_host(path):
+    async with open_rig("auth.keys=['k']") as rig:
+        assert (await rig.browser().request("GET", path)).status == 200
+        assert (await rig.browser().request("GET", path, host="evil.example")).status == 421
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [({"origin": "https://evil.example"}, 403), ({"host": "evil.example"}, 421)],
+)
+async def test_foreign_browsers_are_refused_on_every_request_of_a_connection(fields, status):
+    async with open_rig() as rig:
+        browser = rig.browser()
+        assert (await browser.request("GET", "/v1/models")).status == 200
+        assert (await browser.request("GET", "/v1/models", **fields)).status == status
+
+
+async def test_unknown_paths_and_methods_have_openai_shaped_errors():
+    async with open_rig() as rig:
+        browser = rig.browser()
+        for path in ("/", "/v1/response", "/v1/models/", "/v1/responses/a/b"):
+            answer = await browser.request("GET", path)
+            assert (answer.status, answer.code) == (
+                404,
+                "model_not_found" if "models" in path else "unknown_url",
+            )
+        answer = await browser.request("PUT", "/v1/responses")
+        assert (answer.status, answer.code) == (405, "method_not_allowed")
+        assert answer.headers["allow"] == "POST"
+
+
+async def test_models_are_listed_with_their_aliases():
+    async with open_rig("model.aliases=['org/alias']") as rig:
+        browser = rig.browser()
+        listed = (await browser.request("GET", "/v1/models")).json["data"]
+        assert [one["id"] for one in listed] == ["smollm2-135m-instruct", "org/alias"]
+        for one in listed:
+            assert (await browser.request("GET", f"/v1/models/{one['id']}")).json == one
+        answer = await browser.request(
+            "POST", "/v1/responses", {"input": "Hi.", "model": "org/alias"}
+        )
+        assert answer.json["model"] == "org/alias"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_cancels_its_turn(stream):
+    async with open_rig() as rig:
+        rig.engine.hold()
+        browser = rig.browser()
+        await browser.send("POST", "/v1/responses", {"input": "Hi.", "stream": stream})
+        await rig.settled()
+        await browser.drop()
+        await rig.settled()
+        assert not rig.engine._running
+        assert rig.engine.cancelled
+        assert rig.port.admission.statistics().admitted == 0
+
+
+async def test_a_silent_stream_repeats_in_progress(autojump_clock):
+    async with open_rig() as rig:
+        rig.engine.hold()
+        browser = rig.browser()
+        await browser.send("POST", "/v1/responses", {"input": "Hi.", "stream": True})
+        with trio.move_on_after(35):
+            await browser.answer()
+        rig.engine.go()
+        answer = await browser.answer()
+        check_events(answer.events)
+
+
+async def test_a_turn_that_breaks_is_a_500_as_json_and_a_failed_response_as_a_stream():
+    async with open_rig() as rig:
+        rig.engine.faults.fail_after = 2
+        browser = rig.browser()
+        answer = await browser.request("POST", "/v1/responses", {"input": "Hi."})
+        assert (answer.status, answer.code) == (500, "server_error")
+        answer = await browser.request("POST", "/v1/responses", {"input": "Hi.", "stream": True})
+        assert check_events(answer.events)["status"] == "failed"
+
+
+async def test_too_many_turns_are_refused_with_a_time_to_come_back():
+    async with open_rig("admission.max_turns=1", "admission.max_queued=0") as rig:
+        rig.engine.hold()
+        busy = rig.browser()
+        await busy.send("POST", "/v1/responses", {"input": "Hi."})
+        await rig.settled()
+        answer = await rig.browser().request("POST", "/v1/responses", {"input": "Hi."})
+        assert (answer.status, answer.code) == (503, "overloaded")
+        assert int(answer.headers["retry-after"]) >= 1
+        rig.engine.go()
+        assert (await busy.answer()).status == 200
+        rig.engine.faults.refuse = RefuseReason.BUSY
+        assert (
+            await rig.browser().request("POST", "/v1/responses", {"input": "Hi."})
+        ).status == 503
+
+
+async def test_a_late_upgrade_is_told_to_open_a_new_connection():
+    async with open_rig() as rig:
+        browser = rig.browser()
+        assert (await browser.request("GET", "/healthz")).status == 200
+        stream = browser.stream
+        await stream.send_all(
+            b"GET /v1/responses HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
+        )
+        answer = b""
+        while chunk := await stream.receive_some():
+            answer += chunk
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert (
+            json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"]
+            == "upgrade_on_used_connection"
+        )
+
+
+async def test_a_fault_of_ours_is_a_500_in_shape_and_a_traceback_in_the_log(caplog):
+    async with open_rig() as rig:
+        rig.engine.text = None
+        with caplog.at_level(logging.ERROR):
+            answer = await rig.browser().request("POST", "/v1/responses", {"input": "Hi."})
+            await rig.settled()
+        assert (answer.status, answer.code) == (500, "server_error")
+        assert "Traceback" in caplog.text
+        assert "NoneType" not in answer.body.decode()
+
+
+async def test_while_stopping_readiness_fails_and_turns_are_refused_but_health_and_reading_go_on():
+    async with open_rig() as rig:
+        browser = rig.browser()
+        created = (await browser.request("POST", "/v1/responses", {"input": "Hi."})).json
+        rig.port.stopping.set()
+        assert (await browser.request("GET", "/readyz")).status == 503
+        assert (await browser.request("POST", "/v1/responses", {"input": "Hi."})).status == 503
+        assert (await browser.request("GET", "/healthz")).status == 200
+        assert (await browser.request("GET", f"/v1/responses/{created['id']}")).status == 200
+
+
+async def test_stopping_closes_idle_connections_and_lets_running_turns_answer():
+    async with open_rig() as rig:
+        idle, busy = rig.browser(), rig.browser()
+        assert (await idle.request("GET", "/healthz")).status == 200
+        rig.engine.hold()
+        await busy.send("POST", "/v1/responses", {"input": "Hi."})
+        await rig.settled()
+        rig.port.stopping.set()
+        await rig.http.stop()
+        with trio.fail_after(5):
+            assert await idle.stream.receive_some() == b""
+        rig.engine.go()
+        assert (await busy.answer()).status == 200
+
+
+async def test_admin_reports_and_demotes():
+    async with open_rig() as rig:
+        browser = rig.browser()
+        await browser.request("POST", "/v1/responses", {"input": "Hi."})
+        assert (await browser.request("GET", "/admin/sessions")).json == {"sessions": []}
+        assert (await browser.request("GET", "/admin/tiers")).json["leases"] == 1
+        answer = await browser.request("POST", "/admin/demote", {"tier": "disk", "session": "s"})
+        assert answer.json == {"moved_blocks": 1}
+        await browser.request("POST", "/admin/demote", {"tier": "host"})
+        assert rig.engine.demoted == [(Tier.DISK, "s"), (Tier.HOST, None)]
+        for body in ({}, {"tier": "device"}, {"tier": "host", "session": 3}, {"tier": []}):
+            assert (await browser.request("POST", "/admin/demote", body)).status == 400
+
+
+async def test_metrics_are_prometheus_text():
+    async with open_rig() as rig:
+        browser = rig.browser()
+        await browser.request("POST", "/v1/responses", {"input": "Hi."})
+        answer = await browser.request("GET", "/metrics")
+        assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+        lines = answer.body.decode().splitlines()
+        assert 'homeport_turns_total{transport="http"} 1' in lines
+        assert "homeport_leases 1" in lines
+
+
+def test_metrics_show_every_number_of_the_report_without_rounding():
+    report = EngineReport(
+        running=1,
+        waiting=2,
+        loading=3,
+        leases=4,
+        refs=5,
+        dirty=6,
+        tokens_total={"computed": 1_234_567_891, "disk": 7},
+        output_tokens_total=8,
+        evictions_total={"host": 9},
+        spills_total=10,
+        spill_failures_total=11,
+        fetches_total=12,
+        verify_failures_total={"checksum": 13, "io": 14},
+        tiers=(TierReport("device", 1 << 40, 15, 16, 17, 18),),
+        sessions=(),
+    )
+    text = render(report, EdgeReport(19, {"websocket": 20}, AdmissionStatistics(21, 22, 23), 24))
+    for line in (
+        'homeport_tokens_total{source="computed"} 1234567891',
+        'homeport_tokens_total{source="host"} 0',
+        'homeport_tokens_total{source="remote"} 0',
+        'homeport_verify_failures_total{tier="disk",reason="checksum"} 13',
+        'homeport_tier_capacity_bytes{tier="device"} 1099511627776',
+        'homeport_evictions_total{tier="host"} 9',
+        'homeport_turns_total{transport="http"} 0',
+        "homeport_dirty_blocks 6",
+        "homeport_turns_refused_total 23",
+    ):
+        assert line in text.splitlines()
+    shown = {line.rpartition(" ")[2] for line in text.splitlines() if not line.startswith("#")}
+    assert {str(n) for n in range(1, 18)} | {str(n) for n in range(19, 25)} <= shown
+    assert text.endswith("\n")
+    names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(names) == len(set(names))
