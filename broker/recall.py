@@ -137,9 +137,6 @@ class Recall:
         """The manifest's node, now in the tables."""
         if manifest is None:
             return None
-        known = self.sessions.known(manifest.tenant, manifest.response_id)
-        if known is not None:
-            return known
         try:
             node = from_manifest(manifest)
         except ValueError as error:

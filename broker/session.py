@@ -153,8 +153,7 @@ class Sessions:
         del self._nodes[node.tenant, node.response_id]
         self._tokens -= len(node.tokens)
         for item_id in node.item_ids:
-            if self._by_item.get((node.tenant, item_id)) is node:
-                del self._by_item[node.tenant, item_id]
+            self._by_item.pop((node.tenant, item_id), None)
         if node.content:
             named = (node.tenant, node.content)
             self._by_content[named].remove(node)

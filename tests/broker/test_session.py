@@ -88,6 +88,7 @@ def test_equal_contents_are_given_newest_first() -> None:
         st.tuples(
             st.sampled_from(["add", "find", "item", "forget"]), st.integers(0, 9), st.integers(1, 6)
         ),
+        min_size=25,
         max_size=60,
     )
 )

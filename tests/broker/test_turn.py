@@ -235,8 +235,14 @@ async def test_text_in_many_bytes_comes_out_whole(desk: Desk) -> None:
     assert "\ufffd" not in "".join(deltas)
 
 
+async def test_a_character_cut_in_the_middle_is_shown_as_one(desk: Desk) -> None:
+    desk.engine.reply = saying("h€")
+    assert said(await desk.turn(input="hi", max_output_tokens=3)) == "h\ufffd"
+
+
 async def test_a_stop_string_ends_the_turn_and_is_not_said(desk: Desk) -> None:
     desk.engine.reply = saying("one two three four" * 50)
+    desk.engine.chunk = 5
     outcome = await desk.turn(input="hi", stop=["three"])
     assert outcome.response["status"] == "completed"
     assert said(outcome) == "one two "
@@ -410,6 +416,20 @@ async def test_a_failed_continuation_evicts_its_parent(desk: Desk) -> None:
     desk.engine.faults.fail_after = None
     with pytest.raises(UnknownResponse):
         await desk.turn(input="d", store=False, previous_response_id=first.response["id"])
+    second = await desk.turn(input="hi", store=False)
+    desk.engine.faults.refuse = RefuseReason.BUSY
+    with pytest.raises(Overloaded):
+        await desk.turn(input="e", store=False, previous_response_id=second.response["id"])
+    desk.engine.faults.refuse = None
+    with pytest.raises(UnknownResponse):
+        await desk.turn(input="e", store=False, previous_response_id=second.response["id"])
+
+
+async def test_a_closed_connection_closes_its_leases(desk: Desk) -> None:
+    first = await desk.turn(input="hi")
+    await desk.turn(input="more", previous_response_id=first.response["id"])
+    desk.reconnect()
+    assert list(desk.engine.leases.values()) == [SessionClass.CLOSED]
 
 
 # --- replays
@@ -507,18 +527,55 @@ async def test_references_stand_for_stored_items(desk: Desk) -> None:
         assert (caught.value.status, caught.value.param) == (404, "input")
 
 
+async def test_a_reference_to_a_call_makes_its_result_known(desk: Desk) -> None:
+    desk.engine.reply = saying(CALL, "ok")
+    first = await desk.turn(input="hi", tools=TOOLS)
+    references = [{"type": "item_reference", "id": item["id"]} for item in first.response["output"]]
+    call_id = first.response["output"][-1]["call_id"]
+    result = {"type": "function_call_output", "call_id": call_id, "output": "bin"}
+    second = await desk.turn(input=[user("hi"), *references, result], tools=TOOLS)
+    assert second.node is not None
+    assert [item["id"] for item in first.response["output"]] == [
+        i.id for i in second.node.history[1].items
+    ]
+
+
+async def test_a_replay_of_what_was_not_stored_is_stored_in_the_clients_words(desk: Desk) -> None:
+    first = await desk.turn(input="hi", store=False)
+    desk.restart()
+    second = await desk.turn(input=[user("hi"), *first.response["output"], user("more")])
+    assert second.node is not None
+    [item] = second.node.history[1].items
+    assert item.text == said(first)
+
+
+async def test_a_continuation_may_bring_an_answer_of_another_chain(desk: Desk) -> None:
+    first = await desk.turn(input="hi")
+    other = await desk.turn(input="ho")
+    assert first.node is not None
+    assert other.node is not None
+    await desk.turn(
+        input=[user("ho"), *other.response["output"], user("so?")],
+        previous_response_id=first.response["id"],
+    )
+    suffix = byte_text().encode("\n<|start|>user\nho<|end|>\n<|start|>assistant\n")
+    end = byte_text().encode("\n<|start|>user\nso?<|end|>\n<|start|>assistant\n")
+    assert desk.prompt == first.node.tokens + suffix + other.node.sampled + end
+
+
 async def test_of_two_that_say_the_same_the_one_that_was_asked_this_is_spliced(desk: Desk) -> None:
-    """ "ok" may be one token or two. The fake says it with an END and, cut by length, without."""
-    desk.engine.reply = saying("ok")
-    whole = await desk.turn(input="a")
-    cut = await desk.turn(input="b", max_output_tokens=2)
-    assert whole.node is not None
-    assert cut.node is not None
-    assert whole.node.content == cut.node.content
-    for question, node in (("a", whole.node), ("b", cut.node)):
-        await desk.turn(input=[user(question), {"role": "assistant", "content": "ok"}, user("c")])
+    """One text may be sampled in different ids; here, bytes that both show as U+FFFD."""
+    nodes = []
+    for question, byte in (("a", 0x80), ("b", 0xFF)):
+        desk.engine.reply = lambda _, byte=byte: (byte, END)
+        nodes.append((await desk.turn(input=question)).node)
+    assert nodes[0].content == nodes[1].content
+    answer = {"role": "assistant", "content": "\ufffd"}
+    for question, node in zip("ab", nodes, strict=True):
+        await desk.turn(input=[user(question), answer, user("c")])
         assert desk.prompt[: len(node.tokens)] == node.tokens
-    await desk.turn(input=[user("else"), {"role": "assistant", "content": "ok"}, user("c")])
+    await desk.turn(input=[user("else"), answer, user("c")])
+    assert 0xFF in desk.prompt
 
 
 async def test_what_was_never_said_here_is_rendered_from_its_json(desk: Desk) -> None:
@@ -609,6 +666,18 @@ async def test_a_warm_up_of_nothing_asks_the_engine_for_nothing(desk: Desk) -> N
     assert desk.engine.submitted == []
     again = await desk.turn(input="hi", previous_response_id=warm.response["id"])
     assert again.response["status"] == "completed"
+
+
+async def test_a_warm_up_in_the_middle_of_a_chain_changes_no_prompt(desk: Desk) -> None:
+    first = await desk.turn(input="hi")
+    assert first.node is not None
+    await desk.turn(input="more", previous_response_id=first.response["id"])
+    straight = desk.prompt
+    warm = await desk.turn(input="more", previous_response_id=first.response["id"], generate=False)
+    await trio.testing.wait_all_tasks_blocked()
+    assert straight[: len(desk.prompt)] == desk.prompt
+    await desk.turn(input=[], previous_response_id=warm.response["id"])
+    assert desk.prompt == straight
 
 
 # --- waiting, cancelling, leaving
