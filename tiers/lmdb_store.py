@@ -10,7 +10,8 @@ How it is used, each for a measured reason (lmdb 3.0.0, engine 0.9.36)
     sync=True: acknowledged means on the platter; sync=False gave silently wrong values after a simulated power loss.
     Never writemap: with it a full disk is a SIGBUS, without it an `lmdb.Error`.
     A write transaction begins, puts and commits in one call, so on one thread: ended elsewhere, it hangs all others.
-    No transaction object outlives its function: even a finished one keeps its reader slot until it is collected.
+    No read transaction outlives its `with`: even a finished one keeps its reader slot until it is collected, and the
+    traceback of a refused record can keep it for long (measured: 64 slots taken by four readers).
     Views (`buffers=True`) are verified and copied inside their transaction.
     The map is far larger than the capacity and never resized; our own budget, not MDB_MAP_FULL, is the limit.
     LMDB has no checksum for values: ours are in the record, in the manifest, and in the seals (xxh3-64 of key and
@@ -120,6 +121,34 @@ class _Usage:
         )
 
 
+class _Snapshot:
+    """A read transaction that frames and tracebacks cannot keep. lmdb's errors leave it as `StoreError("io")`."""
+
+    def __init__(self, env: Any) -> None:
+        self._env = env
+        self._txn: Any = None
+
+    def __enter__(self) -> _Snapshot:
+        try:
+            self._txn = self._env.begin(buffers=True)
+        except lmdb.Error as error:
+            raise StoreError("io", f"read failed: {error}") from error
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._txn.abort()
+        self._txn = None
+        if isinstance(error, lmdb.Error):
+            raise StoreError("io", f"read failed: {error}") from error
+
+    def get(self, key: bytes, table: Any) -> memoryview | None:
+        found: memoryview | None = self._txn.get(key, db=table)
+        return found
+
+    def items(self, table: Any) -> Iterator[tuple[memoryview, memoryview]]:
+        return iter(self._txn.cursor(db=table))
+
+
 class LmdbStore:
     """See `BlockStore` for the promises. Any thread may read; `write` and `forget_response` belong to one thread."""
 
@@ -215,8 +244,8 @@ class LmdbStore:
             self._trim_manifests(txn, usage)
 
     def read(self, key: BlockKey, parent: BlockKey, tokens: TokenIds, into: memoryview) -> None:
-        with self._reading() as txn:
-            found = txn.get(key, db=self._blocks)
+        with self._reading() as snapshot:
+            found = snapshot.get(key, self._blocks)
             if found is None:
                 raise StoreError("missing", f"no record of {key.hex()[:16]}")
             payload = record.verify(
@@ -231,15 +260,15 @@ class LmdbStore:
             )
 
     def index(self) -> Iterator[IndexEntry]:
-        with self._reading() as txn:
-            found = [_index_entry(key, value) for key, value in txn.cursor(db=self._index)]
+        with self._reading() as snapshot:
+            found = [_index_entry(key, value) for key, value in snapshot.items(self._index)]
         return iter(
             [entry.own for entry in found if entry and entry.fingerprint == self._fingerprint]
         )
 
     def find_response(self, tenant: str, response_id: str) -> Manifest | None:
-        with self._reading() as txn:
-            found = self._get_manifest(txn, response_name(tenant, response_id))
+        with self._reading() as snapshot:
+            found = self._get_manifest(snapshot, response_name(tenant, response_id))
         if found is None or not found.stored:
             return None
         if (found.tenant, found.response_id) != (tenant, response_id):
@@ -247,15 +276,15 @@ class LmdbStore:
         return found
 
     def find_item(self, tenant: str, item_id: str) -> Manifest | None:
-        with self._reading() as txn:
-            found = self._follow(txn, item_name(tenant, item_id))
+        with self._reading() as snapshot:
+            found = self._follow(snapshot, item_name(tenant, item_id))
         if found is not None and (found.tenant != tenant or item_id not in found.item_ids):
             raise StoreError("manifest", "manifest lies under another item's name")
         return found
 
     def find_content(self, tenant: str, digest: bytes) -> Manifest | None:
-        with self._reading() as txn:
-            found = self._follow(txn, content_name(tenant, digest))
+        with self._reading() as snapshot:
+            found = self._follow(snapshot, content_name(tenant, digest))
         if found is not None and (found.tenant, found.content_digest) != (tenant, digest):
             raise StoreError("manifest", "manifest lies under another content's name")
         return found
@@ -276,13 +305,8 @@ class LmdbStore:
 
     # transactions
 
-    @contextmanager
-    def _reading(self) -> Iterator[Any]:
-        try:
-            with self._env.begin(buffers=True) as txn:
-                yield txn
-        except lmdb.Error as error:
-            raise StoreError("io", f"read failed: {error}") from error
+    def _reading(self) -> _Snapshot:
+        return _Snapshot(self._env)
 
     @contextmanager
     def _writing(self) -> Iterator[tuple[Any, _Usage]]:
@@ -359,13 +383,13 @@ class LmdbStore:
 
     # manifests
 
-    def _get_manifest(self, txn: Any, response: Name) -> Manifest | None:
-        found = txn.get(response, db=self._manifests)
+    def _get_manifest(self, snapshot: _Snapshot, response: Name) -> Manifest | None:
+        found = snapshot.get(response, self._manifests)
         return None if found is None else manifests_format.decode(bytes(found[_AGE.size :]))
 
-    def _follow(self, txn: Any, name: Name) -> Manifest | None:
-        response = txn.get(name, db=self._names)
-        return None if response is None else self._get_manifest(txn, Name(bytes(response)))
+    def _follow(self, snapshot: _Snapshot, name: Name) -> Manifest | None:
+        response = snapshot.get(name, self._names)
+        return None if response is None else self._get_manifest(snapshot, Name(bytes(response)))
 
     def _put_manifest(self, txn: Any, usage: _Usage, manifest: Manifest, data: bytes) -> None:
         response = response_name(manifest.tenant, manifest.response_id)
@@ -424,7 +448,7 @@ class LmdbStore:
             _log.warning("the disk tier starts without being able to write: %s", error)
 
     def _take_stock(self) -> _Usage:
-        """Read the small tables through. Raises `lmdb.Error` or `_Damaged` where they cannot be."""
+        """Read the small tables through. Raises what lmdb raises: the caller knows what it means."""
         usage = _Usage({}, 0, {}, 0, 0, 0)
         with self._env.begin(buffers=True) as txn:
             for key, value in txn.cursor(db=self._index):

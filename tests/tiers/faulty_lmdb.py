@@ -60,6 +60,9 @@ class FaultyTxn:
                 raise
         self._txn.__exit__(*raised)
 
+    def abort(self) -> None:
+        self._txn.abort()
+
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._txn, name)  # get, put, pop, delete, cursor, stat
 
