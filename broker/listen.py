@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CHUNK = 4096  # bytes a read may take while the head is incomplete
-_FAREWELL_S = 2.0  # for a refusal to be sent, and for its reader to hang up
+_REFUSE_S = 2.0  # for a refusal to be sent
+_LINGER_S = 0.5  # for its reader to hang up: more than a round trip over the sea
 
 
 class Replay(trio.abc.HalfCloseableStream):
@@ -194,14 +195,14 @@ async def refuse(
     }
     lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
     lines += [f"{name}: {value}" for name, value in fields.items()]
-    with trio.move_on_after(_FAREWELL_S):
+    with trio.move_on_after(_REFUSE_S):
         await stream.send_all("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
     await linger(stream)
 
 
 async def linger(stream: trio.abc.HalfCloseableStream) -> None:
     """Say that nothing more comes and let the peer hang up: closing on unread bytes would reset what we said last."""
-    with trio.move_on_after(_FAREWELL_S):
+    with trio.move_on_after(_LINGER_S):
         try:
             await stream.send_eof()
             while await stream.receive_some(_CHUNK):
