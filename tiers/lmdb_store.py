@@ -361,8 +361,8 @@ class LmdbStore:
         """The foreign records that must go for `blocks` to fit, oldest first. Our own are their owner's to choose."""
         new = {block.key: self._bytes_on_disk(block) for block in blocks}
         leaving = new.keys() | set(drops)
-        excess = usage.block_bytes + sum(new.values()) - self._limits.block_bytes
-        excess -= sum(usage.blocks.get(key, 0) for key in leaving)
+        growth = sum(new.values()) - sum(usage.blocks.get(key, 0) for key in leaving)
+        excess = usage.block_bytes + growth - self._limits.block_bytes
         victims: list[BlockKey] = []
         if excess > 0:
             for key in sorted(
@@ -372,7 +372,9 @@ class LmdbStore:
                 excess -= usage.blocks[key]
                 if excess <= 0:
                     break
-        if excess > 0:
+        if (
+            excess > 0 and growth > 0
+        ):  # a smaller capacity than last time must not refuse what shrinks the store
             raise StoreError(
                 "full", f"{excess} bytes over the capacity of {self._limits.block_bytes}"
             )

@@ -176,9 +176,10 @@ class MemoryStore:
         self._manifests: dict[Name, bytes] = {}  # {response: encoded}, oldest first
         self._names: dict[Name, Name] = {}  # {item or content: response}
 
-    def reopen(self, *, fingerprint: bytes) -> None:
-        """As if the process had ended and another model had opened the same directory."""
+    def reopen(self, *, fingerprint: bytes, limits: StoreLimits) -> None:
+        """As if the process had ended and another, perhaps with another model, had opened the same directory."""
         self._fingerprint = fingerprint
+        self._limits = limits
 
     @property
     def block_slots(self) -> int:
@@ -199,7 +200,8 @@ class MemoryStore:
             after.pop(key, None)
         for block in blocks:
             after[block.key] = self._stored(block)
-        excess = sum(map(_bytes_of, after.values())) - self._limits.block_bytes
+        before, now = (sum(map(_bytes_of, blocks.values())) for blocks in (self._blocks, after))
+        excess = now - self._limits.block_bytes
         foreign = [stored for stored in after.values() if stored.fingerprint != self._fingerprint]
         for stored in sorted(
             foreign, key=lambda stored: (stored.entry.last_used, stored.entry.key)
@@ -208,7 +210,9 @@ class MemoryStore:
                 break
             excess -= _bytes_of(stored)
             del after[stored.entry.key]
-        if excess > 0:
+        if (
+            excess > 0 and now > before
+        ):  # a smaller capacity than last time must not refuse what shrinks the store
             raise StoreError(
                 "full", f"{excess} bytes over the capacity of {self._limits.block_bytes}"
             )

@@ -232,8 +232,8 @@ def test_a_truncated_file_never_stops_or_kills_the_start(tmp_path):
     filled(tmp_path)
     data = tmp_path / "kv" / "data.mdb"
     whole = data.read_bytes()
-    for part in range(12):
-        data.write_bytes(whole[: len(whole) * part // 12 + part])
+    for part in range(8):
+        data.write_bytes(whole[: len(whole) * part // 8 + part])
         data.chmod(0o600)
         with opened(tmp_path) as store:
             for entry in store.index():
@@ -345,6 +345,22 @@ def test_the_file_stays_near_the_capacity_under_churn(tmp_path):
             drops = [block(number - 28).key] if number >= 28 else []
             store.write(blocks=[block(number)], manifests=[manifest(number)], drops=drops)
     assert (tmp_path / "kv" / "data.mdb").stat().st_size < 1.3 * limits.block_bytes + 40 * 4096
+
+
+def test_a_smaller_capacity_than_last_time_lets_the_store_shrink(tmp_path):
+    with opened(tmp_path) as store:
+        store.write(blocks=[block(n) for n in range(6)])
+    with opened(tmp_path, limits=StoreLimits(block_bytes=3 * 8192)) as store:
+        assert store.block_slots == 3
+        assert len(list(store.index())) == 6
+        store.write(drops=[block(0).key], manifests=[manifest(1)])
+        store.write(blocks=[block(7)], drops=[block(1).key])  # no larger than before
+        with pytest.raises(StoreError) as caught:
+            store.write(blocks=[block(8)])
+        assert caught.value.reason == "full"
+        store.write(drops=[block(n).key for n in range(2, 5)])
+        store.write(blocks=[block(8)])
+        assert store.statistics().block_bytes == 3 * 8192
 
 
 # reading and writing at once

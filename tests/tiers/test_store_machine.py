@@ -27,9 +27,8 @@ from tiers.store import BlockWrite, MemoryStore, StoreLimits, record_bytes_on_di
 MODELS = (b"a" * 32, b"b" * 32)
 PAYLOAD_BYTES = 700
 SLOTS = 4
-LIMITS = StoreLimits(
-    block_bytes=SLOTS * record_bytes_on_disk(512 + PAYLOAD_BYTES), manifests=3, manifest_bytes=1500
-)
+RECORD_BYTES = record_bytes_on_disk(512 + PAYLOAD_BYTES)
+LIMITS = StoreLimits(block_bytes=SLOTS * RECORD_BYTES, manifests=3, manifest_bytes=1500)
 SHAPE = {"payload_bytes": PAYLOAD_BYTES, "block_tokens": 4, "limits": LIMITS}
 POISON = 0xEE
 
@@ -100,7 +99,8 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize(model=st.sampled_from(MODELS))
     def create(self, model) -> None:
         self.model = model
-        self.lmdb = LmdbStore.open(self.state, fingerprint=model, **SHAPE)
+        self.limits = LIMITS
+        self.lmdb = self.open()
         self.memory = MemoryStore(fingerprint=model, **SHAPE)
 
     def teardown(self) -> None:
@@ -202,13 +202,18 @@ class StoreMachine(RuleBasedStateMachine):
         with self.lmdb._env.begin(write=True) as txn:
             txn.put(key, bytes(flipped), db=self.lmdb._blocks)
 
-    @rule(model=st.sampled_from(MODELS))
-    def reopen(self, model) -> None:
+    @rule(model=st.sampled_from(MODELS), slots=st.sampled_from([SLOTS, SLOTS, SLOTS - 2]))
+    def reopen(self, model, slots) -> None:
         event("same model" if model == self.model else "another model")
         self.lmdb.close()
         self.model = model
-        self.lmdb = LmdbStore.open(self.state, fingerprint=model, **SHAPE)
-        self.memory.reopen(fingerprint=model)
+        self.limits = dataclasses.replace(LIMITS, block_bytes=slots * RECORD_BYTES)
+        self.lmdb = self.open()
+        self.memory.reopen(fingerprint=model, limits=self.limits)
+
+    def open(self) -> LmdbStore:
+        shape = {**SHAPE, "limits": self.limits}
+        return LmdbStore.open(self.state, fingerprint=self.model, **shape)
 
     @precondition(lambda self: self.now)
     @rule()
@@ -216,7 +221,7 @@ class StoreMachine(RuleBasedStateMachine):
         """The offline scrub finds exactly the damage."""
         self.lmdb.close()
         bad = {step.name for step in scrub(self.state) if step.reason}
-        self.lmdb = LmdbStore.open(self.state, fingerprint=self.model, **SHAPE)
+        self.lmdb = self.open()
         assert bad == {
             key.hex() for key, stored in self.memory._blocks.items() if self.damaged(stored)
         }
@@ -276,7 +281,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStores = StoreMachine.TestCase
-TestStores.settings = settings(max_examples=settings().max_examples // 8, stateful_step_count=25)
+TestStores.settings = settings(max_examples=settings().max_examples // 10, stateful_step_count=20)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
