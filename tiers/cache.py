@@ -295,6 +295,11 @@ class TieredCache:
             and hold.partial_rows == len(tail.tokens)
         )
 
+    def forgo_partial(self, hold: Hold) -> None:
+        """Compute the partial's tokens instead: copying it needs one more slot than the sequence itself does."""
+        assert hold.state is HoldState.ACQUIRED
+        self._truncate(hold, len(hold.blocks))
+
     def ready(self, hold: Hold) -> bool:
         """Whether nothing of this hold is in flight. After failures it is shorter: look at `cached_tokens`."""
         if hold.state is HoldState.RUNNING:
@@ -465,6 +470,9 @@ class TieredCache:
 
         A victim whose bytes are elsewhere too is freed at once; another is copied to the host tier, or, without
         room there, forgotten with all that continues it.
+
+        One call may not be enough, because a block cannot be forgotten while what continues it is on its way to the
+        host. Call again when that has landed; each call gets further, until there is nothing left to evict.
         """
         actions: list[Action] = []
         missing = slots - self.free_slots - self.leaving_slots

@@ -1,0 +1,601 @@
+"""A state machine for TieredCache: a memory whose rows say which token prefix they stand for, moved by the actions only.
+
+A row's tag is a hash of the root and of every token up to it, as real KV depends on all of them. Computing writes tags;
+copies, spills and fetches carry them; free slots and slots that a copy is on its way to hold garbage. Copies read their
+source when they land, so a source that was given up too early shows. The writer performs spills and drops in order and
+its answers come later; everything else is answered in any order, late, or failed. A crash keeps what was written.
+
+The laws are in `settle`, which follows every single call of the tables, and in `TieredCache.check`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import pairwise
+from types import SimpleNamespace
+
+from hypothesis import event
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from tiers.block import Copy, Drop, Fetch, Spill, StoreError, Tier, chain_key, root_key
+from tiers.cache import HoldState, TieredCache
+from tiers.policy import Limits, SessionClass
+from tiers.pool import SlotState
+
+ROW_BYTES = 8
+GARBAGE = b"garbage!"
+ROOTS = tuple(root_key(b"model", salt) for salt in (b"one", b"two"))
+LIMITS = Limits(host_after_s=5.0, disk_after_s=20.0, max_lag_s=1.0)
+MEMORY = (Tier.DEVICE, Tier.HOST)
+
+picks = st.integers(0, 7)
+tokens_drawn = st.lists(st.integers(0, 1), min_size=1, max_size=5).map(tuple)
+
+
+@lru_cache(maxsize=100_000)
+def tag(root, prefix):
+    return blake2b(repr((root, prefix)).encode(), digest_size=ROW_BYTES).digest()
+
+
+class DictStore:
+    """The part of `BlockStore` that the machine uses, without records."""
+
+    def __init__(self):
+        self.records = {}  # {key: (parent, tokens, payload, last used)}
+
+    def write(self, *, blocks=(), drops=()):
+        for key in drops:
+            self.records.pop(key, None)
+        for x in blocks:
+            self.records[x.key] = (x.parent, x.tokens, bytes(x.payload), x.last_used)
+
+    def read(self, key, parent, tokens, into):
+        if key not in self.records:
+            raise StoreError("missing", "")
+        found = self.records[key]
+        assert found[:2] == (parent, tokens)
+        into[:] = found[2]
+
+    def index(self):
+        for key, (parent, tokens, _, last_used) in self.records.items():
+            yield SimpleNamespace(key=key, parent=parent, tokens=tokens, last_used=last_used)
+
+
+@dataclass(eq=False)
+class Running:
+    """A sequence: `tokens` are to be fed, the first `computed` have KV."""
+
+    root: bytes
+    tokens: tuple[int, ...]
+    supersedes: int | None
+    hold: object
+    computed: int = 0
+    table: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Talk:
+    """What a client knows: exact tokens so far, and the lease of its last turn."""
+
+    root: bytes
+    tokens: tuple[int, ...]
+    lease: int | None = None
+
+
+class CacheMachine(RuleBasedStateMachine):
+    reached: Counter[str] = Counter()  # over all examples: what the machine got to see
+
+    def see(self, what):
+        self.reached[what] += 1
+        event(what)
+
+    # -- the world ---------------------------------------------------------------------------------------------------
+
+    @initialize(
+        device=st.integers(2, 5),
+        host=st.integers(0, 4),
+        disk=st.integers(0, 8),
+        rows=st.integers(2, 4),
+    )
+    def start(self, device, host, disk, rows):
+        self.slots = {Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: disk}
+        self.rows = rows
+        self.store = self.open_store()
+        self.talks = []
+        self.now = 100.0
+        self.next_lease = 1
+        self.meaning = {}  # {key: the tags of its rows}
+        self.open()
+
+    def open_store(self):
+        return DictStore()
+
+    def open(self):
+        self.cache = TieredCache(block_tokens=self.rows, slots=self.slots, limits=LIMITS)
+        self.memory = {
+            tier: [[GARBAGE] * self.rows for _ in range(self.slots[tier])] for tier in MEMORY
+        }
+        self.running = []
+        self.flying = []  # copies and fetches
+        self.writing = []  # spills and drops, in order
+        self.written = []  # spills performed and not answered
+        self.lost = set()  # keys whose record was damaged
+        self.leaked = set()  # keys whose drop failed
+        self.pinned = {}  # {block: its tiers} of all that holds reference
+
+    def tags(self, root, tokens):
+        return [tag(root, tokens[: at + 1]) for at in range(len(tokens))]
+
+    def learn(self, root, tokens):
+        """What the keys of a sequence's blocks stand for, tail included."""
+        tags, parent = self.tags(root, tokens), root
+        for at in range(0, len(tokens), self.rows):
+            part = tokens[at : at + self.rows]
+            for end in range(1, len(part) + 1):  # any of them may become a tail
+                self.meaning[chain_key(parent, part[:end])] = tags[at : at + end]
+            parent = chain_key(parent, part)
+
+    def issue(self, actions, bad=None):
+        held = {block.key for run in self.running for block in run.hold.blocks} - {bad}
+        for action in actions:
+            match action:
+                case Copy() | Fetch():
+                    self.flying.append(action)
+                    self.memory[action.target][action.target_slot][:] = [GARBAGE] * self.rows
+                    self.see(
+                        "fetch" if isinstance(action, Fetch) else f"copy to {action.target.name}"
+                    )
+                case Spill():
+                    self.writing.append(action)
+                    self.see("spill")
+                case Drop():
+                    assert action.key not in held, "a record that a hold counts on was dropped"
+                    self.writing.append(action)
+                    self.see("drop")
+        shared = Counter(
+            x.key for x in self.flying if x.target is Tier.DEVICE and not self.is_private(x)
+        )
+        assert all(count == 1 for count in shared.values()), "a block is loaded twice"
+        self.settle()
+
+    def is_private(self, action):
+        return self.cache._flights[action].private
+
+    def choices(self):
+        return self.flying + self.writing[:1] + self.written
+
+    def land(self, action):
+        self.now += 0.01
+        match action:
+            case Copy():
+                self.flying.remove(action)
+                source = self.memory[action.source][action.source_slot]
+                self.memory[action.target][action.target_slot][:] = source
+            case Fetch():
+                self.flying.remove(action)
+                payload = bytearray(self.rows * ROW_BYTES)
+                try:
+                    self.store.read(action.key, action.parent, action.tokens, memoryview(payload))
+                except StoreError:
+                    assert action.key in self.lost, "a record that the tables count on is not there"
+                    self.refuse(action)
+                    return
+                found = [
+                    bytes(payload[at : at + ROW_BYTES]) for at in range(0, len(payload), ROW_BYTES)
+                ]
+                self.memory[action.target][action.target_slot][:] = found
+            case Spill():
+                if action in self.writing:
+                    self.write(action)
+                self.written.remove(action)
+            case Drop():
+                self.write(action)
+        self.cache.landed(action, self.now)
+        self.settle()
+
+    def write(self, action):
+        """The writer's next step: its effect is on disk, its answer is not yet here."""
+        assert self.writing.pop(0) is action
+        if isinstance(action, Drop):
+            self.store.write(drops=[action.key])
+            self.leaked.discard(action.key)
+            return
+        self.written.append(action)
+        payload = b"".join(self.memory[action.source][action.source_slot])
+        spilled = self.block_write(action, memoryview(payload))
+        self.store.write(blocks=[spilled])
+        self.lost.discard(action.key)
+        self.leaked.discard(action.key)
+        stored = {entry.key for entry in self.store.index()} - self.leaked
+        assert len(stored) <= self.slots[Tier.DISK], "the disk is over its budget"
+
+    def block_write(self, spill, payload):
+        return SimpleNamespace(
+            key=spill.key,
+            parent=spill.parent,
+            tokens=spill.tokens,
+            payload=payload,
+            last_used=self.now,
+        )
+
+    def fail(self, action):
+        if action in self.written:  # it is on disk: it cannot fail any more
+            self.land(action)
+            return
+        if action in self.writing:
+            assert self.writing.pop(0) is action
+        else:
+            self.flying.remove(action)
+        if isinstance(action, Drop):
+            self.leaked.add(action.key)
+        self.refuse(action)
+
+    def refuse(self, action):
+        """Answer `failed`. Whoever waited for these bytes goes on without them."""
+        self.now += 0.01
+        if isinstance(action, Fetch):
+            self.see("failed load")
+            self.lost.add(action.key)  # the tables drop its record, whatever was wrong
+            self.pinned = {block: tiers - {Tier.DISK} for block, tiers in self.pinned.items()}
+        else:
+            self.see(f"failed {type(action).__name__}")
+        self.issue(self.cache.failed(action, self.now), bad=action.key)
+
+    def quiet(self):
+        while self.choices():
+            self.land(self.choices()[0])
+
+    # -- laws --------------------------------------------------------------------------------------------------------
+
+    def settle(self):
+        """What must hold after every single call."""
+        cache = self.cache
+        for tier in MEMORY:
+            for slot in cache._pools[tier].slots(SlotState.FREE):
+                self.memory[tier][slot][:] = [GARBAGE] * self.rows
+        cache.check()
+        recorded = {entry.key for entry in self.store.index()}
+        for block in cache._blocks.values():
+            for tier, slot in block.places.items():
+                if tier is Tier.DISK:
+                    assert block.key in recorded | self.lost, (
+                        "a landed spill is gone without a drop"
+                    )
+                else:
+                    rows = self.memory[tier][slot][: len(block.tokens)]
+                    assert rows == self.meaning[block.key], f"wrong bytes on {tier.name}"
+        for run in self.running:
+            hold = run.hold
+            assert sum(hold.by_tier.values()) == hold.cached_tokens < len(run.tokens)
+            for above, below in pairwise(hold.blocks):
+                assert above.refs >= below.refs
+            if hold.state is HoldState.RUNNING and run.table:
+                assert hold.table == run.table, "a running sequence's blocks moved"
+        now = {block: set(block.places) for run in self.running for block in run.hold.blocks}
+        for block, tiers in self.pinned.items():
+            assert block not in now or now[block] >= tiers, "a referenced block was evicted"
+        self.pinned = now
+        for tier in Tier:
+            if self.slots[tier] and not cache._pools[tier].free:
+                self.see(f"{tier.name} full")
+
+    def rows_of(self, run, count):
+        table = run.hold.table
+        return [
+            self.memory[Tier.DEVICE][table[at // self.rows]][at % self.rows] for at in range(count)
+        ]
+
+    # -- one sequence, step by step ----------------------------------------------------------------------------------
+
+    def submit(self, root, tokens, supersedes):
+        self.now += 0.01
+        self.learn(root, tokens)
+        match = self.cache.match(root, tokens)
+        assert match.tokens < len(tokens)
+        assert (match.partial is None) == (match.partial_rows == 0)
+        hold = self.cache.acquire(match, self.now, supersedes=supersedes)
+        run = Running(root, tokens, supersedes, hold)
+        self.running.append(run)
+        self.settle()
+        return run
+
+    def try_load(self, run):
+        self.now += 0.01
+        arriving = sum(Tier.DEVICE in block.arriving for block in run.hold.blocks)
+        tail = run.hold.partial
+        wanted = self.cache.slots_to_load(run.hold)
+        free = self.cache.free_slots
+        actions = self.cache.load(run.hold, self.now)
+        assert (actions is None) == (wanted > free)
+        if actions is None:
+            return False
+        assert free - self.cache.free_slots == wanted == len(actions)
+        if arriving:
+            self.see("shared arriving")
+        if tail is not None:
+            self.see(
+                "partial copied" if any(self.is_private(x) for x in actions) else "tail taken over"
+            )
+        self.issue(actions)
+        return True
+
+    def load(self, run):
+        """Load, making room and waiting for it as needed. False: others hold too much."""
+        while not self.try_load(run):
+            self.now += 0.01
+            before = self.cache.statistics()
+            self.issue(self.cache.make_room(self.cache.slots_to_load(run.hold), self.now))
+            self.quiet()
+            if self.cache.free_slots >= self.cache.slots_to_load(run.hold):
+                continue
+            if run.hold.partial is not None:
+                self.cache.forgo_partial(run.hold)
+                self.settle()
+                self.see("partial forgone")
+            elif before == self.cache.statistics():
+                assert len(self.running) > 1, (
+                    "a sequence that is alone and fits must be able to load"
+                )
+                return False
+        return True
+
+    def advance(self, run, count):
+        """Compute up to `count` tokens. False: it is not ready, or others hold too much."""
+        self.now += 0.01
+        if run.hold.state is HoldState.ACQUIRED or not self.cache.ready(run.hold):
+            return False
+        hold = run.hold
+        if not run.table:
+            run.computed = hold.cached_tokens
+            assert self.rows_of(run, run.computed) == self.tags(
+                run.root, run.tokens[: run.computed]
+            )
+        end = min(len(run.tokens), run.computed + count)
+        missing = -(-end // self.rows) - len(hold.table)
+        if missing > 0 and not self.lend(hold, missing):
+            assert len(self.running) > 1, "a sequence that is alone and fits must get its slots"
+            self.see("stuck")
+            return False
+        tags = self.tags(run.root, run.tokens)
+        for at in range(run.computed, end):
+            self.memory[Tier.DEVICE][hold.table[at // self.rows]][at % self.rows] = tags[at]
+        shared, was = len(hold.blocks), list(hold.table)
+        self.cache.commit(hold, run.tokens[run.computed : end], self.now)
+        assert hold.table[:shared] == was[:shared]
+        if hold.table != was:
+            self.see("adopted")
+        run.computed, run.table = end, list(hold.table)
+        assert self.rows_of(run, end) == tags[:end]
+        self.settle()
+        return True
+
+    def lend(self, hold, slots):
+        for _ in range(1 + self.slots[Tier.DEVICE]):
+            if self.cache.lend(hold, slots, self.now):
+                return True
+            self.issue(self.cache.make_room(slots, self.now))
+            self.quiet()
+        return False
+
+    def finish(self, run):
+        """A turn ends: its lease replaces the one it continued."""
+        self.now += 0.01
+        done = run.tokens[: run.computed] if run.table else ()
+        lease, self.next_lease = self.next_lease, self.next_lease + 1
+        keys = self.cache.lease(run.hold, lease, "s", self.now, run.supersedes)
+        self.running.remove(run)
+        self.settle()
+        if done:
+            assert len(keys) == -(-len(done) // self.rows)
+            assert self.cache.match(run.root, (*done, 9)).tokens == len(done), (
+                "what was just computed is found"
+            )
+            self.talks = [
+                talk for talk in self.talks if talk.lease is None or talk.lease != run.supersedes
+            ]
+            self.talks.append(Talk(run.root, done, lease))
+            del self.talks[:-6]
+
+    def give_up(self, run):
+        self.now += 0.01
+        self.cache.release(run.hold, self.now)
+        self.running.remove(run)
+        self.settle()
+
+    def prompt(self, pick, more):
+        """(root, tokens, lease to supersede): a talk goes on, forks, or a new one begins; never longer than fits."""
+        if pick < len(self.talks):
+            talk = self.talks[pick]
+            tokens, lease = talk.tokens + more, talk.lease
+        elif self.talks and pick % 2:
+            talk = self.talks[pick % len(self.talks)]
+            tokens, lease = talk.tokens[: 1 + pick] + more, None
+        else:
+            talk = Talk(ROOTS[pick % 2], ())
+            tokens, lease = (0,) * (pick % 4) + more, None
+        return talk.root, tokens[: self.slots[Tier.DEVICE] * self.rows], lease
+
+    # -- rules, coarse -----------------------------------------------------------------------------------------------
+
+    @rule(
+        pick=picks, more=tokens_drawn, then=st.sampled_from(["spill", "spill and wait", "nothing"])
+    )
+    def turn(self, pick, more, then):
+        run = self.submit(*self.prompt(pick, more))
+        if not self.load(run):
+            self.give_up(run)
+            return
+        self.quiet()
+        while run.computed < len(run.tokens):
+            if not self.advance(run, 3):
+                self.give_up(run)
+                return
+        self.finish(run)
+        if then != "nothing":
+            self.issue(self.cache.write_behind(self.now, lease=self.next_lease - 1))
+        if then == "spill and wait":
+            self.quiet()
+
+    @rule(pick=picks, mores=st.lists(tokens_drawn, min_size=2, max_size=4))
+    def burst(self, pick, mores):
+        for more in mores:
+            self.turn(pick, more, "spill and wait")
+            pick = max(0, len(self.talks) - 1)
+
+    @rule(pick=picks)
+    def restore_talk(self, pick):
+        """Everything goes down, and one talk comes back from there."""
+        self.quiet()
+        self.issue(self.cache.demote(Tier.DISK if pick % 2 else Tier.HOST, None, self.now))
+        self.quiet()
+        self.turn(pick, (1,), "nothing")
+
+    @rule()
+    def run_until_quiet(self):
+        self.quiet()
+        for run in list(self.running):
+            while run in self.running and run.computed < len(run.tokens):
+                if run.hold.state is HoldState.ACQUIRED and not self.load(run):
+                    break
+                self.quiet()
+                if not self.advance(run, 3):
+                    break
+            else:
+                self.finish(run)
+
+    # -- rules, fine -------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.running) < 4)
+    @rule(pick=picks, more=tokens_drawn, others=st.integers(0, 2))
+    def begin(self, pick, more, others):
+        for _ in range(1 + others):  # several of the same talk ask for the same blocks
+            run = self.submit(*self.prompt(pick, more))
+            self.try_load(run)
+
+    @precondition(lambda self: self.running)
+    @rule(pick=picks, count=st.integers(1, 6))
+    def go_on(self, pick, count):
+        run = self.running[pick % len(self.running)]
+        if run.hold.state is HoldState.ACQUIRED:
+            if not self.try_load(run):
+                self.issue(self.cache.make_room(self.cache.slots_to_load(run.hold), self.now))
+        else:
+            self.advance(run, count)
+
+    @precondition(lambda self: self.running)
+    @rule(pick=picks)
+    def end_turn(self, pick):
+        self.finish(self.running[pick % len(self.running)])
+
+    @precondition(lambda self: self.running)
+    @rule(pick=picks)
+    def preempt(self, pick):
+        run = self.running[pick % len(self.running)]
+        self.give_up(run)
+        self.submit(run.root, run.tokens, run.supersedes)
+
+    @precondition(lambda self: self.choices())
+    @rule(pick=picks)
+    def land_one(self, pick):
+        self.land(self.choices()[-1 - pick % len(self.choices())])
+
+    @precondition(lambda self: self.choices())
+    @rule(pick=picks)
+    def fail_one(self, pick):
+        self.fail(self.choices()[-1 - pick % len(self.choices())])
+
+    @precondition(lambda self: self.writing)
+    @rule()
+    def write_one(self):
+        if isinstance(self.writing[0], Spill):
+            self.write(self.writing[0])
+        else:
+            self.land(self.writing[0])
+
+    @rule(seconds=st.sampled_from([0.5, 1.5, 6.0, 25.0]))
+    def wait(self, seconds):
+        self.now += seconds
+        self.issue(self.cache.tick(self.now))
+        self.issue(self.cache.write_behind(self.now))
+        due = self.cache.next_event(self.now)
+        assert due is None or due > self.now, "the caller would spin"
+
+    @rule()
+    def write_all(self):
+        self.issue(self.cache.write_behind(self.now, all_dirty=True))
+
+    @rule(slots=st.integers(1, 5))
+    def want_room(self, slots):
+        self.issue(self.cache.make_room(slots, self.now))
+
+    @rule(to=st.sampled_from([Tier.HOST, Tier.DISK]), session=st.sampled_from(["s", None]))
+    def demote(self, to, session):
+        self.issue(self.cache.demote(to, session, self.now))
+
+    @rule(pick=picks, to=st.sampled_from(SessionClass))
+    def reclass(self, pick, to):
+        self.cache.reclass(max(1, self.next_lease - pick), to, self.now)
+        self.settle()
+
+    @rule(pick=picks)
+    def end_lease(self, pick):
+        self.cache.end(max(1, self.next_lease - pick), self.now)
+        self.settle()
+
+    @precondition(lambda self: any(True for _ in self.store.index()))
+    @rule(pick=picks)
+    def damage_a_record(self, pick):
+        keys = sorted(entry.key for entry in self.store.index())
+        key = keys[pick % len(keys)]
+        self.store.write(drops=[key])
+        self.lost.add(key)
+
+    @rule()
+    def free_the_device(self):
+        """When nothing is held, all of the device can be had."""
+        for run in list(self.running):
+            self.give_up(run)
+        self.quiet()
+        for _ in range(self.slots[Tier.DEVICE]):  # at worst one block of a chain goes at a time
+            self.issue(self.cache.make_room(self.slots[Tier.DEVICE], self.now))
+            self.quiet()
+        assert self.cache.free_slots == self.slots[Tier.DEVICE]
+
+    @rule(performed=st.integers(0, 3))
+    def crash(self, performed):
+        for action in self.writing[:performed]:
+            self.write(action)
+        self.reopen_store()
+        self.open()
+        entries = [(x.key, x.parent, x.tokens, x.last_used) for x in self.store.index()]
+        rejected = self.cache.restore(entries)
+        assert len(entries) - len(rejected) == min(len(entries), self.slots[Tier.DISK])
+        self.store.write(drops=rejected)
+        self.settle()
+        for block in self.cache._blocks.values():
+            assert block.parent in self.cache._blocks or block.depth == 0
+        for talk in self.talks:
+            talk.lease = None
+            blocks = self.cache.match(talk.root, (*talk.tokens, 9)).blocks
+            self.see("restored" if blocks else "not restored")
+
+    def reopen_store(self):
+        pass
+
+    def teardown(self):
+        if not hasattr(self, "cache"):
+            return
+        for run in list(self.running):
+            self.give_up(run)
+        self.quiet()
+        for lease in list(self.cache.leases()):
+            self.cache.end(lease.id, self.now)
+        self.issue(self.cache.demote(Tier.DISK, None, self.now))
+        self.quiet()
+        rest = self.cache.statistics()
+        assert (rest.refs, rest.leases, rest.holds, rest.flying) == (0, 0, 0, 0)
+        assert rest.tiers[Tier.DEVICE].pool.lent == 0

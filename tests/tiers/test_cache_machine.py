@@ -1,0 +1,34 @@
+"""TieredCache keeps its laws under any interleaving, and the machine gets to see what it is for."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.tiers.cache_machine import CacheMachine
+
+SEEN = (
+    "DEVICE full",
+    "HOST full",
+    "DISK full",
+    "fetch",
+    "shared arriving",
+    "partial copied",
+    "tail taken over",
+    "failed load",
+    "adopted",
+    "restored",
+)
+
+
+def test_the_tables_keep_their_laws_under_any_interleaving():
+    """A machine that never fills a tier or never fetches passes at once and proves nothing: so it is counted."""
+    CacheMachine.reached.clear()
+    run_state_machine_as_test(CacheMachine, settings=settings(stateful_step_count=40))
+    examples = settings().max_examples
+    rare = {
+        what: CacheMachine.reached[what]
+        for what in SEEN
+        if CacheMachine.reached[what] < examples // 10
+    }
+    assert not rare, f"seen too seldom in {examples} examples: {rare}"
