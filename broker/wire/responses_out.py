@@ -172,7 +172,7 @@ class ResponseStream:
         return [self._response_event("failed")]
 
     def response(self) -> dict[str, Any]:
-        """The response object as it stands: the 31 published fields, and what else the client wants repeated."""
+        """The response object as it stands: the 31 published fields, and what the client added."""
         request = self._request
         return {
             "id": self.response_id,

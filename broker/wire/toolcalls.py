@@ -194,7 +194,7 @@ def _whole_call(body: str) -> list[Piece]:
     if not isinstance(call, dict):
         return []
     name = call.get("name")
-    arguments = call.get("arguments", call.get("parameters", {}))
+    arguments = call.get("arguments", call.get("parameters")) or {}
     if isinstance(arguments, dict):
         arguments = json.dumps(arguments, ensure_ascii=False)
     if not (isinstance(name, str) and name and isinstance(arguments, str)):

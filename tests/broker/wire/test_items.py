@@ -27,6 +27,21 @@ from broker.wire.items import (
 CALL = {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "f", "arguments": "{}"}
 
 
+def test_only_what_a_model_made_is_output():
+    roles = ("user", "assistant", "system", "developer", "tool")
+    assert [is_output(Message(None, role, "")) for role in roles] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert not is_output(FunctionCallOutput(None, "c", ""))
+    assert is_output(FunctionCall(None, "c", "f", ""))
+    assert is_output(Reasoning(None, ""))
+    assert is_output(ItemReference("msg_1"))
+
+
 def message(text, item_id=None, role="user"):
     return Message(item_id, role, text)
 

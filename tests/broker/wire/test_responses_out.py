@@ -242,6 +242,21 @@ def test_a_cancelled_turn_ends_its_item_as_incomplete():
     assert terminal["usage"]["output_tokens"] == 5
 
 
+def test_a_call_that_is_cut_short_is_incomplete():
+    stream = new_stream()
+    events = run(stream, [("call", "f", ['{"a": '], False)])
+    events += end(stream, ("incomplete", "max_output_tokens"))
+    [call] = check_events(events)["output"]
+    assert (call["status"], call["arguments"]) == ("incomplete", '{"a": ')
+
+
+def test_white_space_before_a_call_does_not_come_back_after_it():
+    stream = new_stream()
+    run(stream, [("text", "\n"), ("call", "f", [], True), ("text", " "), ("text", "so")])
+    end(stream, ("completed", None))
+    assert stream.output_items[-1]["content"][0]["text"] == " so"
+
+
 def test_a_call_that_the_model_leaves_open_is_completed_as_sampled():
     stream = new_stream()
     events = run(stream, [("call", "f", ['{"a": '], False)]) + end(stream, ("completed", None))

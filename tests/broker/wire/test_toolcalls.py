@@ -16,6 +16,8 @@ def split(pieces):
     for piece in pieces:
         out += splitter.feed(piece)
     out += splitter.finish()
+    assert Text("") not in out
+    assert CallArguments("") not in out
     joined = []
     for piece in out:
         match joined[-1:], piece:
@@ -56,7 +58,7 @@ EXAMPLES = {
     '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>': call(
         "f", '{"a": "</tool_call>"}'
     ),
-    r'<tool_call>{"name": "f\u00e9\"", "arguments": {}}</tool_call>': call('fé"', "{}"),
+    r'<tool_call>{"name": "f\u00e9\"", "arguments": { }}</tool_call>': call('fé"', "{ }"),
     # keys in another order, arguments as a string, none, or with more beside them
     '<tool_call>{"arguments": {"a": "é"}, "name": "f"}</tool_call>x': [
         *call("f", '{"a": "é"}'),
@@ -64,6 +66,8 @@ EXAMPLES = {
     ],
     '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>': call("f", '{"a": 1}'),
     '<tool_call>{"name": "f"}</tool_call>': call("f", "{}"),
+    '<tool_call>{"name": "f", "arguments": ""}</tool_call>': call("f", "{}"),
+    '<tool_call>{"name": "f", "parameters": null}</tool_call>': call("f", "{}"),
     '<tool_call>{"id": 7, "name": "f", "arguments": {}}</tool_call>': call("f", "{}"),
     # the end comes early
     '<tool_call>{"name": "f", "arguments": {"a": 1}}': F_CALL,
@@ -96,6 +100,11 @@ EXAMPLES = {
     # broken after the head: what came is the call, what follows is text
     '<tool_call>{"name": "f", "arguments": {"a": 1</tool_call>x': [
         *call("f", '{"a": 1'),
+        Text("x"),
+    ],
+    '<tool_call>{"name": "f", "arguments": {"a": 1</tool_call>' + F + "x": [
+        *call("f", '{"a": 1'),
+        *F_CALL,
         Text("x"),
     ],
     '<tool_call>{"name": "f", "arguments": {"a": <b>': [*call("f", '{"a": '), Text("<b>")],
