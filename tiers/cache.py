@@ -17,9 +17,7 @@ Laws, asserted by `check` and by the state machine in the tests
     Dropping a block is always legal; a block is offered to `match` only if its bytes have landed somewhere.
 
 How it works
-    {key: block} is the prefix tree: a key covers its parent's key, so a walk over a prompt's keys finds the longest
-    chain of whole blocks. {parent key: {first token: blocks}} finds, behind the last of them, the block that shares
-    the most tokens with what follows, be it a tail or a block that diverges midway: matching is token-granular.
+    `Index` knows the blocks by key and finds the chain, and the part of a block behind it, that a prompt begins with.
 
     A hold is what one sequence has:      blocks (shared, immutable)  |  private slots (lent)
         tokens  0 ..................... len(blocks) * block_tokens | pending, not a whole block yet
@@ -36,81 +34,37 @@ How it works
 
 from __future__ import annotations
 
-import enum
 import heapq
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tiers import policy
-from tiers.block import Block, Copy, Drop, Fetch, Spill, Tier, chain_key
+from tiers.block import Copy, Drop, Fetch, Spill, Tier, chain_key
+from tiers.hold import Flight, Hold, HoldState
+from tiers.index import Index, Match, in_chains
 from tiers.policy import SessionClass, Victims
 from tiers.pool import Pool, PoolStatistics, SlotState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from tiers.block import Action, BlockKey, Slot, TokenIds
+    from tiers.block import Action, Block, BlockKey, Slot, TokenIds
     from tiers.policy import Limits
 
+__all__ = [
+    "CacheStatistics",
+    "Hold",
+    "HoldState",
+    "Lease",
+    "Match",
+    "TierStatistics",
+    "TieredCache",
+]
+
 RETRY_S = 0.5  # how soon to look again at a lease whose blocks are still on their way down; guessed
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """What is known of a prompt. Good until the next call that changes the tables."""
-
-    root: BlockKey
-    blocks: tuple[Block, ...]  # whole ones, in chain order
-    partial: (
-        Block | None
-    )  # the best continuation of `blocks`, of which only `partial_rows` tokens are wanted
-    partial_rows: int
-    tokens: int  # all that is matched: at most len(prompt) - 1
-
-
-class HoldState(enum.Enum):
-    ACQUIRED = "acquired"  # refs are taken, nothing moves yet
-    LOADING = "loading"
-    RUNNING = "running"  # everything is on the device; `table` is valid
-    RELEASED = "released"
-
-
-@dataclass(eq=False, slots=True)
-class Hold:
-    """What one sequence has. Changed by `TieredCache` only."""
-
-    root: BlockKey
-    blocks: list[Block]
-    partial: Block | None  # referenced until `load`
-    partial_rows: int
-    found: list[
-        tuple[Tier, int]
-    ]  # (where it was found, tokens) of each matched block, the partial one last
-    supersedes: int | None
-    state: HoldState = HoldState.ACQUIRED
-    private: list[Slot] = field(default_factory=list)  # device slots after those of `blocks`
-    pending: list[int] = field(default_factory=list)  # tokens in the private slots
-    flight: _Flight | None = None  # the copy that brings the partial's bytes into private[0]
-    landed: int = 0  # blocks[:landed] are known to be on the device
-    table: list[Slot] = field(
-        default_factory=list
-    )  # device slots of blocks and private; valid once RUNNING
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens of the match that need not be computed; final once ready."""
-        return sum(tokens for _, tokens in self.found)
-
-    @property
-    def by_tier(self) -> dict[Tier, int]:
-        """`cached_tokens` by the tier they were found in."""
-        found: Counter[Tier] = Counter()
-        for tier, tokens in self.found:
-            found[tier] += tokens
-        return dict(found)
 
 
 @dataclass(eq=False, slots=True)
@@ -124,18 +78,6 @@ class Lease:
     idle_since: float
     target: Tier = Tier.DEVICE
     due: float = math.inf  # when to look at it next
-
-
-@dataclass(eq=False, slots=True)
-class _Flight:
-    """An issued action without an answer. Its block is busy meanwhile."""
-
-    block: Block
-    private: bool = False  # the target slot is a hold's own
-    hold: Hold | None = None  # that hold, as long as it wants the slot
-    vacate: tuple[
-        Tier, ...
-    ] = ()  # places to give up on landing, unless someone needs the block by then
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,17 +112,11 @@ class TieredCache:
         self.limits = limits
         self._pools = {tier: Pool(slots.get(tier, 0)) for tier in Tier}
         self._residents: dict[Tier, dict[Slot, Block]] = {tier: {} for tier in Tier}
-        self._blocks: dict[BlockKey, Block] = {}
-        self._children: dict[
-            BlockKey, dict[int, list[Block]]
-        ] = {}  # {parent key: {first token: blocks}}
-        self._lost: set[BlockKey] = (
-            set()
-        )  # not known, because their record was bad, but their children are
+        self._index = Index(block_tokens)
         self._dirty: dict[
             Block, float
         ] = {}  # {not on disk nor on the way: since when}, oldest first
-        self._flights: dict[Action, _Flight] = {}
+        self._flights: dict[Action, Flight] = {}
         self._holds: set[Hold] = set()
         self._leases: dict[int, Lease] = {}
         self._due: list[
@@ -197,31 +133,8 @@ class TieredCache:
     # -- finding -----------------------------------------------------------------------------------------------------
 
     def match(self, root: BlockKey, tokens: TokenIds) -> Match:
-        """The longest known prefix, wherever its bytes are, short of the last token: its logits must be computed."""
-        limit = len(tokens) - 1
-        parent, at = root, 0
-        blocks: list[Block] = []
-        while at + self.block_tokens <= limit:
-            key = chain_key(parent, tokens[at : at + self.block_tokens])
-            block = self._blocks.get(key)
-            if block is None or not block.places:
-                break
-            blocks.append(block)
-            parent, at = key, at + self.block_tokens
-        partial, rows = self._match_partial(parent, tokens[at : min(limit, at + self.block_tokens)])
-        return Match(root, tuple(blocks), partial, rows, at + rows)
-
-    def _match_partial(self, parent: BlockKey, wanted: TokenIds) -> tuple[Block | None, int]:
-        """The child of `parent` that shares the most tokens with `wanted`; the nearest and fittest of equals."""
-        best, best_worth = None, (0, False, 0)
-        if wanted:
-            for child in self._children.get(parent, {}).get(wanted[0], ()):
-                if child.places:
-                    rows = _shared_prefix(child.tokens, wanted)
-                    worth = (rows, rows == len(child.tokens), -min(child.places))
-                    if best is None or worth > best_worth:
-                        best, best_worth = child, worth
-        return best, best_worth[0]
+        """The longest known prefix, wherever its bytes are, short of the last token."""
+        return self._index.match(root, tokens)
 
     def acquire(self, match: Match, now: float, *, supersedes: int | None = None) -> Hold:
         """Take refs on everything matched, so that nothing of it can vanish. `supersedes` names the lease that the
@@ -236,8 +149,8 @@ class TieredCache:
         )
         if match.partial is not None:
             hold.found.append((min(match.partial.places), match.partial_rows))
-        for block in _referenced(hold):
-            assert self._blocks.get(block.key) is block
+        for block in hold.referenced:
+            assert self._index.get(block.key) is block
             block.refs += 1
             block.last_used = now
         self._holds.add(hold)
@@ -264,7 +177,7 @@ class TieredCache:
             if Tier.DEVICE not in block.places and Tier.DEVICE not in block.arriving:
                 slot = self._take(Tier.DEVICE)
                 block.arriving[Tier.DEVICE] = slot
-                self._issue(actions, _bring(block, slot), _Flight(block))
+                self._issue(actions, _bring(block, slot), Flight(block))
         if hold.partial is not None:
             self._load_partial(hold, hold.partial, actions)
         return actions
@@ -276,7 +189,7 @@ class TieredCache:
             self._pools[Tier.DEVICE].move(slot, SlotState.HELD, SlotState.LENT)
         else:
             slot = self._take(Tier.DEVICE)
-            hold.flight = _Flight(partial, private=True, hold=hold)
+            hold.flight = Flight(partial, private=True, hold=hold)
             self._issue(actions, _bring(partial, slot), hold.flight)  # busy now: needs no ref
         hold.private.append(slot)
         partial.refs -= 1
@@ -319,7 +232,7 @@ class TieredCache:
         if hold.pending:  # private[0] is the partial's
             self._give_private(hold)
             hold.pending.clear()
-        for block in [*_referenced(hold)][blocks:]:
+        for block in hold.referenced[blocks:]:
             block.refs -= 1
         hold.partial = None
         del hold.blocks[blocks:], hold.found[blocks:]
@@ -365,10 +278,9 @@ class TieredCache:
         """Give the hold's first private slot its key. If that key is on the device already, the slot is not needed."""
         slot = hold.private.pop(0)
         parent = hold.blocks[-1].key if hold.blocks else hold.root
-        key = chain_key(parent, tokens)
-        block = self._blocks.get(key)
+        block = self._index.get(chain_key(parent, tokens))
         if block is None:
-            block = self._add(key, parent, tokens, len(hold.blocks), now, SessionClass.CLOSED)
+            block = self._index.add(parent, tokens, depth=len(hold.blocks), last_used=now)
         block.last_used = now
         if Tier.DEVICE in block.places:
             self._pools[Tier.DEVICE].give(slot, SlotState.LENT)
@@ -398,7 +310,7 @@ class TieredCache:
             chain.append(self._publish(hold, tuple(hold.pending), now))
         for slot in hold.private:
             self._pools[Tier.DEVICE].give(slot, SlotState.LENT)
-        for block in _referenced(hold):
+        for block in hold.referenced:
             block.refs -= 1
             block.last_used = now
         hold.state = HoldState.RELEASED
@@ -545,7 +457,7 @@ class TieredCache:
         self._victims.clear()
         leases = [lease for lease in self._leases.values() if session in (None, lease.session)]
         mine = Counter(block for lease in leases for block in lease.blocks)
-        for block in list(self._blocks.values()) if session is None else list(mine):
+        for block in list(self._index.blocks) if session is None else list(mine):
             if sum(block.leases) == mine[block]:
                 self._sink(block, to, now, actions)
         for lease in leases:
@@ -597,7 +509,7 @@ class TieredCache:
             return False
         block.arriving[Tier.HOST] = slot
         copy = Copy(block.key, Tier.DEVICE, block.places[Tier.DEVICE], Tier.HOST, slot)
-        self._issue(actions, copy, _Flight(block, vacate=(Tier.DEVICE,)))
+        self._issue(actions, copy, Flight(block, vacate=(Tier.DEVICE,)))
         return True
 
     def _spill(
@@ -608,7 +520,7 @@ class TieredCache:
         above: Block | None = block
         while above is not None and above in self._dirty:
             chain.append(above)
-            above = self._blocks.get(above.parent)
+            above = self._index.get(above.parent)
         for dirty in reversed(chain):
             del self._dirty[dirty]
             slot = self._make_slot(Tier.DISK, dirty, now, actions)
@@ -618,7 +530,7 @@ class TieredCache:
             dirty.arriving[Tier.DISK] = slot
             source = min(dirty.places)
             spill = Spill(dirty.key, dirty.parent, dirty.tokens, source, dirty.places[source], slot)
-            self._issue(actions, spill, _Flight(dirty, vacate=vacate if dirty is block else ()))
+            self._issue(actions, spill, Flight(dirty, vacate=vacate if dirty is block else ()))
 
     # -- evicting ----------------------------------------------------------------------------------------------------
 
@@ -643,9 +555,9 @@ class TieredCache:
         if block.refs or block.busy or tier not in block.places:
             return False
         if len(block.places) == 1:
-            return block.key not in self._children
+            return not self._index.children(block)
         return tier is not Tier.DISK or all(
-            child in self._dirty for child in self._children_of(block)
+            child in self._dirty for child in self._index.children(block)
         )
 
     def _evict(self, block: Block, tier: Tier, now: float, actions: list[Action]) -> None:
@@ -661,7 +573,7 @@ class TieredCache:
         """Forget a block and all that continues it, last first. False: something of it is needed."""
         doomed = [block]
         for above in doomed:  # grows while it is walked
-            doomed += self._children_of(above)
+            doomed += self._index.children(above)
         if any(each.refs or each.busy for each in doomed):
             return False
         for each in reversed(doomed):
@@ -762,86 +674,32 @@ class TieredCache:
         as soon as its parent is computed, and grows old otherwise. Only the order of `last used` is kept, as times
         before zero: it was another process's clock.
         """
-        assert not self._blocks
-        rejected: list[BlockKey] = []
-        sound: dict[BlockKey, tuple[BlockKey, TokenIds]] = {}  # warmest first
-        for key, parent, tokens, _ in sorted(entries, key=lambda entry: entry[3], reverse=True):
-            if 0 < len(tokens) <= self.block_tokens and chain_key(parent, tokens) == key:
-                sound[key] = (parent, tokens)
-            else:
-                rejected.append(key)
-        chains: dict[BlockKey, None] = {}  # warmest first, each behind its parent
-        depths: dict[BlockKey, int] = {}
-        for key in sound:
-            path = [key]
-            while path[-1] not in chains and (parent := sound[path[-1]][0]) in sound:
-                path.append(parent)
-            for step in reversed(path):
-                depths[step] = depths.get(sound[step][0], -1) + 1
-                chains[step] = None
-        disk = self._pools[Tier.DISK]
-        for age, key in enumerate(chains):
-            slot = disk.take(SlotState.HELD)
+        assert not self._index.blocks
+        ordered, rejected = in_chains(entries, self.block_tokens)
+        for age, (key, parent, tokens, depth) in enumerate(ordered):
+            slot = self._pools[Tier.DISK].take(SlotState.HELD)
             if slot is None:
                 rejected.append(key)
-                continue
-            parent, tokens = sound[key]
-            block = self._add(key, parent, tokens, depths[key], -1.0 - age, SessionClass.HUMAN_WAIT)
-            self._place(block, Tier.DISK, slot)
-        for block in self._blocks.values():
-            if self._is_superseded(block):
-                block.resting = SessionClass.CLOSED
+            else:
+                block = self._index.add(parent, tokens, depth=depth, last_used=-1.0 - age)
+                self._place(block, Tier.DISK, slot)
+        for block in self._index.blocks:
+            if not self._index.is_superseded(block):
+                block.resting = SessionClass.HUMAN_WAIT
         return tuple(rejected)
-
-    def _is_superseded(self, tail: Block) -> bool:
-        """Whether a longer block starts with all of a tail's tokens: the tail is what its session had before."""
-        return len(tail.tokens) < self.block_tokens and any(
-            len(other.tokens) > len(tail.tokens) == _shared_prefix(other.tokens, tail.tokens)
-            for other in self._children[tail.parent][tail.tokens[0]]
-        )
-
-    def _add(
-        self,
-        key: BlockKey,
-        parent: BlockKey,
-        tokens: TokenIds,
-        depth: int,
-        last_used: float,
-        resting: SessionClass,
-    ) -> Block:
-        block = Block(
-            key, parent, tokens, depth, last_used, resting, leases=[0] * len(SessionClass)
-        )
-        self._blocks[key] = block
-        self._children.setdefault(parent, {}).setdefault(tokens[0], []).append(block)
-        self._lost.discard(key)
-        return block
-
-    def _remove(self, block: Block) -> None:
-        """Take a block that is nowhere out of the tables."""
-        assert not block.places
-        assert not block.refs
-        assert not block.busy
-        del self._blocks[block.key]
-        self._dirty.pop(block, None)
-        self._forgotten += 1
-        by_token = self._children[block.parent]
-        by_token[block.tokens[0]].remove(block)
-        if not by_token[block.tokens[0]]:
-            del by_token[block.tokens[0]]
-        if not by_token:
-            del self._children[block.parent]
-            self._lost.discard(block.parent)
 
     def _settle(self, block: Block) -> None:
         """After an answer: a block whose record was bad, and that is nowhere else, is lost."""
         if not block.places and not block.busy:
             self._remove(block)
-            if block.key in self._children:
-                self._lost.add(block.key)
 
-    def _children_of(self, block: Block) -> list[Block]:
-        return [child for some in self._children.get(block.key, {}).values() for child in some]
+    def _remove(self, block: Block) -> None:
+        assert not block.places
+        assert not block.refs
+        assert not block.busy
+        self._index.remove(block)
+        self._dirty.pop(block, None)
+        self._forgotten += 1
 
     def _note_dirty(self, block: Block, since: float) -> None:
         if block.places and Tier.DISK not in block.places and Tier.DISK not in block.arriving:
@@ -861,7 +719,7 @@ class TieredCache:
         del self._residents[tier][slot]
         return slot
 
-    def _issue(self, actions: list[Action], action: Action, flight: _Flight) -> None:
+    def _issue(self, actions: list[Action], action: Action, flight: Flight) -> None:
         assert action not in self._flights
         flight.block.busy += 1
         self._flights[action] = flight
@@ -870,7 +728,7 @@ class TieredCache:
     # -- looking -----------------------------------------------------------------------------------------------------
 
     def statistics(self) -> CacheStatistics:
-        blocks = self._blocks.values()
+        blocks = self._index.blocks
         return CacheStatistics(
             tiers={
                 tier: TierStatistics(
@@ -894,29 +752,22 @@ class TieredCache:
 
     def check(self) -> None:
         """Assert every law that can be seen in the tables. Costs a walk over all of them."""
+        self._index.check()
         self._check_slots()
-        refs = Counter(block for hold in self._holds for block in _referenced(hold))
+        refs = Counter(block for hold in self._holds for block in hold.referenced)
         busy = Counter(flight.block for flight in self._flights.values())
         leases = Counter(
             (block, of.session_class) for of in self._leases.values() for block in of.blocks
         )
         for block in refs.keys() | busy.keys() | self._dirty.keys():
-            assert self._blocks.get(block.key) is block
-        for key, block in self._blocks.items():
-            assert block.key == key == chain_key(block.parent, block.tokens)
+            assert self._index.get(block.key) is block
+        for block in self._index.blocks:
             assert block.refs == refs[block]
             assert block.busy == busy[block]
             assert block.leases == [leases[block, of] for of in SessionClass]
             assert block.places or block.busy, "what is nowhere must be forgotten"
-            assert block.depth == 0 or block.parent in self._blocks or block.parent in self._lost
-            assert block in self._children[block.parent][block.tokens[0]]
             durable = Tier.DISK in block.places or Tier.DISK in block.arriving
             assert (block in self._dirty) == (bool(block.places) and not durable)
-        assert len(self._blocks) == sum(
-            len(some) for by in self._children.values() for some in by.values()
-        )
-        assert self._lost.isdisjoint(self._blocks)
-        assert self._lost <= self._children.keys()
         assert list(self._dirty.values()) == sorted(self._dirty.values())
         for hold in self._holds:
             self._check_hold(hold)
@@ -926,17 +777,15 @@ class TieredCache:
         for tier, pool in self._pools.items():
             pool.check()
             here = {
-                block.places[tier]: block for block in self._blocks.values() if tier in block.places
+                block.places[tier]: block for block in self._index.blocks if tier in block.places
             }
             assert here == self._residents[tier]
-            assert len(here) == sum(tier in block.places for block in self._blocks.values())
+            assert len(here) == sum(tier in block.places for block in self._index.blocks)
             assert set(pool.slots(SlotState.HELD)) == here.keys()
             assert set(pool.slots(SlotState.LENT)) == (lent if tier is Tier.DEVICE else set())
             targets = {slot for at, slot in map(_target, self._flights) if at is tier}
             assert set(pool.slots(SlotState.ARRIVING)) == targets
-            assert targets >= {
-                x.arriving[tier] for x in self._blocks.values() if tier in x.arriving
-            }
+            assert targets >= {x.arriving[tier] for x in self._index.blocks if tier in x.arriving}
 
     def _check_hold(self, hold: Hold) -> None:
         parents = [hold.root, *(block.key for block in hold.blocks)]
@@ -944,10 +793,6 @@ class TieredCache:
         assert len(hold.pending) < self.block_tokens
         if hold.state is HoldState.RUNNING:
             assert hold.table == [block.places[Tier.DEVICE] for block in hold.blocks] + hold.private
-
-
-def _referenced(hold: Hold) -> list[Block]:
-    return hold.blocks if hold.partial is None else [*hold.blocks, hold.partial]
 
 
 def _bring(block: Block, slot: Slot) -> Copy | Fetch:
@@ -962,11 +807,3 @@ def _target(action: Action) -> tuple[Tier, Slot]:
     if isinstance(action, Spill | Drop):
         return Tier.DISK, action.disk_slot
     return action.target, action.target_slot
-
-
-def _shared_prefix(some: TokenIds, other: TokenIds) -> int:
-    """Tokens that both begin with."""
-    for at, (one, two) in enumerate(zip(some, other, strict=False)):
-        if one != two:
-            return at
-    return min(len(some), len(other))

@@ -16,6 +16,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import ClassVar
 
 from hypothesis import event
 from hypothesis import strategies as st
@@ -87,7 +88,7 @@ class Talk:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    reached: Counter[str] = Counter()  # over all examples: what the machine got to see
+    reached: ClassVar[Counter[str]] = Counter()  # over all examples: what the machine got to see
 
     def see(self, what):
         self.reached[what] += 1
@@ -259,7 +260,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.memory[tier][slot][:] = [GARBAGE] * self.rows
         cache.check()
         recorded = {entry.key for entry in self.store.index()}
-        for block in cache._blocks.values():
+        for block in cache._index.blocks:
             for tier, slot in block.places.items():
                 if tier is Tier.DISK:
                     assert block.key in recorded | self.lost, (
@@ -576,8 +577,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert len(entries) - len(rejected) == min(len(entries), self.slots[Tier.DISK])
         self.store.write(drops=rejected)
         self.settle()
-        for block in self.cache._blocks.values():
-            assert block.parent in self.cache._blocks or block.depth == 0
+        for block in self.cache._index.blocks:
+            assert block.depth == 0 or self.cache._index.get(block.parent) is not None
         for talk in self.talks:
             talk.lease = None
             blocks = self.cache.match(talk.root, (*talk.tokens, 9)).blocks

@@ -1,0 +1,74 @@
+"""What one sequence has of the tables, and a copy that is on its way.
+
+    tokens   0 ................. len(blocks) * block_tokens ......... + len(pending)
+             |  blocks: shared, immutable  |  private slots: only ours  |
+                                           0 ...... len(pending) ...... len(private) * block_tokens
+
+Laws
+    Only `TieredCache` changes a hold. Every block in it carries one of its refs, from acquire to release.
+    `table` is valid once RUNNING, and from then on a block stays in its slot.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tiers.block import Block, BlockKey, Slot, Tier
+
+
+class HoldState(enum.Enum):
+    ACQUIRED = "acquired"  # refs are taken, nothing moves yet
+    LOADING = "loading"
+    RUNNING = "running"  # everything is on the device
+    RELEASED = "released"
+
+
+@dataclass(eq=False, slots=True)
+class Hold:
+    """Compared by identity."""
+
+    root: BlockKey
+    blocks: list[Block]
+    partial: Block | None  # referenced until `load`
+    partial_rows: int
+    # (where it was found, tokens) of each matched block, the partial one last
+    found: list[tuple[Tier, int]]
+    supersedes: int | None  # the lease that this sequence continues
+    state: HoldState = HoldState.ACQUIRED
+    private: list[Slot] = field(default_factory=list)  # device slots after those of `blocks`
+    pending: list[int] = field(default_factory=list)  # tokens in the private slots
+    flight: Flight | None = None  # the copy that brings the partial's bytes into private[0]
+    landed: int = 0  # blocks[:landed] are known to be on the device
+    table: list[Slot] = field(default_factory=list)  # device slots of blocks and private
+
+    @property
+    def referenced(self) -> list[Block]:
+        return self.blocks if self.partial is None else [*self.blocks, self.partial]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the match that need not be computed; final once ready."""
+        return sum(tokens for _, tokens in self.found)
+
+    @property
+    def by_tier(self) -> dict[Tier, int]:
+        """`cached_tokens` by the tier they were found in."""
+        found: Counter[Tier] = Counter()
+        for tier, tokens in self.found:
+            found[tier] += tokens
+        return dict(found)
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """An issued action without an answer. Its block is busy meanwhile."""
+
+    block: Block
+    private: bool = False  # the target slot is a hold's own
+    hold: Hold | None = None  # that hold, as long as it wants the slot
+    # places to give up on landing, unless someone needs the block by then
+    vacate: tuple[Tier, ...] = ()

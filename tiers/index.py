@@ -1,0 +1,161 @@
+"""Which blocks are known, and which of them continue a prompt. Nothing here knows slots or copies.
+
+{key: block} is the prefix tree: a key covers its parent's key, so a walk over a prompt's keys finds the longest chain
+of whole blocks. {parent key: {first token: blocks}} finds, behind the last of them, the block that shares the most
+tokens with what follows, be it a tail or a block that diverges midway: matching is token-granular.
+
+Laws
+    A block is known under its own key, once, and its parent is known too unless it is a root or was lost.
+    A match is contiguous from the root and never covers the prompt's last token, whose logits must be computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tiers.block import Block, chain_key
+from tiers.policy import SessionClass
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from tiers.block import BlockKey, TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What is known of a prompt. Good until the next call that changes the tables."""
+
+    root: BlockKey
+    blocks: tuple[Block, ...]  # whole ones, in chain order
+    partial: Block | None  # the best continuation of them; `partial_rows` of its tokens are wanted
+    partial_rows: int
+    tokens: int  # all that is matched
+
+
+class Index:
+    """Blocks by what they stand for."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._blocks: dict[BlockKey, Block] = {}
+        self._children: dict[
+            BlockKey, dict[int, list[Block]]
+        ] = {}  # {parent: {first token: blocks}}
+        self._lost: set[BlockKey] = set()  # keys of removed blocks whose children are still known
+
+    @property
+    def blocks(self) -> Collection[Block]:
+        return self._blocks.values()
+
+    def get(self, key: BlockKey) -> Block | None:
+        return self._blocks.get(key)
+
+    def children(self, block: Block) -> list[Block]:
+        return [child for some in self._children.get(block.key, {}).values() for child in some]
+
+    def match(self, root: BlockKey, tokens: TokenIds) -> Match:
+        """The longest known prefix whose bytes are anywhere."""
+        limit, size = len(tokens) - 1, self._block_tokens
+        parent, at = root, 0
+        blocks: list[Block] = []
+        while at + size <= limit:
+            key = chain_key(parent, tokens[at : at + size])
+            block = self._blocks.get(key)
+            if block is None or not block.places:
+                break
+            blocks.append(block)
+            parent, at = key, at + size
+        partial, rows = self._continuation(parent, tokens[at : min(limit, at + size)])
+        return Match(root, tuple(blocks), partial, rows, at + rows)
+
+    def _continuation(self, parent: BlockKey, wanted: TokenIds) -> tuple[Block | None, int]:
+        """The child of `parent` that shares the most tokens with `wanted`; of equals one that ends there, and near."""
+        best, best_worth = None, (0, False, 0)
+        for child in self._children.get(parent, {}).get(wanted[0], ()) if wanted else ():
+            if child.places:
+                rows = _shared_prefix(child.tokens, wanted)
+                worth = (rows, rows == len(child.tokens), -min(child.places))
+                if best is None or worth > best_worth:
+                    best, best_worth = child, worth
+        return best, best_worth[0]
+
+    def add(self, parent: BlockKey, tokens: TokenIds, *, depth: int, last_used: float) -> Block:
+        key = chain_key(parent, tokens)
+        assert key not in self._blocks
+        resting = SessionClass.CLOSED
+        block = Block(
+            key, parent, tokens, depth, last_used, resting, leases=[0] * len(SessionClass)
+        )
+        self._blocks[key] = block
+        self._children.setdefault(parent, {}).setdefault(tokens[0], []).append(block)
+        self._lost.discard(key)
+        return block
+
+    def remove(self, block: Block) -> None:
+        """Its children stay known, out of reach until it comes back."""
+        del self._blocks[block.key]
+        siblings = self._children[block.parent]
+        siblings[block.tokens[0]].remove(block)
+        if not siblings[block.tokens[0]]:
+            del siblings[block.tokens[0]]
+        if not siblings:
+            del self._children[block.parent]
+            self._lost.discard(block.parent)
+        if block.key in self._children:
+            self._lost.add(block.key)
+
+    def is_superseded(self, tail: Block) -> bool:
+        """Whether a longer block starts with all of a tail's tokens: the tail is what its session had before."""
+        return any(
+            len(other.tokens) > len(tail.tokens) == _shared_prefix(other.tokens, tail.tokens)
+            for other in self._children[tail.parent][tail.tokens[0]]
+        )
+
+    def check(self) -> None:
+        for key, block in self._blocks.items():
+            assert block.key == key == chain_key(block.parent, block.tokens)
+            assert block.depth == 0 or block.parent in self._blocks or block.parent in self._lost
+            assert block in self._children[block.parent][block.tokens[0]]
+        listed = sum(
+            len(some) for children in self._children.values() for some in children.values()
+        )
+        assert len(self._blocks) == listed
+        assert self._lost.isdisjoint(self._blocks)
+        assert self._lost <= self._children.keys()
+
+
+def in_chains(
+    entries: Iterable[tuple[BlockKey, BlockKey, TokenIds, float]], block_tokens: int
+) -> tuple[list[tuple[BlockKey, BlockKey, TokenIds, int]], list[BlockKey]]:
+    """Order records (key, parent, tokens, last used) warmest first, each behind its parent, with their depths.
+
+    The second list has the keys of records that are not what their key says.
+    """
+    bad: list[BlockKey] = []
+    sound: dict[BlockKey, tuple[BlockKey, TokenIds]] = {}
+    for key, parent, tokens, _ in sorted(entries, key=lambda entry: entry[3], reverse=True):
+        if 0 < len(tokens) <= block_tokens and chain_key(parent, tokens) == key:
+            sound[key] = (parent, tokens)
+        else:
+            bad.append(key)
+    depths: dict[BlockKey, int] = {}  # of those in order already
+    ordered: list[tuple[BlockKey, BlockKey, TokenIds, int]] = []
+    for warmest in sound:
+        path = [warmest] if warmest not in depths else []
+        while path and (above := sound[path[-1]][0]) in sound and above not in depths:
+            path.append(above)
+        for key in reversed(path):
+            parent, tokens = sound[key]
+            depths[key] = depths.get(parent, -1) + 1
+            ordered.append((key, parent, tokens, depths[key]))
+    return ordered, bad
+
+
+def _shared_prefix(some: TokenIds, other: TokenIds) -> int:
+    """Tokens that both begin with."""
+    for at, (one, two) in enumerate(zip(some, other, strict=False)):
+        if one != two:
+            return at
+    return min(len(some), len(other))
