@@ -293,6 +293,8 @@ class _Turn:
     ) -> Outcome:
         events = speech.finish()
         if finished.reason is FinishReason.FAILED:
+            if finished.lease is not None:
+                self.engine.reclass(finished.lease, SessionClass.CLOSED)
             await self._say([*events, *stream.fail("server_error", "The turn failed; try again.")])
             return Outcome(stream.response(), None)
         reason = None if speech.stopped else _INCOMPLETE[finished.reason]
@@ -332,13 +334,12 @@ class _Turn:
         if prefix:
             landed = trio.Event()
             self.connection.warming[node.response_id] = landed
-            submit = self._submit(
-                resolved,
-                node.response_id,
-                prefix,
-                Sampling(max_tokens=0),
-                None if resolved.before is None else resolved.before.lease,
-            )
+            before = resolved.before
+            supersedes = None if before is None else before.lease
+            if before is not None:
+                before.lease = None
+            sampling = Sampling(max_tokens=0)
+            submit = self._submit(resolved, node.response_id, prefix, sampling, supersedes)
             if self.background is None:
                 await self._prefill(submit, node, landed)
             else:

@@ -216,11 +216,10 @@ class FakeService:
                 reason = FinishReason.CANCELLED
                 self.cancelled.append(request)
             del self._running[request]
-            lease = None if reason is FinishReason.FAILED else LeaseId(int(request) + 1000)
-            if lease is not None:
-                self.leases.pop(submit.supersedes, None)  # type: ignore[arg-type]
-                self.leases[lease] = None
-                self.fed.append((submit.salt, prompt + tuple(said)))
+            lease = LeaseId(int(request) + 1000)
+            self.leases.pop(submit.supersedes, None)  # type: ignore[arg-type]
+            self.leases[lease] = None
+            self.fed.append((submit.salt, prompt + tuple(said)))
             usage = Usage(len(prompt), cached, len(prompt) - cached.total, len(said))
             self.finished.append(Finished(request, reason, usage, lease, (b"k" * 32,)))
             _offer(send, self.finished[-1])

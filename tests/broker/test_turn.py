@@ -177,6 +177,7 @@ async def test_length_and_failure_end_as_what_they_are(desk: Desk) -> None:
     assert failed.node is None
     assert failed.response["status"] == "failed"
     assert failed.response["error"]["code"] == "server_error"
+    assert desk.engine.leases[desk.engine.finished[-1].lease] is SessionClass.CLOSED
     assert len(desk.engine.manifests) == 1
 
 
@@ -676,6 +677,7 @@ async def test_a_warm_up_in_the_middle_of_a_chain_changes_no_prompt(desk: Desk) 
     warm = await desk.turn(input="more", previous_response_id=first.response["id"], generate=False)
     await trio.testing.wait_all_tasks_blocked()
     assert straight[: len(desk.prompt)] == desk.prompt
+    assert len(desk.engine.leases) == 2
     await desk.turn(input=[], previous_response_id=warm.response["id"])
     assert desk.prompt == straight
 

