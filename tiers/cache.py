@@ -34,7 +34,6 @@ How it works
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 from collections import Counter
@@ -45,6 +44,7 @@ from tiers import policy
 from tiers.block import Copy, Drop, Fetch, Spill, Tier, chain_key
 from tiers.hold import Flight, Hold, HoldState
 from tiers.index import Index, Match, in_chains
+from tiers.lease import Lease, Leases
 from tiers.policy import SessionClass, Victims
 from tiers.pool import Pool, PoolStatistics, SlotState
 
@@ -65,19 +65,6 @@ __all__ = [
 ]
 
 RETRY_S = 0.5  # how soon to look again at a lease whose blocks are still on their way down; guessed
-
-
-@dataclass(eq=False, slots=True)
-class Lease:
-    """A finished sequence's blocks. `target` is the tier it has been told to move down to so far."""
-
-    id: int
-    session: str
-    blocks: tuple[Block, ...]
-    session_class: SessionClass
-    idle_since: float
-    target: Tier = Tier.DEVICE
-    due: float = math.inf  # when to look at it next
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +100,12 @@ class TieredCache:
         self._pools = {tier: Pool(slots.get(tier, 0)) for tier in Tier}
         self._residents: dict[Tier, dict[Slot, Block]] = {tier: {} for tier in Tier}
         self._index = Index(block_tokens)
-        self._dirty: dict[
-            Block, float
-        ] = {}  # {not on disk nor on the way: since when}, oldest first
+        self._dirty: dict[Block, float] = {}  # {neither on disk nor on the way: since when}
         self._flights: dict[Action, Flight] = {}
         self._holds: set[Hold] = set()
-        self._leases: dict[int, Lease] = {}
-        self._due: list[
-            tuple[float, int]
-        ] = []  # heap of (when, lease id); stale entries are skipped
-        self._victims: dict[
-            Tier, Victims
-        ] = {}  # of the current call; each tier is scanned at most once
+        self._leases = Leases()
+        # {tier: order of the current call}: each tier is scanned at most once
+        self._victims: dict[Tier, Victims] = {}
         self._evictions: Counter[Tier] = Counter()
         self._forgotten = 0
         self._spill_failures = 0
@@ -137,8 +118,10 @@ class TieredCache:
         return self._index.match(root, tokens)
 
     def acquire(self, match: Match, now: float, *, supersedes: int | None = None) -> Hold:
-        """Take refs on everything matched, so that nothing of it can vanish. `supersedes` names the lease that the
-        sequence continues: its claim does not stop the hold from taking the tail over in place."""
+        """Take refs on everything matched, so that nothing of it can vanish.
+
+        `supersedes` names the lease that the sequence continues: it does not stop the hold from taking its tail over.
+        """
         hold = Hold(
             root=match.root,
             blocks=list(match.blocks),
@@ -197,7 +180,7 @@ class TieredCache:
 
     def _may_take_over(self, hold: Hold, tail: Block) -> bool:
         """Whether writing on behind a tail, in its own slot, takes it from nobody. Its record on disk stays."""
-        superseded = None if hold.supersedes is None else self._leases.get(hold.supersedes)
+        superseded = self._leases.get(hold.supersedes)
         mine = superseded is not None and tail in superseded.blocks[-1:]
         return (
             Tier.DEVICE in tail.places
@@ -285,9 +268,7 @@ class TieredCache:
         if Tier.DEVICE in block.places:
             self._pools[Tier.DEVICE].give(slot, SlotState.LENT)
             return block
-        block.arriving.pop(
-            Tier.DEVICE, None
-        )  # a copy in flight is not waited for: it frees its slot on landing
+        block.arriving.pop(Tier.DEVICE, None)  # who waits for a copy in flight has it now
         self._pools[Tier.DEVICE].move(slot, SlotState.LENT, SlotState.HELD)
         self._place(block, Tier.DEVICE, slot)
         self._note_dirty(block, now)
@@ -324,42 +305,39 @@ class TieredCache:
 
         The superseded lease ends: what is only its own is worth least from now on. If it ended before, no matter.
         """
-        lease = Lease(
-            lease_id, session, self._end_hold(hold, now), SessionClass.BURST, idle_since=now
-        )
-        assert lease_id not in self._leases
-        self._leases[lease_id] = lease
-        for block in lease.blocks:
-            block.leases[lease.session_class] += 1
-        self._schedule(lease, now + min(self.limits.host_after_s, self.limits.disk_after_s))
-        if supersedes in self._leases:
-            self._end_lease(self._leases[supersedes], SessionClass.CLOSED)
+        lease = Lease(lease_id, session, self._end_hold(hold, now), idle_since=now)
+        self._leases.add(lease)
+        self._leases.schedule(lease, now + min(self.limits.host_after_s, self.limits.disk_after_s))
+        superseded = self._leases.get(supersedes)
+        if superseded is not None:
+            self._leases.end(superseded, SessionClass.CLOSED)
+            for tail in superseded.blocks[-1:]:
+                self._thin_out(tail)
         return tuple(block.key for block in lease.blocks)
+
+    def _thin_out(self, tail: Block) -> None:
+        """A tail that grew is not worth memory: its successor has its bytes too. A record stays until there is need."""
+        needed = tail.refs or tail.busy or any(tail.leases) or not tail.places
+        if needed or not self._index.is_superseded(tail):
+            return
+        for tier in [tier for tier in tail.places if tier is not Tier.DISK]:
+            self._vacate(tail, tier)
+        self._settle(tail)
 
     def reclass(self, lease_id: int, to: SessionClass, now: float) -> None:
         """Say what a session waits for. Of a lease that has ended meanwhile, nothing is left to say."""
         lease = self._leases.get(lease_id)
         if lease is not None:
-            for block in lease.blocks:
-                block.leases[lease.session_class] -= 1
-                block.leases[to] += 1
-            lease.session_class = to
+            self._leases.reclass(lease, to)
 
     def end(self, lease_id: int, now: float) -> None:
         """The session is over: its own blocks are worth least from now on."""
         lease = self._leases.get(lease_id)
         if lease is not None:
-            self._end_lease(lease, SessionClass.CLOSED)
-
-    def _end_lease(self, lease: Lease, resting: SessionClass) -> None:
-        del self._leases[lease.id]
-        for block in lease.blocks:
-            block.leases[lease.session_class] -= 1
-            if not any(block.leases):
-                block.resting = resting
+            self._leases.end(lease, SessionClass.CLOSED)
 
     def leases(self) -> Iterable[Lease]:
-        return self._leases.values()
+        return self._leases.all
 
     # -- moving down -------------------------------------------------------------------------------------------------
 
@@ -403,28 +381,15 @@ class TieredCache:
             missing -= 1
         return actions
 
-    def write_behind(
-        self,
-        now: float,
-        *,
-        all_dirty: bool = False,
-        hold: Hold | None = None,
-        lease: int | None = None,
-    ) -> list[Action]:
-        """Spill what has waited for `max_lag_s`; or everything, or what is dirty of one hold or lease."""
-        if hold is not None:
-            chosen = list(hold.blocks)
-        elif lease is not None:
-            chosen = list(self._leases[lease].blocks) if lease in self._leases else []
-        else:
-            until = math.inf if all_dirty else now
-            late = itertools.takewhile(
-                lambda item: item[1] + self.limits.max_lag_s <= until, self._dirty.items()
-            )
-            chosen = [block for block, _ in late]
+    def write_behind(self, now: float, *, all_dirty: bool = False) -> list[Action]:
+        """Spill what has waited for `max_lag_s`, or all that is dirty. Parents go before their children."""
+        until = math.inf if all_dirty else now
+        late = itertools.takewhile(
+            lambda block: self._dirty[block] + self.limits.max_lag_s <= until, self._dirty
+        )
         actions: list[Action] = []
         self._victims.clear()
-        for block in chosen:
+        for block in list(late):
             self._spill(block, now, actions)
         return actions
 
@@ -432,22 +397,14 @@ class TieredCache:
         """Move idle leases down; a lease ends when all that is its own is on disk only."""
         actions: list[Action] = []
         self._victims.clear()
-        while self._due and self._due[0][0] <= now:
-            due, lease_id = heapq.heappop(self._due)
-            lease = self._leases.get(lease_id)
-            if lease is not None and lease.due == due:
-                self._sink_lease(lease, now, actions)
+        while (lease := self._leases.pop_due(now)) is not None:
+            self._sink_lease(lease, now, actions)
         return actions
 
     def next_event(self, now: float) -> float | None:
         """When `tick` or `write_behind` will have something to do if nothing else happens."""
-        while self._due:
-            due, lease_id = self._due[0]
-            if lease_id in self._leases and self._leases[lease_id].due == due:
-                break
-            heapq.heappop(self._due)
-        oldest = next(iter(self._dirty.values()), math.inf) + self.limits.max_lag_s
-        soonest = min(oldest, self._due[0][0] if self._due else math.inf)
+        oldest = next(iter(self._dirty.values()), math.inf)
+        soonest = min(oldest + self.limits.max_lag_s, self._leases.next_due())
         return soonest if soonest < math.inf else None
 
     def demote(self, to: Tier, session: str | None, now: float) -> list[Action]:
@@ -455,14 +412,14 @@ class TieredCache:
         assert to is not Tier.DEVICE
         actions: list[Action] = []
         self._victims.clear()
-        leases = [lease for lease in self._leases.values() if session in (None, lease.session)]
+        leases = [lease for lease in self._leases.all if session in (None, lease.session)]
         mine = Counter(block for lease in leases for block in lease.blocks)
         for block in list(self._index.blocks) if session is None else list(mine):
             if sum(block.leases) == mine[block]:
                 self._sink(block, to, now, actions)
         for lease in leases:
             lease.target = max(lease.target, to)
-            self._schedule(lease, now)
+            self._leases.schedule(lease, now)
         return actions
 
     def _sink_lease(self, lease: Lease, now: float, actions: list[Action]) -> None:
@@ -475,18 +432,13 @@ class TieredCache:
             for block in own:
                 self._sink(block, lease.target, now, actions)
         if lease.target is not Tier.DISK:
-            self._schedule(lease, lease.idle_since + self.limits.disk_after_s)
+            self._leases.schedule(lease, lease.idle_since + self.limits.disk_after_s)
         elif all(block.places.keys() <= {Tier.DISK} for block in own):
-            self._end_lease(lease, SessionClass.HUMAN_WAIT)
+            self._leases.end(lease, SessionClass.HUMAN_WAIT)
         elif any(block.busy for block in own):
-            self._schedule(lease, now + RETRY_S)
+            self._leases.schedule(lease, now + RETRY_S)
         else:  # the disk has no room for it
-            self._schedule(lease, now + max(RETRY_S, self.limits.disk_after_s))
-
-    def _schedule(self, lease: Lease, due: float) -> None:
-        lease.due = due
-        if due < math.inf:
-            heapq.heappush(self._due, (due, lease.id))
+            self._leases.schedule(lease, now + max(RETRY_S, self.limits.disk_after_s))
 
     def _sink(self, block: Block, to: Tier, now: float, actions: list[Action]) -> None:
         """Begin to move one block down to `to`, if nobody needs it where it is."""
@@ -615,9 +567,7 @@ class TieredCache:
             self._place(block, tier, slot)
         else:  # nobody wants it any more
             self._pools[tier].give(slot, SlotState.ARRIVING)
-        if (
-            not block.refs and not block.busy
-        ):  # asked again: someone may have come to need it meanwhile
+        if not block.refs and not block.busy:  # asked again: someone may need it by now
             for vacated in flight.vacate:
                 if vacated in block.places:
                     self._vacate(block, vacated)
@@ -632,6 +582,8 @@ class TieredCache:
         block = flight.block
         block.busy -= 1
         tier, slot = _target(action)
+        if flight.hold is not None:
+            self._truncate(flight.hold, len(flight.hold.blocks))
         self._pools[tier].give(slot, SlotState.ARRIVING)
         if not flight.private and block.arriving.get(tier) == slot:
             del block.arriving[tier]
@@ -641,11 +593,6 @@ class TieredCache:
             self._fetch_failures += 1
             if Tier.DISK in block.places:
                 self._drop(block, actions)
-        if flight.hold is not None:  # its slot is free already
-            flight.hold.flight = None
-            flight.hold.private.pop(0)
-            flight.hold.pending.clear()
-            self._truncate(flight.hold, len(flight.hold.blocks))
         for hold in self._holds:
             self._truncate_at(hold, block)
         self._note_dirty(block, now)
@@ -667,8 +614,9 @@ class TieredCache:
     def restore(
         self, entries: Iterable[tuple[BlockKey, BlockKey, TokenIds, float]]
     ) -> tuple[BlockKey, ...]:
-        """At start, once: what the disk holds, as (key, parent, tokens, last used). The keys to drop are returned:
-        what does not fit, coldest first, and what is not what its key says.
+        """At start, once: what the disk holds, as (key, parent, tokens, last used); the keys to drop are returned.
+
+        Those are what is not what its key says, and the coldest of what does not fit.
 
         Which parents are roots is not known here, so a record whose parent is missing stays: it is reachable again
         as soon as its parent is computed, and grows old otherwise. Only the order of `last used` is kept, as times
@@ -741,7 +689,7 @@ class TieredCache:
             blocks=len(blocks),
             holds=len(self._holds),
             refs=sum(block.refs for block in blocks),
-            leases=len(self._leases),
+            leases=len(self._leases.all),
             dirty=len(self._dirty),
             flying=len(self._flights),
             evictions={tier: self._evictions[tier] for tier in Tier},
@@ -753,22 +701,18 @@ class TieredCache:
     def check(self) -> None:
         """Assert every law that can be seen in the tables. Costs a walk over all of them."""
         self._index.check()
+        self._leases.check(self._index.blocks)
         self._check_slots()
         refs = Counter(block for hold in self._holds for block in hold.referenced)
         busy = Counter(flight.block for flight in self._flights.values())
-        leases = Counter(
-            (block, of.session_class) for of in self._leases.values() for block in of.blocks
-        )
         for block in refs.keys() | busy.keys() | self._dirty.keys():
             assert self._index.get(block.key) is block
         for block in self._index.blocks:
             assert block.refs == refs[block]
             assert block.busy == busy[block]
-            assert block.leases == [leases[block, of] for of in SessionClass]
             assert block.places or block.busy, "what is nowhere must be forgotten"
             durable = Tier.DISK in block.places or Tier.DISK in block.arriving
             assert (block in self._dirty) == (bool(block.places) and not durable)
-        assert list(self._dirty.values()) == sorted(self._dirty.values())
         for hold in self._holds:
             self._check_hold(hold)
 
@@ -776,12 +720,10 @@ class TieredCache:
         lent = {slot for hold in self._holds for slot in hold.private[hold.flight is not None :]}
         for tier, pool in self._pools.items():
             pool.check()
-            here = {
-                block.places[tier]: block for block in self._index.blocks if tier in block.places
-            }
-            assert here == self._residents[tier]
-            assert len(here) == sum(tier in block.places for block in self._index.blocks)
-            assert set(pool.slots(SlotState.HELD)) == here.keys()
+            here = [block for block in self._index.blocks if tier in block.places]
+            assert {block.places[tier]: block for block in here} == self._residents[tier]
+            assert len(here) == len(self._residents[tier])
+            assert set(pool.slots(SlotState.HELD)) == self._residents[tier].keys()
             assert set(pool.slots(SlotState.LENT)) == (lent if tier is Tier.DEVICE else set())
             targets = {slot for at, slot in map(_target, self._flights) if at is tier}
             assert set(pool.slots(SlotState.ARRIVING)) == targets

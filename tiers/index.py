@@ -115,7 +115,7 @@ class Index:
 
     def check(self) -> None:
         for key, block in self._blocks.items():
-            assert block.key == key == chain_key(block.parent, block.tokens)
+            assert block.key == key
             assert block.depth == 0 or block.parent in self._blocks or block.parent in self._lost
             assert block in self._children[block.parent][block.tokens[0]]
         listed = sum(

@@ -437,7 +437,7 @@ class CacheMachine(RuleBasedStateMachine):
                 return
         self.finish(run)
         if then != "nothing":
-            self.issue(self.cache.write_behind(self.now, lease=self.next_lease - 1))
+            self.issue(self.cache.write_behind(self.now, all_dirty=True))
         if then == "spill and wait":
             self.quiet()
 
@@ -447,13 +447,24 @@ class CacheMachine(RuleBasedStateMachine):
             self.turn(pick, more, "spill and wait")
             pick = max(0, len(self.talks) - 1)
 
-    @rule(pick=picks)
-    def restore_talk(self, pick):
-        """Everything goes down, and one talk comes back from there."""
+    @rule(pick=picks, to=st.sampled_from([Tier.HOST, Tier.DISK]), harm=st.booleans())
+    def restore_talk(self, pick, to, harm):
+        """Everything goes down, perhaps one record is damaged there, and a talk comes back."""
         self.quiet()
-        self.issue(self.cache.demote(Tier.DISK if pick % 2 else Tier.HOST, None, self.now))
+        self.issue(self.cache.demote(to, None, self.now))
         self.quiet()
+        if harm and pick < len(self.talks):
+            talk = self.talks[pick]
+            blocks = self.cache.match(talk.root, (*talk.tokens, 9)).blocks
+            for block in blocks[-1:]:
+                self.damage(block.key)
         self.turn(pick, (1,), "nothing")
+
+    @rule(pick=picks, more=tokens_drawn)
+    def twins(self, pick, more):
+        """The same prompt twice at once."""
+        self.begin(pick, more, 1)
+        self.run_until_quiet()
 
     @rule()
     def run_until_quiet(self):
@@ -552,6 +563,9 @@ class CacheMachine(RuleBasedStateMachine):
     def damage_a_record(self, pick):
         keys = sorted(entry.key for entry in self.store.index())
         key = keys[pick % len(keys)]
+        self.damage(key)
+
+    def damage(self, key):
         self.store.write(drops=[key])
         self.lost.add(key)
 

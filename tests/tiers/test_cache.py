@@ -273,14 +273,6 @@ def test_dirty_blocks_are_written_behind_after_the_lag_parents_first():
     assert [spill.key for spill in cache.write_behind(9.5)] == [keys[0]]
 
 
-def test_one_lease_can_be_written_at_once():
-    cache = make()
-    turn(cache, (0, 1, 2), 1)
-    keys = turn(cache, (5, 6, 7), 2)
-    assert [spill.key for spill in cache.write_behind(0.0, lease=2)] == list(keys)
-    assert cache.write_behind(0.0, lease=3) == []
-
-
 def test_a_full_disk_drops_what_is_worth_less_and_nothing_else():
     cache = make(disk=2)
     old, tail = turn(cache, tuple(range(6)), 1, now=1.0)
@@ -348,20 +340,36 @@ def test_the_class_of_a_session_decides_before_its_age():
     assert [copy.key for copy in cache.make_room(2, 4.0)] == [two, one]
 
 
-def test_a_superseded_tail_is_the_first_to_go():
-    cache = make(device=5, host=4)
+def test_a_superseded_tail_leaves_memory_and_its_record_is_the_first_to_go():
+    cache = make(disk=2)
     turn(cache, (7, 7), 1, now=0.0)
-    (tail,) = turn(cache, (0, 1, 2), 2, now=1.0)
-    turn(cache, (0, 1, 2, 3, 4), 3, now=2.0, supersedes=2)
-    assert [copy.key for copy in cache.make_room(2, 3.0)] == [tail]
+    (tail,) = turn(cache, (0, 1), 2, now=1.0)
+    spilled(cache)
+    hold = begin(cache, (0, 1, 2), now=2.0)
+    assert pool(cache, Tier.DEVICE).held == 2
+    cache.lease(hold, 3, "s", 2.0, 2)
+    cache.check()
+    assert pool(cache, Tier.DEVICE).held == 2, (
+        "the tail of two tokens has made place for that of three"
+    )
+    drop, spill = cache.write_behind(2.0, all_dirty=True)
+    assert (drop.key, spill.tokens) == (tail, (0, 1, 2))
+
+
+def test_a_superseded_tail_that_was_never_written_is_forgotten():
+    cache = make()
+    turn(cache, (0, 1), 1)
+    turn(cache, (0, 1, 2), 2, supersedes=1)
+    assert cache.statistics().blocks == 1
 
 
 def test_what_the_disk_holds_is_found_after_a_restart():
     old = make()
     tokens = tuple(range(10))
     turn(old, tokens, 1, now=1.0)
+    spills = spilled(old)
     turn(old, (*tokens, 10), 2, now=2.0, supersedes=1)
-    entries = [(s.key, s.parent, s.tokens, 5.0) for s in spilled(old)]
+    entries = [(s.key, s.parent, s.tokens, 5.0) for s in spills + spilled(old)]
     forged = (b"?" * 32, ROOT, (8, 8), 1.0)
     cache = make()
     assert cache.restore([*reversed(entries), forged]) == (b"?" * 32,)

@@ -1,0 +1,106 @@
+"""What finished sequences leave behind for their sessions, and when to look at it again.
+
+A lease keeps no refs: its blocks may be evicted. It raises their class while it lives, and says how far down they have
+been told to go.
+
+Laws
+    `block.leases` counts, per class, the leases that cover a block; they change here only.
+    Every lease with a finite `due` is found by `pop_due` once that time has come, and exactly once for each schedule.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tiers.block import Tier
+from tiers.policy import SessionClass
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from tiers.block import Block
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """One finished sequence's chain, tail included. Compared by identity."""
+
+    id: int
+    session: str
+    blocks: tuple[Block, ...]
+    idle_since: float
+    session_class: SessionClass = SessionClass.BURST
+    target: Tier = Tier.DEVICE  # the tier that it has been told to move down to so far
+    due: float = math.inf  # when to look at it next
+
+
+class Leases:
+    """All of them, by id. An id that is not known belongs to a lease that has ended."""
+
+    def __init__(self) -> None:
+        self._leases: dict[int, Lease] = {}
+        self._due: list[
+            tuple[float, int]
+        ] = []  # heap of (when, id); entries of an older schedule are stale
+
+    @property
+    def all(self) -> Collection[Lease]:
+        return self._leases.values()
+
+    def get(self, lease_id: int | None) -> Lease | None:
+        return None if lease_id is None else self._leases.get(lease_id)
+
+    def add(self, lease: Lease) -> None:
+        assert lease.id not in self._leases
+        self._leases[lease.id] = lease
+        for block in lease.blocks:
+            block.leases[lease.session_class] += 1
+
+    def reclass(self, lease: Lease, to: SessionClass) -> None:
+        for block in lease.blocks:
+            block.leases[lease.session_class] -= 1
+            block.leases[to] += 1
+        lease.session_class = to
+
+    def end(self, lease: Lease, resting: SessionClass) -> None:
+        """From now on the blocks that no other lease covers are of class `resting`."""
+        del self._leases[lease.id]
+        for block in lease.blocks:
+            block.leases[lease.session_class] -= 1
+            if not any(block.leases):
+                block.resting = resting
+
+    def schedule(self, lease: Lease, due: float) -> None:
+        lease.due = due
+        if due < math.inf:
+            heapq.heappush(self._due, (due, lease.id))
+
+    def next_due(self) -> float:
+        while self._due and self._is_stale(*self._due[0]):
+            heapq.heappop(self._due)
+        return self._due[0][0] if self._due else math.inf
+
+    def pop_due(self, now: float) -> Lease | None:
+        if self.next_due() > now:
+            return None
+        lease = self._leases[heapq.heappop(self._due)[1]]
+        lease.due = math.inf
+        return lease
+
+    def _is_stale(self, due: float, lease_id: int) -> bool:
+        return lease_id not in self._leases or self._leases[lease_id].due != due
+
+    def check(self, blocks: Iterable[Block]) -> None:
+        covered = Counter(
+            (block, lease.session_class) for lease in self.all for block in lease.blocks
+        )
+        for block in blocks:
+            assert block.leases == [covered[block, of] for of in SessionClass]
+        scheduled = set(self._due)
+        assert all(
+            lease.due == math.inf or (lease.due, lease.id) in scheduled for lease in self.all
+        )
