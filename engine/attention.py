@@ -12,9 +12,9 @@ How it works
     The runner passes a `PagedForward`, made once per batch. Per layer it writes, then attends in three ways:
 
     which segments                  how
-    no past (context == count)      SDPA over the fresh keys and values; the arena is not read
     few query tokens                CPU: in place, engine/paged_cpu.py; else: tables padded to one length, gathered, masked
-    many query tokens on a past     that layer's blocks gathered, SDPA with a lower-right causal mask
+    many, no past                   SDPA over the fresh keys and values; the arena is not read
+    many, on a past                 that layer's blocks gathered, SDPA with a lower-right causal mask
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class PagedForward:
         for segment in batch.segments:
             past = segment.context - segment.count
             slots += [segment.table[i // size] for i in range(past, segment.context)]
-            (few if past and segment.count <= at_most else many).append(segment)
+            (few if segment.count <= at_most else many).append(segment)
         rows = [position % size for position in batch.positions]
         self._slots = torch.tensor(slots, device=arena.device)  # [tokens]
         self._rows = torch.tensor(rows, device=arena.device)  # [tokens]

@@ -1,5 +1,6 @@
 """Paged attention against the textbook, whatever the slots, the edges and the neighbours' bytes."""
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -88,14 +89,10 @@ def test_any_batch_equals_the_textbook(runs, kv_heads, group, seed):
 @pytest.mark.parametrize("context", [1, SIZE - 1, SIZE, SIZE + 1, 2 * SIZE, 5 * SIZE + 1])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_one_token_at_block_edges_with_any_number_of_threads(context, threads):
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        world = World([(context, 1)], 2, 2, seed=context)
-        key, value = world.fresh(1)
-        out = PagedForward(world.batch, world.arena).attend(1, world.query, key, value, 1.0)
-    finally:
-        torch.set_num_threads(before)
+    world = World([(context, 1)], 2, 2, seed=context)
+    key, value = world.fresh(1)
+    out = PagedForward(world.batch, world.arena).attend(1, world.query, key, value, 1.0)
     torch.testing.assert_close(out.double(), world.textbook(1, 1.0), atol=2e-6, rtol=2e-6)
 
 
@@ -109,6 +106,7 @@ def test_scores_far_apart_do_not_overflow():
 
 def test_what_is_alone_and_what_is_batched_are_the_same_bits():
     """Decodes must not depend on their neighbours: the kernel deals out blocks by sequence, not by batch."""
+    torch.set_num_threads(2)
     together = World([(11, 1), (5, 1), (13, 2)], 2, 3, seed=4)
     key, value = together.fresh(0)
     whole = PagedForward(together.batch, together.arena).attend(0, together.query, key, value, 0.5)
@@ -139,15 +137,8 @@ def test_padded_tables_give_what_in_place_reading_gives(contexts):
 
 
 def test_a_plan_asks_for_no_more_threads_than_torch_has():
-    import numba
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        plan = paged_cpu.plan([Segment(0, 1, 5, [7, 3, 9], sample=True)], 4)
-        assert numba.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+    plan = paged_cpu.plan([Segment(0, 1, 5, [7, 3, 9], sample=True)], 4)
+    assert numba.get_num_threads() == torch.get_num_threads() == 1
     assert plan.tables.tolist() == [[7, 3]]
     assert plan.contexts.dtype == np.int64
 
