@@ -50,6 +50,7 @@ from tiers.block import StoreError, Tier, root_key
 from tiers.cache import TieredCache
 from tiers.disk import DiskReader, DiskWriter
 from tiers.lmdb_store import LmdbStore
+from tiers.policy import SessionClass
 from tiers.state_dir import StateDir
 from tiers.store import StoreLimits
 
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     from tiers.disk import FetchBlock, Reply
     from tiers.disk import Stop as StopReading
     from tiers.manifest import Manifest
-    from tiers.policy import Limits, SessionClass
+    from tiers.policy import Limits
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,9 @@ class EngineService:
     def _deliver(self, step: Step) -> None:
         for output in step.outputs:
             send = self._channels.get(output.request)
-            if send is None:  # the caller left; its Cancel is on the way
+            if send is None:  # the caller left, so nobody will hand its lease back
+                if isinstance(output, Finished) and output.lease is not None:
+                    self.reclass(output.lease, SessionClass.CLOSED)
                 continue
             send.send_nowait(output)
             if isinstance(output, Finished | Refused):
