@@ -96,7 +96,7 @@ class BlockStore(Protocol):
         ...
 
     def read(self, key: BlockKey, parent: BlockKey, tokens: TokenIds, into: memoryview) -> None:
-        """Raises `StoreError`: missing, io, or the reason `record.verify` gives."""
+        """Fill `into`, as long as a payload. Raises `StoreError`: missing, io, or what `record.verify` gives."""
         ...
 
     def index(self) -> Iterator[IndexEntry]:
@@ -232,10 +232,6 @@ class MemoryStore:
             parent=parent,
             tokens=tokens,
         )
-        if payload.nbytes != into.nbytes:
-            raise StoreError(
-                "size", f"payload of {payload.nbytes} bytes for a slot of {into.nbytes}"
-            )
         into[:] = payload
 
     def index(self) -> Iterator[IndexEntry]:

@@ -117,6 +117,16 @@ def test_records_of_another_model_make_room_oldest_first(tmp_path):
         assert store.statistics().foreign_blocks == 0
 
 
+def test_a_record_that_is_replaced_makes_no_room_for_itself(tmp_path):
+    limits = StoreLimits(block_bytes=4 * 8192)
+    with opened(tmp_path, limits=limits, fingerprint=b"g" * 32) as store:
+        store.write(blocks=[block(number) for number in range(4)])
+    with opened(tmp_path, limits=limits) as store:
+        store.write(blocks=[block(0), block(5)])
+        assert store.statistics().block_bytes == limits.block_bytes
+        assert store.statistics().blocks == 2
+
+
 def test_a_damaged_index_entry_costs_its_block_only(tmp_path):
     with opened(tmp_path) as store:
         store.write(blocks=[block(1), block(2)])
@@ -261,6 +271,22 @@ def test_a_file_that_is_legally_short_is_kept(tmp_path):
         assert store.find_response("t", "r1") == manifest(1)
     assert data.stat().st_size == size
     assert not (tmp_path / "kv.damaged").exists()
+
+
+def test_a_store_whose_free_pages_are_lost_is_put_aside(tmp_path):
+    """It reads well and would refuse every write, for ever: worse than starting empty."""
+    filled(tmp_path)
+    data = tmp_path / "kv" / "data.mdb"
+    content = bytearray(data.read_bytes())
+    # Two meta pages; the one with the larger transaction id counts. Its first table is that of the free pages.
+    meta = max(0, 4096, key=lambda page: int.from_bytes(content[page + 144 : page + 152], "little"))
+    root = int.from_bytes(content[meta + 80 : meta + 88], "little")
+    content[root * 4096 : (root + 1) * 4096] = bytes(4096)
+    data.write_bytes(content)
+    with opened(tmp_path) as store:
+        store.write(blocks=[block(100)])
+        assert read(store, block(100)) == payload(100)
+    assert (tmp_path / "kv.damaged").is_dir()
 
 
 @pytest.mark.parametrize("what", ["garbage", "empty", "no tables", "engine 1.0"])
@@ -430,7 +456,7 @@ def test_a_symlink_is_refused(tmp_path, where):
     inside = state / where if where else state
     inside.rename(tmp_path / "elsewhere")
     inside.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(StateDirRefused):
+    with pytest.raises(StateDirRefused, match="symbolic link"):
         with opened(state):
             pass
 
