@@ -151,10 +151,17 @@ class CacheMachine(RuleBasedStateMachine):
                         "fetch" if isinstance(action, Fetch) else f"copy to {action.target.name}"
                     )
                 case Spill():
+                    parent = self.cache._index.get(action.parent)
+                    assert parent is None or self.is_durable(parent), (
+                        "a child is written before its parent"
+                    )
                     self.writing.append(action)
                     self.see("spill")
                 case Drop():
                     assert action.key not in held, "a record that a hold counts on was dropped"
+                    block = self.cache._index.get(action.key)
+                    if block is not None and action.key != bad:
+                        assert not any(map(self.is_durable, self.cache._index.children(block)))
                     self.writing.append(action)
                     self.see("drop")
         shared = Counter(
@@ -162,6 +169,10 @@ class CacheMachine(RuleBasedStateMachine):
         )
         assert all(count == 1 for count in shared.values()), "a block is loaded twice"
         self.settle()
+
+    def is_durable(self, block):
+        """On disk, or behind everything that the writer has still to do."""
+        return Tier.DISK in block.places or Tier.DISK in block.arriving
 
     def is_private(self, action):
         return self.cache._flights[action].private

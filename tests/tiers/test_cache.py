@@ -289,6 +289,24 @@ def test_a_full_disk_drops_what_is_worth_less_and_nothing_else():
     assert cache.match(ROOT, tuple(range(6))).blocks[0].key == old
 
 
+def test_a_full_disk_makes_more_room_than_it_needs_at_once():
+    cache = make(device=140, disk=128)
+    for at in range(128):
+        turn(cache, (at, at), at + 1, now=float(at))
+    spilled(cache, 200.0)
+    turn(cache, (1000,), 1000, now=200.0)
+    actions = cache.write_behind(200.0, all_dirty=True)
+    assert [type(action) for action in actions] == [Drop, Drop, Drop, Spill]
+
+
+def test_blocks_whose_spills_failed_are_written_parents_first_again():
+    cache = make()
+    keys = turn(cache, tuple(range(10)), 1)
+    for spill in reversed(cache.write_behind(0.0, all_dirty=True)):
+        cache.failed(spill, 1.0)
+    assert [spill.key for spill in cache.write_behind(2.0, all_dirty=True)] == list(keys)
+
+
 def test_an_idle_lease_moves_to_the_host_then_to_disk_then_ends():
     cache = make(limits=Limits(host_after_s=10.0, disk_after_s=60.0, max_lag_s=math.inf))
     turn(cache, tuple(range(6)), 1, now=1.0)
