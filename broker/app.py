@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SECRET_BYTES = 32
-_LAST_WORDS_S = 5.0  # beyond the grace: for closing frames, answers and lingering
+_LAST_WORDS_S = 2.0  # beyond the grace: for closing frames, answers and lingering
 
 
 class StartError(Exception):

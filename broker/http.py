@@ -155,7 +155,6 @@ class _Routes:
         self._port = port
 
     async def create(self, request: Request) -> TurnResponse:
-        self._port.check_open()
         body = parse_object(await _read_body(request, self._port))
         return TurnResponse(
             parse_create(body, transport=Transport.HTTP), _tenant(request), self._port
@@ -244,8 +243,6 @@ class _Routes:
             if manifest is None or not manifest.stored:
                 raise _no_response(response_id)
             node = from_manifest(manifest)
-        if node.response is None:
-            raise _no_response(response_id)
         return node
 
 
@@ -342,19 +339,17 @@ async def _read_body(request: Request, port: Port) -> bytes:
     declared = request.headers.get("content-length")
     if declared is not None and int(declared) > http.max_body * _DRAINED_BODIES:
         raise too_large
-    body, size = bytearray(), 0
+    body = bytearray()
     try:
         with trio.fail_after(http.body_timeout):
             async for chunk in request.stream():
-                size += len(chunk)
-                if size > http.max_body * _DRAINED_BODIES:
+                body += chunk
+                if len(body) > http.max_body * _DRAINED_BODIES:
                     raise too_large
-                if size <= http.max_body:
-                    body += chunk
     except trio.TooSlowError:
         late = f"The request body took over {http.body_timeout:g} s."
         raise ClientError(late, code="request_timeout", status=408) from None
-    if size > http.max_body:
+    if len(body) > http.max_body:
         raise too_large
     return bytes(body)
 

@@ -62,7 +62,7 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
     put(
         "tokens_total",
         "counter",
-        "Prompt tokens, by where their KV came from.",
+        "Tokens by where their KV came from; sampled ones are computed.",
         by("source", engine.tokens_total, _SOURCES),
     )
     put("output_tokens_total", "counter", "Tokens sampled.", one(engine.output_tokens_total))

@@ -149,6 +149,19 @@ async def test_turns_that_do_not_finish_are_cut_after_the_grace(nursery, tmp_pat
     assert daemon.engine.cancelled
 
 
+async def test_an_http_turn_that_does_not_finish_is_cut_too(nursery, tmp_path, autojump_clock):
+    daemon = Daemon(nursery, tmp_path, "server.grace=3s")
+    await daemon.start()
+    daemon.engine.hold()
+    browser = await daemon.browser()
+    await browser.send("POST", "/v1/responses", {"input": "Hi."})
+    await trio.testing.wait_all_tasks_blocked(0.02)
+    ask_to_stop()
+    await daemon.ended()
+    assert daemon.engine.cancelled
+    await browser.drop()
+
+
 async def test_a_second_signal_ends_the_daemon_now(daemon):
     daemon.engine.hold()
     browser = await daemon.browser()

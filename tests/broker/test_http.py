@@ -250,7 +250,7 @@ async def test_models_are_listed_with_their_aliases():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_that_leaves_cancels_its_turn(stream):
+async def test_a_client_that_leaves_cancels_its_turn_without_a_word(stream, caplog):
     async with open_rig() as rig:
         rig.engine.hold()
         browser = rig.browser()
@@ -261,6 +261,7 @@ async def test_a_client_that_leaves_cancels_its_turn(stream):
         assert not rig.engine._running
         assert rig.engine.cancelled
         assert rig.port.admission.statistics().admitted == 0
+        assert caplog.text == ""
 
 
 async def test_a_silent_stream_repeats_in_progress(autojump_clock):

@@ -113,6 +113,8 @@ async def test_more_creates_than_may_queue_get_an_error_event_and_the_others_are
             rig.engine.go()
             for _ in range(3):
                 check_events(await client.until("response.completed"))
+            for _ in range(4):
+                check_events(await client.turn())
 
 
 @pytest.mark.parametrize(
@@ -141,8 +143,10 @@ async def test_a_bad_frame_is_an_error_event_and_the_connection_lives(frame, cod
 async def test_unknown_client_events_are_ignored_without_an_answer():
     async with open_rig() as rig, rig.websocket() as client:
         await client.send({"type": "response.processed", "response_id": "x"})
-        await client.send({"type": "response.cancel", "response_id": "unknown"})
-        check_events(await client.turn())
+        for _ in range(2):
+            await client.send({"type": "response.cancel", "response_id": "unknown"})
+            await client.send({"type": "response.cancel"})
+            check_events(await client.turn())
 
 
 async def test_steering_is_answered_with_its_failure():
@@ -169,6 +173,30 @@ async def test_cancel_ends_the_running_response_incomplete_and_the_lane_goes_on(
         response = check_events(events)
         assert response["incomplete_details"] == {"reason": "cancelled"}
         assert rig.engine.cancelled
+
+
+async def test_a_cancel_of_another_response_stops_nothing():
+    async with open_rig() as rig, rig.websocket() as client:
+        rig.engine.hold()
+        await client.create()
+        await wait_all_tasks_blocked()
+        await client.send({"type": "response.cancel", "response_id": "resp_other"})
+        await wait_all_tasks_blocked()
+        rig.engine.go()
+        response = check_events(await client.until("response.completed", "response.incomplete"))
+        assert response["status"] == "completed"
+
+
+async def test_a_bad_continuation_takes_its_lanes_parent_with_it_and_a_fork_keeps_it():
+    async with open_rig() as rig, rig.websocket() as client:
+        parent = response_id(await client.turn(store=False))
+        await client.turn(previous_response_id=parent, temperature=9, stream_id="fork")
+        check_events(await client.turn("more", previous_response_id=parent, store=False))
+        parent = response_id(await client.turn(store=False))
+        (error,) = await client.turn(previous_response_id=parent, temperature=9)
+        assert error["error"]["param"] == "temperature"
+        (error,) = await client.turn("more", previous_response_id=parent, store=False)
+        assert error["error"]["code"] == NOT_FOUND
 
 
 async def test_an_error_in_one_lane_does_not_disturb_another():
@@ -219,11 +247,13 @@ async def test_the_article_dialect_gets_response_done_and_goes_on_with_a_tools_r
         )
         events = await client.until("response.done")
         assert check_events(events[:-1]) == events[-1]["response"]
+        opened = events[-1]["response"]["id"]
         await client.send(
             {"type": "conversation.item.create", "item": {"role": "tool", "content": "a.txt"}}
         )
         events = await client.until("response.done")
         assert events[-1]["response"]["output"][0]["content"][0]["text"] == "Done."
+        assert events[-1]["response"]["previous_response_id"] == opened
         assert b"a.txt" in bytes(t for t in rig.engine.submitted[-1].prompt if t < 256)
 
 
@@ -387,22 +417,26 @@ async def test_a_peer_that_sends_and_never_reads_is_dropped(autojump_clock):
         await client.aclose()
 
 
-async def test_on_shutdown_running_turns_finish_new_ones_are_refused_and_the_close_is_1012(
+async def test_on_shutdown_running_turns_finish_others_are_refused_and_the_close_is_1012(
     autojump_clock,
 ):
     async with open_rig() as rig, rig.websocket() as client, rig.websocket() as idle:
         rig.engine.hold()
         await client.create()
+        await client.create("queued")
         await wait_all_tasks_blocked()
         rig.port.stopping.set()
         assert await idle.closed() == 1012
         await client.create("too late")
-        events = await client.until("error")
-        assert events[-1]["status"] == 429
+        await wait_all_tasks_blocked()
         rig.engine.go()
-        events = events[:-1] + await client.until("response.completed")
-        check_events(events)
+        check_events(await client.until("response.completed"))
+        for _ in range(2):
+            error = await client.event()
+            assert (error["type"], error["status"]) == ("error", 429)
+            assert error["headers"]["retry-after"]
         assert await client.closed() == 1012
+        assert trio.current_time() < 5
 
 
 async def test_on_shutdown_a_turn_that_does_not_finish_is_cut_after_its_grace(autojump_clock):
