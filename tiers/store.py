@@ -210,9 +210,8 @@ class MemoryStore:
                 break
             excess -= _bytes_of(stored)
             del after[stored.entry.key]
-        if (
-            excess > 0 and now > before
-        ):  # a smaller capacity than last time must not refuse what shrinks the store
+        # A smaller capacity than last time must not refuse what shrinks the store.
+        if excess > 0 and now > before:
             raise StoreError(
                 "full", f"{excess} bytes over the capacity of {self._limits.block_bytes}"
             )
