@@ -368,9 +368,8 @@ class LmdbStore:
                 excess -= usage.blocks[key]
                 if excess <= 0:
                     break
-        if (
-            excess > 0 and growth > 0
-        ):  # a smaller capacity than last time must not refuse what shrinks the store
+        # A smaller capacity than last time must not refuse what shrinks the store.
+        if excess > 0 and growth > 0:
             raise StoreError(
                 "full", f"{excess} bytes over the capacity of {self._limits.block_bytes}"
             )
