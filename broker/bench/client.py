@@ -114,7 +114,7 @@ class Collector:
 
 
 class Socket:
-    """One WebSocket on `/v1/responses`; its background task lives in the caller's nursery."""
+    """One WebSocket on `/v1/responses`. Its background tasks live in the caller's nursery and end with it."""
 
     def __init__(self, stream: trio.SocketStream, connection: WebSocketConnection) -> None:
         self._stream = stream
@@ -125,6 +125,7 @@ class Socket:
         """`url` is the daemon's http address. Raises OSError, or trio_websocket's handshake errors."""
         host, port = _address(url)
         stream = await trio.open_tcp_stream(host, port)
+        nursery.start_soon(_hold, stream)
         connection = await wrap_client_stream(
             nursery,
             stream,
@@ -175,6 +176,12 @@ class Socket:
     async def cut(self) -> None:
         """Drop the TCP connection without a close frame, as a dying process does."""
         await trio.aclose_forcefully(self._stream)
+
+
+async def _hold(stream: trio.SocketStream) -> None:
+    """Close the stream when the nursery is cancelled: the library leaves that to whoever made it."""
+    async with stream:
+        await trio.sleep_forever()
 
 
 def http_turn(url: str, body: Item, key: str | None = None) -> Turn:

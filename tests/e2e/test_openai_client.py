@@ -45,15 +45,6 @@ def test_a_stream_says_the_same_as_the_whole_answer(client):
     assert "".join(deltas) == whole.output_text == last.response.output_text
 
 
-def test_the_stream_helper_accumulates_to_the_final_response(client):
-    with client.responses.stream(model=MODEL, input="Name a colour.", **QUIET) as stream:
-        for _ in stream:
-            pass
-        final = stream.get_final_response()
-    assert final.output_text
-    assert client.responses.retrieve(final.id).output_text == final.output_text
-
-
 def test_a_chain_by_previous_response_id_reuses_everything_said(client):
     first = client.responses.create(
         model=MODEL, input="Remember the number four.", instructions="Be brief.", **QUIET
@@ -116,6 +107,8 @@ def test_errors_arrive_as_the_clients_own_exceptions(client):
     assert long.value.code == "context_length_exceeded"
 
 
+# openai 3.54 opens its socket in a way that websockets 17.1 deprecates: theirs to mend.
+@pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning")
 def test_its_websocket_connection_runs_turns(client):
     with client.responses.connect() as connection:
         connection.response.create(

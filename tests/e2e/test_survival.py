@@ -9,14 +9,14 @@ from broker.bench.scenario import COLD, SCENARIOS, Plan, measure
 from broker.bench.session import History, Way
 from broker.bench.workload import Workload
 
-SMALL = Workload(nonce=1, system_tokens=600, result_tokens=60, output_tokens=12)
-TURNS = 4
+SMALL = Workload(nonce=1, system_tokens=600, result_tokens=50, output_tokens=8)
+TURNS = 3
 
 
 @pytest.fixture(scope="module")
-def samples(models):
+def samples(models, quiet):
     """{scenario: sample}: the benchmark's own run, short, against a control that nothing interrupts."""
-    plan = Plan(SMALL, turns=TURNS, repeat=1, settings=("log.level=warning",), models=models)
+    plan = Plan(SMALL, turns=TURNS, repeat=1, settings=quiet, models=models)
     measured = trio.run(measure, plan, lambda what: None)
     return {sample.scenario: sample for sample in measured}
 
