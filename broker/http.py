@@ -38,7 +38,8 @@ from broker.errors import (
     http_body,
 )
 from broker.metrics import render
-from broker.session import ConnectionScope, from_manifest
+from broker.recall import Recall
+from broker.session import ConnectionScope
 from broker.wire.items import FunctionCall, FunctionCallOutput, ItemReference, Message, Reasoning
 from broker.wire.json_in import parse_object
 from broker.wire.requests import Transport, parse_create
@@ -165,13 +166,10 @@ class _Routes:
         return JSONResponse(node.response)
 
     async def delete(self, request: Request) -> Response:
-        tenant, response_id = _tenant(request).name, request.path_params["response_id"]
-        in_memory = self._port.sessions.find(tenant, response_id) is not None
-        if in_memory:
-            self._port.sessions.forget(tenant, response_id)
-        if not (await self._port.engine.forget_response(tenant, response_id) or in_memory):
-            raise _no_response(response_id)
-        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+        tenant, node = _tenant(request).name, await self._stored(request)
+        self._port.sessions.forget(tenant, node.response_id)
+        await self._port.engine.forget_response(tenant, node.response_id)
+        return JSONResponse({"id": node.response_id, "object": "response", "deleted": True})
 
     async def input_items(self, request: Request) -> Response:
         node = await self._stored(request)
@@ -236,13 +234,11 @@ class _Routes:
 
     async def _stored(self, request: Request) -> Node:
         """The stored response that the path names. Another tenant's, a deleted and an unknown one are one answer."""
-        tenant, response_id = _tenant(request).name, request.path_params["response_id"]
-        node = self._port.sessions.find(tenant, response_id)
+        response_id = request.path_params["response_id"]
+        recall = Recall(self._port.engine, self._port.sessions, _tenant(request))
+        node = await recall.response(response_id)
         if node is None:
-            manifest = await self._port.engine.find_response(tenant, response_id)
-            if manifest is None or not manifest.stored:
-                raise _no_response(response_id)
-            node = from_manifest(manifest)
+            raise _no_response(response_id)
         return node
 
 
