@@ -65,7 +65,7 @@ class Arena:
         self.slots = slots
         self.device = torch.device(device)
         self.block_bytes = geometry.block_bytes
-        # shape [slots, layers, 2, kv_heads, block_tokens, head_dim]
+        # All the memory there will be: [slots, layers, 2, kv_heads, block_tokens, head_dim].
         self.blocks = torch.empty(
             (slots, *geometry.shape), dtype=geometry.dtype, device=self.device
         )
