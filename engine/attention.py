@@ -2,17 +2,18 @@
 
 Laws
     The KV of a batch's tokens is written before any of them is attended to, one indexed write per layer.
-    What attention reads is decided by block tables alone. Rows of a slot beyond a sequence's context are never read, or
-    are masked before they can matter: they may hold anything, NaN included.
+    What attention reads is decided by block tables alone. Rows of a slot beyond a sequence's context are
+    never read, or are masked before they can matter: they may hold anything, NaN included.
     A sequence's result does not depend on which slots hold it.
 
 How it works
-    A model is loaded with `attn_implementation=NAME`. Its forward is given `paged=...`, which transformers hands through to
-    `_paged_attention` in every layer; no mask function is registered under NAME, so transformers builds no masks.
-    The runner passes a `PagedForward`, made once per batch. Per layer it writes, then attends in three ways:
+    A model is loaded with `attn_implementation=NAME`. Its forward is given `paged=...`, which transformers
+    hands through to `_paged_attention` in every layer; no mask function is registered under NAME, so
+    transformers builds no masks.
+    The runner passes a `PagedForward`, made once per batch. Per layer it writes, then attends:
 
     which segments                  how
-    few query tokens                CPU: in place, engine/paged_cpu.py; else: tables padded to one length, gathered, masked
+    few query tokens                CPU: in place, engine/paged_cpu.py; else: padded tables, gathered
     many, no past                   SDPA over the fresh keys and values; the arena is not read
     many, on a past                 that layer's blocks gathered, SDPA with a lower-right causal mask
 """
@@ -86,7 +87,7 @@ def _paged_attention(
     return paged.attend(layer, query[0], key[0], value[0], scaling)[None], None
 
 
-# What other architectures pass to change the scores; ignoring any of these would be wrong KV and wrong tokens.
+# What other architectures pass to change the scores; to ignore one would be wrong KV and wrong tokens.
 _NOT_COMPUTED = frozenset({"softcap", "s_aux"})
 
 
@@ -197,7 +198,7 @@ def attend_padded(
     padded: Padded,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention of one token per sequence over gathered, padded tables. [sequences, query_heads, head_dim]."""
+    """Attention of one token per sequence. [sequences, query_heads, head_dim]."""
     gathered = here[padded.tables]  # [sequences, blocks, 2, kv_heads, block_tokens, head_dim]
     sequences, blocks, _, kv_heads, size, head_dim = gathered.shape
     gathered = gathered.permute(2, 0, 3, 1, 4, 5)

@@ -3,8 +3,8 @@
     tokens      t0 t1 t2 | t0 | t0 t1 | ...        flat; one segment per sequence
     segment     start, count: its run in the flat lists, half open [start, start + count)
                 context: tokens in its KV once these are written, so its past is context - count
-                table: device slots in chain order; token i of the sequence lives in slot table[i // block_tokens],
-                row i % block_tokens
+                table: device slots in chain order; token i of the sequence lives in
+                slot table[i // block_tokens], row i % block_tokens
 
 A decode is a segment with one token; a chunk of a prefill is one with many. Nothing else tells them apart.
 """
@@ -33,7 +33,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`tokens[i]` stands at `positions[i]` of its own sequence. Segments cover the tokens in order, without gaps."""
+    """`tokens[i]` stands at `positions[i]` of its sequence. Segments cover the tokens in order, no gaps."""
 
     tokens: Sequence[int]
     positions: Sequence[int]

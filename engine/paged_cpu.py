@@ -1,15 +1,17 @@
-"""Attention over pages in place, on the CPU: for few query tokens per sequence, where gathering would cost the most.
+"""Attention over pages in place, on the CPU: for few query tokens, where gathering would cost the most.
 
-Flash decoding: every thread walks its share of every sequence's blocks with an online softmax, and the shares are merged
-at the end. Blocks are dealt round robin, so threads stay level for any mix of context lengths, and from each sequence's own
-start, so what a sequence gets is the same to the bit whoever it is batched with.
+Flash decoding: every thread walks its share of every sequence's blocks with an online softmax, and the
+shares are merged at the end. Blocks are dealt round robin, so threads stay level for any mix of context
+lengths, and from each sequence's own start, so what a sequence gets is the same to the bit whoever it is
+batched with.
 
-Measured on two AVX2 cores, 4,096 tokens of context, 3 KV heads, 9 query heads, head_dim 64, fp32, per layer: 0.70 ms for
-one query token (contiguous SDPA 0.85, gather and SDPA 2.0), 1.7 for 4, 2.8 for 8, 5.3 for 16, where gathering costs 3.4.
+Measured on two AVX2 cores, 4,096 tokens of context, 3 KV heads, 9 query heads, head_dim 64, fp32, per
+layer: 0.70 ms for one query token (contiguous SDPA 0.85, gather and SDPA 2.0), 1.7 for 4, 2.8 for 8, 5.3
+for 16, where gathering costs 3.4.
 So `MAX_QUERIES` is 8. At one token it moves 9 GB/s, which is what this memory gives.
 
-The kernel is compiled by numba on its first call (about 4 s) and cached beside this file, or in the user's cache directory
-where that cannot be written. It releases the GIL.
+The kernel is compiled by numba on its first call (about 4 s) and cached beside this file, or in the user's
+cache directory where that cannot be written. It releases the GIL.
 """
 
 from __future__ import annotations
@@ -35,12 +37,10 @@ MAX_QUERIES = (
 class Plan:
     """Which query tokens see which blocks. Made once per batch, used by every layer. All int64."""
 
-    tables: np.ndarray[
-        Any, Any
-    ]  # [sequences, blocks], rows padded with 0 beyond what their context needs
-    starts: np.ndarray[Any, Any]  # [sequences] index of the first query token
-    counts: np.ndarray[Any, Any]  # [sequences] query tokens
-    contexts: np.ndarray[Any, Any]  # [sequences] tokens of KV, the query tokens' own included
+    tables: Array  # [sequences, blocks], padded with 0 beyond what a context needs
+    starts: Array  # [sequences] index of the first query token
+    counts: Array  # [sequences] query tokens
+    contexts: Array  # [sequences] tokens of KV, the query tokens' own included
 
 
 def plan(segments: Sequence[Segment], block_tokens: int) -> Plan:
@@ -82,18 +82,29 @@ def attend(
 
 
 def warm_up() -> None:
-    """Compile the kernel, or read it from numba's cache, before the first request needs it. No shape matters."""
+    """Compile the kernel, or read it from numba's cache, before a request needs it. No shape matters."""
     query, blocks = torch.zeros(1, 1, 1), torch.zeros(1, 1, 2, 1, 1, 1)
     zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
     attend(query, blocks, 0, Plan(zero[None], zero, one, one), 1.0, torch.empty_like(query))
 
 
 @numba.njit(parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy")
-def _attend(query, blocks, layer, tables, starts, counts, contexts, scaling, out, threads):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _attend(
+    query: Array,
+    blocks: Array,
+    layer: int,
+    tables: Array,
+    starts: Array,
+    counts: Array,
+    contexts: Array,
+    scaling: np.float32,
+    out: Array,
+    threads: int,
+) -> None:
     kv_heads, block_tokens, head_dim = blocks.shape[3], blocks.shape[4], blocks.shape[5]
     tokens, query_heads = query.shape[0], query.shape[1]
     group = query_heads // kv_heads
-    # Each thread's share: unnormalised output, running maximum of the scores, running sum of their exponentials.
+    # Each thread's share: unnormalised output, highest score so far, sum of the exponentials so far.
     shares = np.zeros((threads, tokens, query_heads, head_dim), np.float32)
     highest = np.full((threads, tokens, query_heads), -np.inf, np.float32)
     weight = np.zeros((threads, tokens, query_heads), np.float32)

@@ -1,7 +1,7 @@
 """One forward pass: a batch of token ids in, logits of the rows that are sampled out.
 
-Nothing is decided here: the scheduler said what runs and where its KV lives. The arena is changed only in the slots and
-rows of the batch's own tokens.
+Nothing is decided here: the scheduler said what runs and where its KV lives. The arena is changed only in
+the slots and rows of the batch's own tokens.
 """
 
 from __future__ import annotations

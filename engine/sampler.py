@@ -1,8 +1,8 @@
 """Logits to token ids.
 
 Laws
-    What is drawn for a request depends on its seed, its step and its own logits: never on who else is in the batch, and
-    never on what was drawn before.
+    What is drawn for a request depends on its seed, its step and its own logits: never on who else is in
+    the batch, and never on what was drawn before.
     Temperature 0 is argmax; the lowest id wins a tie.
     Ids that reach the host are the step's only wait for the device.
 """
@@ -48,7 +48,7 @@ class Sampler:
 
 
 def _draw(logits: torch.Tensor, requests: Sequence[SamplingState]) -> torch.Tensor:
-    """Ids [rows] for `logits` [rows, vocabulary]. In float64: a sum over a vocabulary must not round a token away."""
+    """Ids [rows] for `logits` [rows, vocabulary]. In float64: no token of the vocabulary is rounded away."""
     device = logits.device
     temperature = torch.tensor(
         [r.temperature for r in requests], dtype=torch.float64, device=device

@@ -3,11 +3,12 @@
 Laws
     Memory is taken once, when the arena is made; nothing here allocates afterwards (but `read` off a GPU).
     A slot is one contiguous run of bytes, so moving a block is one copy, whatever the tiers are.
-    An arena does not know what its slots mean: which are free, whose they are and what they hold is in the tables.
+    An arena does not know what its slots mean: which are free, whose they are and what they hold is in the
+    tables.
 
-Layout of a block, row-major: [layers, 2 (K, V), kv_heads, block_tokens, head_dim]. Row r of a block is the KV of its r-th
-token. Rows beyond a tail's tokens hold whatever was there; attention never reads them, and `clear_from` zeroes them before
-a spill, so that equal blocks are equal bytes on disk.
+Layout of a block, row-major: [layers, 2 (K, V), kv_heads, block_tokens, head_dim]. Row r of a block is the
+KV of its r-th token. Rows beyond a tail's tokens hold whatever was there; attention never reads them, and
+`clear_from` zeroes them before a spill, so that equal blocks are equal bytes on disk.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The shape of one block. `dtype_name` is torch's name of the element type, such as `float32` or `bfloat16`."""
+    """The shape of one block. `dtype_name` is torch's name of the element type, such as `float32`."""
 
     layers: int
     kv_heads: int
@@ -54,7 +55,8 @@ class Geometry:
 class Arena:
     """`slots` blocks of one geometry on one device.
 
-    A CPU arena is not touched when made: the operating system hands out its pages as blocks are first written.
+    A CPU arena is not touched when made: the operating system hands out its pages as blocks are first
+    written.
     """
 
     __slots__ = ("_bytes", "block_bytes", "blocks", "device", "geometry", "slots")
@@ -79,7 +81,7 @@ class Arena:
         return self._bytes[slot].numpy().data
 
     def read(self, slot: Slot) -> memoryview:
-        """One block's bytes for a spill: in place on the CPU, a fresh copy off a GPU (waits for the device)."""
+        """One block's bytes for a spill: in place on the CPU, a fresh copy off a GPU, waited for."""
         if self.device.type == "cpu":
             return self.view(slot)
         return self._bytes[slot].cpu().numpy().data
@@ -101,6 +103,6 @@ class Arena:
 
 
 def copy_block(source: Arena, source_slot: Slot, target: Arena, target_slot: Slot) -> None:
-    """Copy one block between two arenas, or inside one. Returns when the bytes are there for whoever looks next."""
+    """Copy one block between two arenas, or inside one."""
     assert source.geometry == target.geometry, "blocks of different shapes"
     target.blocks[target_slot].copy_(source.blocks[source_slot])

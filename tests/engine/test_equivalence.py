@@ -1,4 +1,4 @@
-"""Greedy generation over pages equals transformers' own `generate`, token for token; moved KV goes on as if never moved."""
+"""Greedy generation over pages equals `generate`, token for token; moved KV goes on as if never moved."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def generate(model, prompt: list[int], new: int = NEW) -> list[int]:
 
 
 class Engine:
-    """A toy one: every running sequence adds up to `chunk` tokens to each step; slots come scrambled, all else is NaN."""
+    """A toy one: each sequence adds up to `chunk` tokens a step; slots come scrambled, all else is NaN."""
 
     def __init__(self, loaded, slots: int, seed: int = 0) -> None:
         self.arena = Arena(loaded.geometry, slots)

@@ -17,7 +17,7 @@ from transformers import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Small enough to run in a millisecond, wide enough in its weights (initializer_range) that greedy choices are not ties.
+# Small enough to run in a millisecond, weights wide enough (initializer_range) that no choice is a tie.
 SHAPE = {
     "hidden_size": 48,
     "intermediate_size": 64,
