@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from engine.batch import Segment
 
-MAX_QUERIES = (
-    8  # query tokens of one sequence up to which reading in place is faster than gathering
-)
+Array = np.ndarray[Any, Any]
+
+MAX_QUERIES = 8  # of one sequence; up to here reading in place is faster than gathering
 
 
 @dataclass(frozen=True, slots=True)
