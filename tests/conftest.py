@@ -1,11 +1,22 @@
-"""Hypothesis profiles: `dev` while writing (seconds), `ci` by default, `campaign` for `make mutants` and nights."""
+"""Hypothesis profiles: `dev` while writing (seconds), `ci` by default, `campaign` for nights, `mutants` for planted bugs."""
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 _slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=_slow)
 settings.register_profile("ci", max_examples=300, deadline=None, suppress_health_check=_slow)
 settings.register_profile("campaign", max_examples=3000, deadline=None, suppress_health_check=_slow)
+# A planted bug need not be shrunk, and must be caught every time.
+settings.register_profile(
+    "mutants",
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=_slow,
+    phases=[Phase.generate],
+    derandomize=True,
+    database=None,
+    print_blob=False,
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

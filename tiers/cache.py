@@ -315,17 +315,18 @@ class TieredCache:
         if superseded is not None:
             self._leases.end(superseded, SessionClass.CLOSED)
             for tail in superseded.blocks[-1:]:
-                self._thin_out(tail)
+                self._thin_out(tail, now)
         return tuple(block.key for block in lease.blocks)
 
-    def _thin_out(self, tail: Block) -> None:
+    def _thin_out(self, tail: Block, now: float) -> None:
         """A tail that grew is not worth memory: its successor has its bytes too. A record stays until there is need."""
         needed = tail.refs or tail.busy or any(tail.leases) or not tail.places
         if needed or not self._index.is_superseded(tail):
             return
-        for tier in [tier for tier in tail.places if tier is not Tier.DISK]:
-            self._vacate(tail, tier)
-        self._settle(tail)
+        if Tier.DISK not in tail.places:
+            self._forget(tail, [])
+        else:
+            self._sink(tail, Tier.DISK, now, [])
 
     def reclass(self, lease_id: int, to: SessionClass, now: float) -> None:
         """Say what a session waits for. Of a lease that has ended meanwhile, nothing is left to say."""
@@ -507,11 +508,11 @@ class TieredCache:
         return pool.take(SlotState.ARRIVING)
 
     def _may_leave(self, block: Block, tier: Tier) -> bool:
-        """Whether a victim may leave a tier. The order of victims may be older than this call's other decisions.
+        """Whether a victim may leave a tier. Its place may be gone: the order is older than this call's decisions.
 
         A record that children on disk continue stays too: after a restart they would be unreachable.
         """
-        if block.refs or block.busy or tier not in block.places:
+        if tier not in block.places:
             return False
         if len(block.places) == 1:
             return not self._index.children(block)
@@ -529,11 +530,14 @@ class TieredCache:
             self._vacate(block, tier)
 
     def _forget_with_descendants(self, block: Block, actions: list[Action]) -> bool:
-        """Forget a block and all that continues it, last first. False: something of it is needed."""
+        """Forget a victim and all that continues it, last first. False: something of it is in flight.
+
+        Nobody holds a part of it: whoever refers to a block refers to all before it.
+        """
         doomed = [block]
         for above in doomed:  # grows while it is walked
             doomed += self._index.children(above)
-        if any(each.refs or each.busy for each in doomed):
+        if any(each.busy for each in doomed):
             return False
         for each in reversed(doomed):
             self._forget(each, actions)
@@ -545,7 +549,11 @@ class TieredCache:
                 self._drop(block, actions)
             else:
                 self._vacate(block, tier)
-        self._remove(block)
+        assert not block.refs
+        assert not block.busy
+        self._index.remove(block)
+        self._dirty.pop(block, None)
+        self._forgotten += 1
 
     def _vacate(self, block: Block, tier: Tier) -> None:
         self._pools[tier].give(self._displace(block, tier), SlotState.HELD)
@@ -646,15 +654,9 @@ class TieredCache:
     def _settle(self, block: Block) -> None:
         """After an answer: a block whose record was bad, and that is nowhere else, is lost."""
         if not block.places and not block.busy:
-            self._remove(block)
-
-    def _remove(self, block: Block) -> None:
-        assert not block.places
-        assert not block.refs
-        assert not block.busy
-        self._index.remove(block)
-        self._dirty.pop(block, None)
-        self._forgotten += 1
+            assert not block.refs
+            self._index.lose(block)
+            self._forgotten += 1
 
     def _note_dirty(self, block: Block, since: float) -> None:
         if block.places and Tier.DISK not in block.places and Tier.DISK not in block.arriving:
@@ -722,6 +724,11 @@ class TieredCache:
             assert (block in self._dirty) == (bool(block.places) and not durable)
         for hold in self._holds:
             self._check_hold(hold)
+        for action, flight in self._flights.items():
+            if isinstance(action, Copy | Spill):
+                assert flight.block.places[action.source] == action.source_slot, (
+                    "a source went away"
+                )
 
     def _check_slots(self) -> None:
         lent = {slot for hold in self._holds for slot in hold.private[hold.flight is not None :]}

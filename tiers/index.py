@@ -43,7 +43,7 @@ class Index:
         self._children: dict[
             BlockKey, dict[int, list[Block]]
         ] = {}  # {parent: {first token: blocks}}
-        self._lost: set[BlockKey] = set()  # keys of removed blocks whose children are still known
+        self._lost: set[BlockKey] = set()  # keys of lost blocks whose children are still known
 
     @property
     def blocks(self) -> Collection[Block]:
@@ -94,7 +94,17 @@ class Index:
         return block
 
     def remove(self, block: Block) -> None:
-        """Its children stay known, out of reach until it comes back."""
+        """Forget a block that no other continues."""
+        assert block.key not in self._children
+        self._unlink(block)
+
+    def lose(self, block: Block) -> None:
+        """Its record was bad. What continues it stays known, out of reach until the block comes back."""
+        self._unlink(block)
+        if block.key in self._children:
+            self._lost.add(block.key)
+
+    def _unlink(self, block: Block) -> None:
         del self._blocks[block.key]
         siblings = self._children[block.parent]
         siblings[block.tokens[0]].remove(block)
@@ -103,8 +113,6 @@ class Index:
         if not siblings:
             del self._children[block.parent]
             self._lost.discard(block.parent)
-        if block.key in self._children:
-            self._lost.add(block.key)
 
     def is_superseded(self, tail: Block) -> bool:
         """Whether a longer block starts with all of a tail's tokens: the tail is what its session had before."""

@@ -34,6 +34,7 @@ LIMITS = Limits(host_after_s=5.0, disk_after_s=20.0, max_lag_s=1.0)
 MEMORY = (Tier.DEVICE, Tier.HOST)
 
 picks = st.integers(0, 7)
+moves = st.sampled_from(["go on", "go on", "end", "land", "land", "fail", "write", "room", "again"])
 tokens_drawn = st.lists(st.integers(0, 1), min_size=1, max_size=5).map(tuple)
 
 
@@ -287,7 +288,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert above.refs >= below.refs
             if hold.state is HoldState.RUNNING and run.table:
                 assert hold.table == run.table, "a running sequence's blocks moved"
-        now = {block: set(block.places) for run in self.running for block in run.hold.blocks}
+        now = {block: set(block.places) for run in self.running for block in run.hold.referenced}
         for block, tiers in self.pinned.items():
             assert block not in now or now[block] >= tiers, "a referenced block was evicted"
         self.pinned = now
@@ -471,6 +472,51 @@ class CacheMachine(RuleBasedStateMachine):
                 self.damage(block.key)
         self.turn(pick, (1,), "nothing")
 
+    @rule(
+        pick=picks,
+        more=tokens_drawn,
+        script=st.lists(st.tuples(moves, picks), min_size=3, max_size=12),
+    )
+    def interleave(self, pick, more, script):
+        """Several of the same talk at once, with room to load, one small move at a time."""
+        self.issue(self.cache.make_room(3, self.now))
+        self.quiet()
+        self.begin(pick, more, 1)
+        for move, which in script:
+            match move:
+                case "go on" if self.running:
+                    self.go_on(which, 2)
+                case "end" if self.running:
+                    self.end_turn(which)
+                case "land" if self.choices():
+                    self.land_one(which)
+                case "fail" if self.choices():
+                    self.fail_one(which)
+                case "write":
+                    self.write_all()
+                case "room":
+                    self.want_room(1 + which % 3)
+                case "again" if len(self.running) < 4:
+                    self.begin(which, more, 0)
+
+    @rule(pick=picks, more=tokens_drawn, answer=st.sampled_from(["land", "fail"]))
+    def overtake(self, pick, more, answer):
+        """A sequence computes what has meanwhile been computed, written and demoted by one, and is asked for by another."""
+        runs = [self.submit(*self.prompt(pick, more)) for _ in range(2)]
+        if not (self.load(runs[0]) and self.load(runs[1])):
+            return
+        self.quiet()
+        if not self.advance(runs[0], len(runs[0].tokens)):
+            return
+        self.finish(runs[0])
+        self.issue(self.cache.demote(Tier.DISK, None, self.now))
+        self.quiet()
+        if len(self.running) < 4:
+            self.begin(max(0, len(self.talks) - 1), more, 0)
+        self.advance(runs[1], len(runs[1].tokens))
+        while self.choices():
+            (self.fail if answer == "fail" else self.land)(self.choices()[0])
+
     @rule(pick=picks, more=tokens_drawn)
     def twins(self, pick, more):
         """The same prompt twice at once."""
@@ -506,8 +552,9 @@ class CacheMachine(RuleBasedStateMachine):
         if run.hold.state is HoldState.ACQUIRED:
             if not self.try_load(run):
                 self.issue(self.cache.make_room(self.cache.slots_to_load(run.hold), self.now))
-        else:
-            self.advance(run, count)
+        elif self.advance(run, count) and pick % 2 and self.cache.lend(run.hold, 1, self.now):
+            run.table = list(run.hold.table)  # more than it will fill
+            self.settle()
 
     @precondition(lambda self: self.running)
     @rule(pick=picks)
@@ -591,19 +638,23 @@ class CacheMachine(RuleBasedStateMachine):
             self.quiet()
         assert self.cache.free_slots == self.slots[Tier.DEVICE]
 
-    @rule(performed=st.integers(0, 3))
-    def crash(self, performed):
+    @rule(performed=st.integers(0, 3), shrink=st.integers(0, 2))
+    def crash(self, performed, shrink):
         for action in self.writing[:performed]:
             self.write(action)
         self.reopen_store()
+        self.slots[Tier.DISK] = max(0, self.slots[Tier.DISK] - shrink // 2)
         self.open()
         entries = [(x.key, x.parent, x.tokens, x.last_used) for x in self.store.index()]
         rejected = self.cache.restore(entries)
         assert len(entries) - len(rejected) == min(len(entries), self.slots[Tier.DISK])
         self.store.write(drops=rejected)
         self.settle()
+        keys = {key for key, *_ in entries}
         for block in self.cache._index.blocks:
-            assert block.depth == 0 or self.cache._index.get(block.parent) is not None
+            parent = self.cache._index.get(block.parent)
+            assert (parent is not None) == (block.parent in keys), "a kept child's parent is kept"
+            assert block.depth == (0 if parent is None else parent.depth + 1)
         for talk in self.talks:
             talk.lease = None
             blocks = self.cache.match(talk.root, (*talk.tokens, 9)).blocks

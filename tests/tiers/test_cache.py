@@ -196,7 +196,8 @@ def test_a_bad_record_shortens_every_hold_that_waits_for_it_and_is_dropped():
     assert cache.match(ROOT, (*tokens, 12)).tokens == 12, "its child was kept for this"
 
 
-def test_computing_a_block_that_is_on_its_way_does_not_wait_for_it():
+@pytest.mark.parametrize("answer", ["landed", "failed"])
+def test_computing_a_block_that_is_on_its_way_does_not_wait_for_it(answer):
     cache = make()
     turn(cache, (0, 1, 2, 3), 1)
     spilled(cache)
@@ -206,7 +207,7 @@ def test_computing_a_block_that_is_on_its_way_does_not_wait_for_it():
     (fetch,) = cache.load(waiter, 0.0)
     compute(cache, runner, (1, 2, 3))
     assert cache.ready(waiter)
-    assert cache.failed(fetch, 0.0) != []
+    (cache.landed if answer == "landed" else cache.failed)(fetch, 0.0)
     cache.check()
     assert waiter.cached_tokens == 4
     assert pool(cache, Tier.DEVICE).held == 1
@@ -379,6 +380,16 @@ def test_a_superseded_tail_that_was_never_written_is_forgotten():
     turn(cache, (0, 1), 1)
     turn(cache, (0, 1, 2), 2, supersedes=1)
     assert cache.statistics().blocks == 1
+
+
+def test_a_superseded_tail_that_is_being_written_stays_for_that():
+    cache = make()
+    turn(cache, (0, 1), 1)
+    hold = begin(cache, (0, 1, 2))
+    (spill,) = cache.write_behind(1.0, all_dirty=True)
+    cache.lease(hold, 2, "s", 1.0, 1)
+    land(cache, [spill])
+    assert cache.statistics().blocks == 2
 
 
 def test_what_the_disk_holds_is_found_after_a_restart():
