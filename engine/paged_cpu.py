@@ -88,7 +88,9 @@ def warm_up() -> None:
     attend(query, blocks, 0, Plan(zero[None], zero, one, one), 1.0, torch.empty_like(query))
 
 
-@numba.njit(parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy")
+@numba.njit(  # type: ignore[untyped-decorator]
+    parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy"
+)
 def _attend(
     query: Array,
     blocks: Array,
