@@ -98,7 +98,7 @@ async def crowd(verdicts: Verdicts, roomy: Daemon, crowded: Daemon) -> None:
     with crowded:
         await together.together(crowded.url)
         verdicts.check(True, f"{SESSIONS * SESSION_TURNS} turns, each with one terminal event")
-        differing = together.differing(alone)
+        differing = alone.differing(together)
         verdicts.check(
             not differing, f"sessions that differ from themselves alone: {differing} ([])"
         )

@@ -4,7 +4,7 @@ import openai
 import pytest
 
 MODEL = "smollm2-135m-instruct"
-QUIET = {"temperature": 0, "max_output_tokens": 12}
+QUIET = {"temperature": 0, "max_output_tokens": 8}
 TOOL = {
     "type": "function",
     "name": "read_file",

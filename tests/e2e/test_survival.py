@@ -1,6 +1,8 @@
 """The promise itself: whatever happens to the connection or the daemon, the next turn computes its delta and no more,
 and says what it would have said."""
 
+from dataclasses import replace
+
 import pytest
 import trio
 
@@ -11,6 +13,7 @@ from broker.bench.workload import Workload
 
 SMALL = Workload(nonce=1, system_tokens=600, result_tokens=50, output_tokens=8)
 TURNS = 3
+TINY = Workload(nonce=2, system_tokens=400, result_tokens=40, output_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ async def _two_turns(agent):
 
 
 async def test_an_idle_session_moves_to_the_host_by_itself(restless, new_agent):
-    agent = new_agent(restless.url, SMALL)
+    agent = new_agent(restless.url, TINY)
     history = await _two_turns(agent)
     await agent.until_empty("device")
     after = (await agent.next(history, "third")).last
@@ -67,7 +70,7 @@ async def test_an_idle_session_moves_to_the_host_by_itself(restless, new_agent):
 
 
 async def test_an_idle_session_moves_on_to_disk_by_itself(restless, new_agent):
-    agent = new_agent(restless.url, SMALL)
+    agent = new_agent(restless.url, TINY)
     history = await _two_turns(agent)
     await agent.until_empty("device", "host")
     after = (await agent.next(history, "third")).last
@@ -75,59 +78,56 @@ async def test_an_idle_session_moves_on_to_disk_by_itself(restless, new_agent):
 
 
 async def test_an_unstored_id_dies_with_its_connection_and_its_kv_does_not(daemon, nursery):
-    body = {**SMALL.body(SMALL.task()), "store": False}
+    body = {**TINY.body(TINY.task()), "store": False}
     first_socket = await Socket.open(nursery, daemon.url)
     first = await first_socket.turn(body)
-    follow = SMALL.follow(first.output, "unstored")
-    second = await first_socket.turn({**SMALL.body(follow, first.id), "store": False})
+    follow = TINY.follow(first.output, "unstored")
+    second = await first_socket.turn({**TINY.body(follow, first.id), "store": False})
     assert second.cached_tokens >= first.prompt_tokens + first.output_tokens - 1
     await first_socket.cut()
 
     socket = await Socket.open(nursery, daemon.url)
     with pytest.raises(Refused) as refused:
-        await socket.turn({**SMALL.body(SMALL.follow(second.output, "late"), second.id)})
+        await socket.turn({**TINY.body(TINY.follow(second.output, "late"), second.id)})
     assert (refused.value.status, refused.value.code) == (400, "previous_response_not_found")
     assert refused.value.param == "previous_response_id"
 
-    items = (*SMALL.task(), *first.output, *follow, *second.output)
-    replay = await socket.turn(SMALL.body(items + SMALL.follow(second.output, "replayed")))
+    items = (*TINY.task(), *first.output, *follow, *second.output)
+    replay = await socket.turn(TINY.body(items + TINY.follow(second.output, "replayed")))
     assert replay.cached_tokens >= second.prompt_tokens + second.output_tokens - 1
     await socket.close()
-
-
-async def test_a_stored_id_answers_though_the_daemon_was_killed_the_moment_its_turn_ended(
-    new_daemon,
-):
-    daemon = new_daemon()
-    first = await trio.to_thread.run_sync(http_turn, daemon.url, SMALL.body(SMALL.task()))
-    daemon.kill()
-    daemon.start()
-    stored = await trio.to_thread.run_sync(call, "GET", daemon.url, f"/v1/responses/{first.id}")
-    assert stored == first.response
-    body = SMALL.body(SMALL.follow(first.output, "after the kill"), first.id)
-    again = await trio.to_thread.run_sync(http_turn, daemon.url, body)
-    assert again.response["previous_response_id"] == first.id
-    assert again.prompt_tokens > first.prompt_tokens + first.output_tokens
-    daemon.terminate()
 
 
 async def test_a_replay_whose_items_lost_their_ids_still_finds_the_sampled_tokens(
     daemon, new_agent
 ):
     """Clients without our ids (a rewritten transcript, another library) lead back by what the answers say."""
-    agent = new_agent(daemon.url, Workload(nonce=2, system_tokens=450, output_tokens=12))
+    agent = new_agent(daemon.url, replace(TINY, nonce=3))
     history = await _two_turns(agent)
     bare = tuple({k: v for k, v in item.items() if k != "id"} for item in history.items)
     after = await agent.next(History(bare, history.last), "third", Way.HTTP_REPLAY)
     assert after.last.cached_tokens >= history.known_tokens - 1
 
 
-async def test_sigterm_ends_the_daemon_cleanly_and_with_a_close_code_that_says_restart(
-    new_daemon, nursery
+async def test_a_stored_id_answers_though_the_daemon_was_killed_the_moment_its_turn_ended(
+    restless,
 ):
-    daemon = new_daemon()
-    socket = await Socket.open(nursery, daemon.url)
-    await socket.turn(SMALL.body(SMALL.task()))
-    status = await trio.to_thread.run_sync(daemon.terminate)
-    assert status == 0
+    first = await trio.to_thread.run_sync(http_turn, restless.url, TINY.body(TINY.task()))
+    restless.kill()
+    restless.start()
+    stored = await trio.to_thread.run_sync(call, "GET", restless.url, f"/v1/responses/{first.id}")
+    assert stored == first.response
+    body = TINY.body(TINY.follow(first.output, "after the kill"), first.id)
+    again = await trio.to_thread.run_sync(http_turn, restless.url, body)
+    assert again.response["previous_response_id"] == first.id
+    assert again.prompt_tokens > first.prompt_tokens + first.output_tokens
+
+
+async def test_sigterm_ends_the_daemon_cleanly_and_with_a_close_code_that_says_restart(
+    restless, nursery
+):
+    """The last test that uses this daemon."""
+    socket = await Socket.open(nursery, restless.url)
+    await socket.turn(TINY.body(TINY.task()))
+    assert await trio.to_thread.run_sync(restless.terminate) == 0
     assert await socket.close_code() == 1012
