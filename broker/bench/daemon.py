@@ -39,7 +39,7 @@ class Daemon:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if models is not None and not (state_dir / "models").exists():
             models.mkdir(parents=True, exist_ok=True)
-            (state_dir / "models").symlink_to(models, target_is_directory=True)
+            (state_dir / "models").symlink_to(models.resolve(), target_is_directory=True)
         self.state_dir = state_dir
         self.log = state_dir.with_name(state_dir.name + ".log")
         self._settings = tuple(settings)
