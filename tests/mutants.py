@@ -171,6 +171,12 @@ MUTANTS = (
         "        self._note_dirty(block, now)\n        self._settle(block)\n        return actions",
         "        self._settle(block)\n        return actions",
     ),
+    Mutant(
+        "a block whose record failed for another is not written again",
+        CACHE,
+        "            self._note_dirty(block, now)  # its record may have failed for somebody else meanwhile\n",
+        "",
+    ),
     # matching and sharing
     Mutant(
         "a match has a gap",

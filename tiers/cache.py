@@ -580,6 +580,7 @@ class TieredCache:
             del block.arriving[tier]
             self._pools[tier].move(slot, SlotState.ARRIVING, SlotState.HELD)
             self._place(block, tier, slot)
+            self._note_dirty(block, now)  # its record may have failed for somebody else meanwhile
         else:  # nobody wants it any more
             self._pools[tier].give(slot, SlotState.ARRIVING)
         if not block.refs and not block.busy:  # asked again: someone may need it by now

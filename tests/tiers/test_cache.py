@@ -213,6 +213,22 @@ def test_computing_a_block_that_is_on_its_way_does_not_wait_for_it(answer):
     assert pool(cache, Tier.DEVICE).held == 1
 
 
+def test_a_block_that_one_could_load_and_another_could_not_is_written_again():
+    """The machine's find: the record was dropped for the one that failed, and nobody noted that it was needed."""
+    cache = make()
+    turn(cache, (0, 1, 2, 3), 1)
+    spilled(cache)
+    land(cache, cache.demote(Tier.DISK, None, 0.0))
+    whole = cache.acquire(cache.match(ROOT, (0, 1, 2, 3, 4)), 0.0)
+    part = cache.acquire(cache.match(ROOT, (0, 1, 9)), 0.0)
+    (good,), (bad,) = cache.load(whole, 0.0), cache.load(part, 0.0)
+    assert [type(action) for action in cache.failed(bad, 0.0)] == [Drop]
+    cache.check()
+    cache.landed(good, 0.0)
+    cache.check()
+    assert [type(action) for action in cache.write_behind(0.0, all_dirty=True)] == [Spill]
+
+
 def test_room_is_made_of_the_coldest_tails_first_and_never_of_what_runs():
     cache = make(device=4, host=1)
     turn(cache, tuple(range(8)), 1, now=1.0)
