@@ -33,6 +33,10 @@ Array = np.ndarray[Any, Any]
 MAX_QUERIES = 8  # of one sequence; up to here reading in place is faster than gathering
 
 
+# Sums in any order, fused; but infinities keep their meaning: the maximum of an empty share is -inf.
+FAST_BUT_INFINITE = {"reassoc", "contract", "arcp", "nsz", "afn"}
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Which query tokens see which blocks. Made once per batch, used by every layer. All int64."""
@@ -89,7 +93,7 @@ def warm_up() -> None:
 
 
 @numba.njit(  # type: ignore[untyped-decorator]
-    parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy"
+    parallel=True, fastmath=FAST_BUT_INFINITE, nogil=True, cache=True, error_model="numpy"
 )
 def _attend(
     query: Array,
