@@ -362,8 +362,8 @@ class TieredCache:
     def make_room(self, slots: int, now: float) -> list[Action]:
         """Begin to free device slots until `slots` are free or about to be, as far as there are victims.
 
-        A victim whose bytes are elsewhere too is freed at once; another is copied to the host tier, or, without
-        room there, forgotten with all that continues it.
+        A victim goes to the host tier, unless it is there already. Without room there it is freed at once if it is
+        on disk, and else forgotten with all that continues it.
 
         One call may not be enough, because a block cannot be forgotten while what continues it is on its way to the
         host. Call again when that has landed; each call gets further, until there is nothing left to evict.
@@ -375,12 +375,13 @@ class TieredCache:
         self._victims.clear()
         victims = Victims(self._residents[Tier.DEVICE].values())
         while missing > 0 and (block := victims.take()) is not None:
-            if len(block.places) > 1:
+            if Tier.HOST in block.places:
                 self._vacate(block, Tier.DEVICE)
-            elif not (
-                self._copy_to_host(block, now, actions)
-                or self._forget_with_descendants(block, actions)
-            ):
+            elif self._copy_to_host(block, now, actions):
+                pass
+            elif Tier.DISK in block.places:
+                self._vacate(block, Tier.DEVICE)
+            elif not self._forget_with_descendants(block, actions):
                 continue
             missing -= 1
         return actions
@@ -432,11 +433,16 @@ class TieredCache:
         elif now >= lease.idle_since + self.limits.host_after_s:
             lease.target = max(lease.target, Tier.HOST)
         own = [block for block in lease.blocks if not block.refs and sum(block.leases) == 1]
+        skipped = False
         if lease.target is not Tier.DEVICE:
+            skipped = any(
+                block.busy and min(block.places, default=Tier.DISK) < lease.target for block in own
+            )
             for block in own:
                 self._sink(block, lease.target, now, actions)
         if lease.target is not Tier.DISK:
-            self._leases.schedule(lease, lease.idle_since + self.limits.disk_after_s)
+            next_look = lease.idle_since + self.limits.disk_after_s
+            self._leases.schedule(lease, min(next_look, now + RETRY_S) if skipped else next_look)
         elif all(block.places.keys() <= {Tier.DISK} for block in own):
             self._leases.end(lease, SessionClass.HUMAN_WAIT)
         elif any(block.busy for block in own):

@@ -266,6 +266,32 @@ def test_an_idle_session_moves_to_the_host_then_to_the_disk():
         prompt += bench.ids(again)
 
 
+def test_pressure_moves_a_session_to_the_host_even_if_the_disk_has_it_too():
+    bench = Bench(device=8, host=16)
+    prompt = prompt_of(13) + bench.run(prompt_of(13), 4)
+    bench.pass_time(2)
+    bench.run(prompt_of(26, salt=1), 1)
+    assert bench.run(prompt, 3) == oracle(prompt, 3)
+    usage = bench.finished(3).usage
+    assert usage.cached.host > 0
+    assert usage.cached.disk == 0
+
+
+def test_a_demotion_to_the_host_catches_up_with_blocks_that_were_being_written():
+    bench = Bench()
+    prompt = prompt_of(13) + bench.run(prompt_of(13), 4)
+    bench.now += 1.1
+    bench.inbox.put(Inspect(1))
+    bench.turn()
+    assert bench.disk.pending, "the spills must be on their way"
+    bench.inbox.put(Demote(2, Tier.HOST, "s"))
+    bench.turn()
+    bench.until_quiet()
+    bench.pass_time(1)
+    bench.run(prompt, 1)
+    assert bench.finished(2).usage.cached.host == len(prompt) - 1
+
+
 def test_blocks_are_on_disk_within_the_lag_and_a_new_engine_finds_them():
     bench = Bench()
     first = bench.run(prompt_of(14), 4)
