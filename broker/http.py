@@ -80,15 +80,29 @@ class HttpSide:
         settings.keep_alive_timeout = http.idle_timeout
         settings.include_server_header = False
         self._settings = settings
-        self._context = WorkerContext(None)
+        self._contexts: set[WorkerContext] = set()  # one per open connection
         self._app = ASGIWrapper(build_app(port))
 
     async def serve(self, arrival: Arrival) -> None:
-        await TCPServer(self._app, self._settings, self._context, {}, arrival.stream).run()
+        context = WorkerContext(None)
+        self._contexts.add(context)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._follow, arrival, context)
+                await TCPServer(self._app, self._settings, context, {}, arrival.stream).run()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._contexts.discard(context)
+
+    async def _follow(self, arrival: Arrival, context: WorkerContext) -> None:
+        """Hypercorn 0.18 keeps an idle connection whose client has hung up until its idle timeout: end it now."""
+        await arrival.stream.ended.wait()
+        await context.terminated.set()
 
     async def stop(self) -> None:
         """Idle connections close now, busy ones after the response that they are in."""
-        await self._context.terminated.set()
+        for context in list(self._contexts):
+            await context.terminated.set()
 
 
 def build_app(port: Port) -> ASGIApp:

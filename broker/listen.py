@@ -39,10 +39,11 @@ _LINGER_S = 0.5  # for its reader to hang up: more than a round trip over the se
 
 
 class Replay(trio.abc.HalfCloseableStream):
-    """A stream that first gives back the bytes already read from it."""
+    """A stream that first gives back the bytes already read from it, and tells when the peer has said its last."""
 
     def __init__(self, stream: trio.abc.HalfCloseableStream, seen: bytes) -> None:
         self.stream = stream
+        self.ended = trio.Event()
         self._seen = seen
 
     @property
@@ -53,7 +54,14 @@ class Replay(trio.abc.HalfCloseableStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         if not self._seen:
-            return bytes(await self.stream.receive_some(max_bytes))
+            try:
+                data = bytes(await self.stream.receive_some(max_bytes))
+            except trio.BrokenResourceError:
+                self.ended.set()
+                raise
+            if not data:
+                self.ended.set()
+            return data
         await trio.lowlevel.checkpoint()
         size = len(self._seen) if max_bytes is None else max_bytes
         data, self._seen = self._seen[:size], self._seen[size:]

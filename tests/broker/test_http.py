@@ -73,6 +73,18 @@ async def test_several_requests_share_one_connection():
         assert (await browser.request("GET", "/healthz")).status == 200
 
 
+async def test_a_client_that_hangs_up_between_requests_frees_its_connection_at_once():
+    """Such connections used to stay until the idle timeout: a busy poller ran into `server.max_connections`."""
+    async with open_rig() as rig:
+        for _ in range(3):
+            browser = rig.browser()
+            await browser.request("GET", "/healthz")
+            await rig.settled()
+            await browser.stream.aclose()
+            await rig.settled()
+            assert rig.door.connections == 0
+
+
 async def test_a_stored_response_is_read_paged_deleted_and_then_gone():
     async with open_rig() as rig:
         browser = rig.browser()
