@@ -354,7 +354,13 @@ def _converted(gguf: Path, models: Path, digests: Digests) -> Path:
         model.hf_quantizer = None
         model.save_pretrained(made)
         AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(made)
-        made.rename(target)
+        try:
+            made.rename(target)
+        except OSError:
+            if (
+                not target.is_dir()
+            ):  # else another daemon with the same models folder was faster: its copy is as good
+                raise
     return target
 
 
