@@ -224,9 +224,7 @@ class Engine:
             case Reclass(lease, to):
                 self._cache.reclass(lease, to, now)
             case Demote(ticket, to, session):
-                actions = self._cache.demote(to, session, now)
-                self._perform(actions)
-                self._answers.append(Answer(ticket, len(actions)))
+                self._answers.append(Answer(ticket, self._demote(to, session, now)))
             case Persist(ticket, manifest):
                 self._persist(ticket, manifest, now)
             case Inspect(ticket):
@@ -294,6 +292,18 @@ class Engine:
         for hold in ready:
             self._prefetches.remove(hold)
             self._cache.release(hold, now)
+
+    def _demote(self, to: Tier, session: str | None, now: float) -> int:
+        """How many blocks left a tier above `to`, or will once they are written."""
+        before = self._held_above(to)
+        actions = self._cache.demote(to, session, now)
+        self._perform(actions)
+        writing = sum(isinstance(action, Spill) for action in actions)
+        return before - self._held_above(to) + (writing if to is Tier.DISK else 0)
+
+    def _held_above(self, tier: Tier) -> int:
+        tiers = self._cache.statistics().tiers
+        return sum(of.pool.held for above, of in tiers.items() if above < tier)
 
     def _persist(self, ticket: int | None, manifest: Manifest, now: float) -> None:
         """A manifest someone waits for takes its turn's dirty blocks along, in one transaction."""

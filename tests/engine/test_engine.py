@@ -251,6 +251,18 @@ def test_a_demoted_session_comes_back_from_that_tier_and_computes_one_token(leng
     assert usage.computed_tokens == 1
 
 
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
+def test_a_demotion_says_how_many_blocks_it_moved(written, tier):
+    bench = Bench()
+    bench.run(prompt_of(14), 4)
+    if written:
+        bench.pass_time(2)
+    bench.inbox.put(Demote(1, tier, "s"))
+    bench.until_quiet()
+    assert bench.answers[1] == 5
+
+
 def test_an_idle_session_moves_to_the_host_then_to_the_disk():
     bench = Bench(host_after_s=10, disk_after_s=60)
     prompt = prompt_of(9)
