@@ -153,6 +153,7 @@ class FakeService:
         default_factory=dict
     )  # None: never reclassed
     manifests: list[Manifest] = field(default_factory=list)  # oldest first
+    durable: list[str] = field(default_factory=list)  # response ids whose writing was awaited
     fed: list[tuple[bytes, TokenIds]] = field(default_factory=list)  # (salt, ids) whose KV is there
     prefetched: list[TokenIds] = field(default_factory=list)
     demoted: list[tuple[Tier, str | None]] = field(default_factory=list)
@@ -257,6 +258,7 @@ class FakeService:
         if self.faults.persist:
             raise StoreError("full", "as asked")
         self.manifests.append(manifest)
+        self.durable.append(manifest.response_id)
 
     def persist_later(self, manifest: Manifest) -> None:
         if not self.faults.persist:

@@ -141,7 +141,7 @@ async def test_a_stored_response_is_durable_before_it_is_completed(desk: Desk) -
 
     async def watch(event):
         if event["type"] in ("response.output_item.done", "response.completed"):
-            seen_at.append(len(desk.engine.manifests))
+            seen_at.append(len(desk.engine.durable))
 
     await run_turn(
         parse_create({"input": "again"}, transport=Transport.HTTP),
