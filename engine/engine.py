@@ -463,7 +463,6 @@ class Engine:
         self._cache.release(sequence.hold, now)
         sequence.hold = None
         sequence.computed = 0
-        sequence.preemptions += 1
         self._scheduler.preempt(sequence)
 
     # -- after the step ----------------------------------------------------------------------------------------------

@@ -39,10 +39,6 @@ class Sequence:
     phase: Phase = Phase.WAITING
     hold: Hold | None = None
     cached: CachedTokens = field(default_factory=CachedTokens)
-    computed_prompt_tokens: int = (
-        0  # prompt tokens run through the model, recomputation after preemption included
-    )
-    preemptions: int = 0
     began: bool = False
     load_started: float | None = None
     prefill_started: float | None = None
