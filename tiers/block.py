@@ -55,9 +55,10 @@ class Block:
     """One key's entry in the tables. Compared by identity: the same key may be forgotten and come back as another."""
 
     key: BlockKey
+    root: BlockKey  # of its chain: the model and the tenant
     parent: BlockKey
-    tokens: TokenIds  # 1 to block_tokens ids; fewer than block_tokens: a tail
     depth: int  # blocks before it in its chain
+    tokens: TokenIds  # 1 to block_tokens ids; fewer than block_tokens: a tail
     last_used: float
     resting: SessionClass  # its class when no lease covers it
     leases: list[int]  # [session class]: leases of that class that cover it
@@ -88,7 +89,9 @@ class Spill:
     """Write a block's bytes to disk as a record. The source slot stays put until the answer."""
 
     key: BlockKey
+    root: BlockKey
     parent: BlockKey
+    depth: int
     tokens: TokenIds
     source: Tier
     source_slot: Slot

@@ -266,7 +266,9 @@ class TieredCache:
         parent = hold.blocks[-1].key if hold.blocks else hold.root
         block = self._index.get(chain_key(parent, tokens))
         if block is None:
-            block = self._index.add(parent, tokens, depth=len(hold.blocks), last_used=now)
+            block = self._index.add(
+                hold.root, parent, tokens, depth=len(hold.blocks), last_used=now
+            )
         block.last_used = now
         if Tier.DEVICE in block.places:
             self._pools[Tier.DEVICE].give(slot, SlotState.LENT)
@@ -491,7 +493,16 @@ class TieredCache:
                 continue
             dirty.arriving[Tier.DISK] = slot
             source = min(dirty.places)
-            spill = Spill(dirty.key, dirty.parent, dirty.tokens, source, dirty.places[source], slot)
+            spill = Spill(
+                key=dirty.key,
+                root=dirty.root,
+                parent=dirty.parent,
+                depth=dirty.depth,
+                tokens=dirty.tokens,
+                source=source,
+                source_slot=dirty.places[source],
+                disk_slot=slot,
+            )
             self._issue(actions, spill, Flight(dirty, vacate=vacate if dirty is block else ()))
 
     # -- evicting ----------------------------------------------------------------------------------------------------
@@ -651,7 +662,9 @@ class TieredCache:
             if slot is None:
                 rejected.append(key)
             else:
-                block = self._index.add(parent, tokens, depth=depth, last_used=-1.0 - age)
+                above = self._index.get(parent)
+                root = parent if above is None else above.root
+                block = self._index.add(root, parent, tokens, depth=depth, last_used=-1.0 - age)
                 self._place(block, Tier.DISK, slot)
         for block in self._index.blocks:
             if not self._index.is_superseded(block):

@@ -81,12 +81,14 @@ class Index:
                     best, best_worth = child, worth
         return best, best_worth[0]
 
-    def add(self, parent: BlockKey, tokens: TokenIds, *, depth: int, last_used: float) -> Block:
+    def add(
+        self, root: BlockKey, parent: BlockKey, tokens: TokenIds, *, depth: int, last_used: float
+    ) -> Block:
         key = chain_key(parent, tokens)
         assert key not in self._blocks
         resting = SessionClass.CLOSED
         block = Block(
-            key, parent, tokens, depth, last_used, resting, leases=[0] * len(SessionClass)
+            key, root, parent, depth, tokens, last_used, resting, leases=[0] * len(SessionClass)
         )
         self._blocks[key] = block
         self._children.setdefault(parent, {}).setdefault(tokens[0], []).append(block)

@@ -37,7 +37,9 @@ SHAPE = {
 
 def spill(number: int) -> tuple[Spill, memoryview]:
     tokens = (number, number + 1)
-    action = Spill(chain_key(ROOT, tokens), ROOT, tokens, Tier.HOST, Slot(number), Slot(number))
+    action = Spill(
+        chain_key(ROOT, tokens), ROOT, ROOT, 0, tokens, Tier.HOST, Slot(number), Slot(number)
+    )
     return action, memoryview(bytes([number]) * PAYLOAD_BYTES)
 
 
