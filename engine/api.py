@@ -43,6 +43,7 @@ class Submit:
     prompt: TokenIds
     sampling: Sampling
     supersedes: LeaseId | None = None  # the lease of the turn that this one continues
+    keep_s: float = 0.0  # its blocks are protected from eviction for so long after the turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,26 @@ class Reclass:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """Protect the blocks of a session's leases for `seconds`. Answered with the bytes granted, or None: it is unknown
+    or would pass the quota."""
+
+    ticket: int
+    salt: bytes
+    session: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Unpin:
+    """End a session's pin. Answered with None, whether there was one or not."""
+
+    ticket: int
+    salt: bytes
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
 class Demote:
     """Move one session's blocks, or everyone's, down to a tier now. Answered with the number of blocks moved."""
 
@@ -87,7 +108,8 @@ class Persist:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Delete a stored response. Answered with whether there was one."""
+    """Delete a stored response, and its KV from every tier, except what others need. Answered with whether there was
+    one, once nothing of it is found any more."""
 
     ticket: int
     tenant: str
@@ -136,7 +158,10 @@ class CachedTokens:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """`prompt_tokens == cached.total + computed_tokens`. Times are seconds on the engine's monotonic clock."""
+    """`prompt_tokens == cached.total + computed_tokens`, and `recomputed` says why each of the latter was computed.
+
+    Times are seconds on the engine's monotonic clock.
+    """
 
     prompt_tokens: int
     cached: CachedTokens
@@ -145,6 +170,9 @@ class Usage:
     queue_s: float = 0.0  # from Submit until the first action on its behalf
     load_s: float = 0.0  # restoring from lower tiers
     prefill_s: float = 0.0  # until the first sampled token
+    recomputed: dict[str, int] = field(
+        default_factory=dict
+    )  # {reason: tokens}; sums to computed_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +215,9 @@ class Answer:
     value: object
 
 
-Command = Submit | Cancel | Prefetch | Reclass | Demote | Persist | Forget | Inspect | Stop
+Command = (
+    Submit | Cancel | Prefetch | Reclass | Pin | Unpin | Demote | Persist | Forget | Inspect | Stop
+)
 Output = Began | Sampled | Finished | Refused
 
 
@@ -221,6 +251,29 @@ class TierReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PinReport:
+    """One pin, for operators."""
+
+    session: str
+    held_bytes: int
+    expires_s: float  # from now
+
+
+@dataclass(frozen=True, slots=True)
+class DiskReport:
+    """How the disk tier is. Degraded is not dead: turns go on, and what is not written stays in memory."""
+
+    state: str = "off"  # off, ok, degraded
+    reason: str | None = None  # of the last refused write while degraded
+    index_complete: bool = True  # whether every record on disk is known; prompts find theirs anyway
+    records: int = 0  # known
+    pending_bytes: int = 0  # handed to the writer and not yet durable
+    reading: int = 0  # fetches in flight
+    scrubbed_total: int = 0  # records that the online scrubber has read
+    rotten_total: int = 0  # and found damaged
+
+
+@dataclass(frozen=True, slots=True)
 class EngineReport:
     """A snapshot for `/metrics`, `homeport tiers` and `homeport sessions`."""
 
@@ -239,3 +292,14 @@ class EngineReport:
     verify_failures_total: dict[str, int]  # {reason: records}; every one is tier disk
     tiers: tuple[TierReport, ...]
     sessions: tuple[SessionReport, ...]
+    recomputed_total: dict[str, int] = field(default_factory=dict)  # {reason: prompt tokens}
+    amplification: float = (
+        1.0  # (fresh + recomputed) / fresh prompt tokens; 1 is a cache that forgets nothing
+    )
+    hit_share: float = 1.0  # reused / (reused + recomputed though it was once cached)
+    disk: DiskReport = field(default_factory=DiskReport)
+    canary: dict[str, int] = field(default_factory=dict)  # {checked|mismatched: blocks}
+    pins: tuple[PinReport, ...] = ()
+    rates: dict[str, float] = field(
+        default_factory=dict
+    )  # {what: estimate}, as `engine.restore` has them now

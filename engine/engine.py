@@ -34,6 +34,7 @@ from engine.api import (
     Inspect,
     LeaseId,
     Persist,
+    Pin,
     Prefetch,
     Reclass,
     Refused,
@@ -44,6 +45,7 @@ from engine.api import (
     Stop,
     Submit,
     TierReport,
+    Unpin,
 )
 from engine.batch import Batch, Segment
 from engine.sampler import SamplingState
@@ -223,6 +225,8 @@ class Engine:
                 self._prefetch(salt, prompt, now)
             case Reclass(lease, to):
                 self._cache.reclass(lease, to, now)
+            case Pin(ticket) | Unpin(ticket):  # the tables learn it soon
+                self._answers.append(Answer(ticket, None))
             case Demote(ticket, to, session):
                 self._answers.append(Answer(ticket, self._demote(to, session, now)))
             case Persist(ticket, manifest):

@@ -32,15 +32,18 @@ from engine.api import (
     Inspect,
     Output,
     Persist,
+    Pin,
     Prefetch,
     Reclass,
     Refused,
     RequestId,
     Stop,
+    Unpin,
 )
 from engine.engine import Engine
 from engine.memory import Memory
 from engine.model import LoadSpec, load
+from engine.restore import RestoreLimits
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
@@ -91,6 +94,8 @@ class EngineSettings:
     readers: int
     threads: int | None = None  # torch threads; None: torch decides
     manifest_bytes: int = field(default=256 << 20)
+    restore: RestoreLimits = field(default_factory=RestoreLimits)
+    canary: float = 0.0  # fraction of restored blocks that are recomputed and compared
 
 
 class EngineService:
@@ -138,6 +143,15 @@ class EngineService:
     def prefetch(self, salt: bytes, prompt: TokenIds) -> None:
         self._inbox.put(Prefetch(salt, prompt))
 
+    async def pin(self, salt: bytes, session: str, seconds: float) -> int | None:
+        """Protect a session's blocks for a time; the bytes granted, None if it is unknown or over the quota."""
+        granted = await self._ask(lambda ticket: Pin(ticket, salt, session, seconds))
+        assert granted is None or isinstance(granted, int)
+        return granted
+
+    async def unpin(self, salt: bytes, session: str) -> None:
+        await self._ask(lambda ticket: Unpin(ticket, salt, session))
+
     async def demote(self, to: Tier, session: str | None) -> int:
         moved = await self._ask(lambda ticket: Demote(ticket, to, session))
         assert isinstance(moved, int)
@@ -160,7 +174,7 @@ class EngineService:
         self._inbox.put(Persist(None, manifest))
 
     async def forget_response(self, tenant: str, response_id: str) -> bool:
-        """Delete a stored response; False if there was none."""
+        """Delete a stored response, and its KV from every tier; False if there was none."""
         return bool(await self._ask(lambda ticket: Forget(ticket, tenant, response_id)))
 
     async def find_response(self, tenant: str, response_id: str) -> Manifest | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,10 +18,12 @@ import trio
 from engine.api import (
     Began,
     CachedTokens,
+    DiskReport,
     EngineReport,
     Finished,
     FinishReason,
     LeaseId,
+    PinReport,
     Refused,
     RefuseReason,
     RequestId,
@@ -127,6 +130,7 @@ class Faults:
     refuse: RefuseReason | None = None
     fail_after: int | None = None  # sampled ids until Finished(FAILED)
     persist: bool = False  # StoreError from persist
+    pin: bool = False  # over the quota
 
 
 @dataclass(slots=True)
@@ -157,6 +161,11 @@ class FakeService:
     fed: list[tuple[bytes, TokenIds]] = field(default_factory=list)  # (salt, ids) whose KV is there
     prefetched: list[TokenIds] = field(default_factory=list)
     demoted: list[tuple[Tier, str | None]] = field(default_factory=list)
+    pinned: dict[tuple[bytes, str], float] = field(
+        default_factory=dict
+    )  # {(salt, session): seconds}
+    forgotten: list[tuple[str, str]] = field(default_factory=list)  # (tenant, response id)
+    disk: DiskReport = field(default_factory=lambda: DiskReport(state="ok"))
     _requests: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _running: dict[RequestId, trio.CancelScope] = field(default_factory=dict)
     _gate: trio.Event = field(default_factory=trio.Event)
@@ -221,7 +230,8 @@ class FakeService:
             self.leases.pop(submit.supersedes, None)  # type: ignore[arg-type]
             self.leases[lease] = None
             self.fed.append((submit.salt, prompt + tuple(said)))
-            usage = Usage(len(prompt), cached, len(prompt) - cached.total, len(said))
+            computed = len(prompt) - cached.total
+            usage = Usage(len(prompt), cached, computed, len(said), recomputed=_reasons(computed))
             self.finished.append(Finished(request, reason, usage, lease, (b"k" * 32,)))
             _offer(send, self.finished[-1])
 
@@ -280,11 +290,23 @@ class FakeService:
 
     async def forget_response(self, tenant: str, response_id: str) -> bool:
         await trio.lowlevel.checkpoint()
+        self.forgotten.append((tenant, response_id))
         before = len(self.manifests)
         self.manifests = [
             m for m in self.manifests if (m.tenant, m.response_id) != (tenant, response_id)
         ]
         return len(self.manifests) < before
+
+    async def pin(self, salt: bytes, session: str, seconds: float) -> int | None:
+        await trio.lowlevel.checkpoint()
+        if self.faults.pin or session not in {submit.session for submit in self.submitted}:
+            return None
+        self.pinned[salt, session] = seconds
+        return 1024
+
+    async def unpin(self, salt: bytes, session: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self.pinned.pop((salt, session), None)
 
     async def demote(self, to: Tier, session: str | None) -> int:
         await trio.lowlevel.checkpoint()
@@ -309,7 +331,20 @@ class FakeService:
             verify_failures_total={},
             tiers=(),
             sessions=(),
+            recomputed_total=dict(
+                sum((Counter(f.usage.recomputed) for f in self.finished), Counter())
+            ),
+            disk=self.disk,
+            canary={"checked": 0, "mismatched": 0},
+            pins=tuple(
+                PinReport(session, 1024, seconds) for (_, session), seconds in self.pinned.items()
+            ),
         )
+
+
+def _reasons(computed: int) -> dict[str, int]:
+    """The last token of a prompt is computed for its logits; all others of a fake prompt are new."""
+    return {reason: n for reason, n in (("new", computed - 1), ("logits", 1)) if n}
 
 
 def _offer(send: trio.MemorySendChannel[Output], output: Output) -> None:
