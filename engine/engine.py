@@ -51,7 +51,17 @@ from engine.batch import Batch, Segment
 from engine.sampler import SamplingState
 from engine.sequence import Phase, Sequence
 from tiers.block import Copy, Drop, Fetch, Spill, Tier
-from tiers.disk import Failed, Forgotten, Landed, Persisted, PersistFailed
+from tiers.disk import (
+    ChainFound,
+    Failed,
+    Forgotten,
+    IndexFailed,
+    IndexSlice,
+    Landed,
+    Persisted,
+    PersistFailed,
+    Rotten,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -248,6 +258,8 @@ class Engine:
                 self._answer_disk(ticket, reason)
             case Forgotten(ticket, existed):
                 self._answer_disk(ticket, existed)
+            case IndexSlice() | IndexFailed() | ChainFound() | Rotten():
+                pass  # nobody asks for them yet
 
     def _submit(self, submit: Submit, now: float) -> None:
         prompt = submit.prompt

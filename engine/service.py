@@ -55,7 +55,7 @@ from tiers.disk import DiskReader, DiskWriter
 from tiers.lmdb_store import LmdbStore
 from tiers.policy import SessionClass
 from tiers.state_dir import StateDir
-from tiers.store import StoreLimits
+from tiers.store import StoreLimits, whole_index
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -63,8 +63,7 @@ if TYPE_CHECKING:
 
     from engine.api import Command, LeaseId, Step, Submit
     from tiers.block import TokenIds
-    from tiers.disk import FetchBlock, Reply
-    from tiers.disk import Stop as StopReading
+    from tiers.disk import ReadCommand, Reply
     from tiers.manifest import Manifest
     from tiers.policy import Limits
 
@@ -322,7 +321,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         arenas[Tier.HOST] = Arena(loaded.geometry, slots[Tier.HOST])
     cache = TieredCache(block_tokens=settings.block_tokens, slots=slots, limits=settings.limits)
     inbox: SimpleQueue[Command | Reply] = SimpleQueue()
-    fetches: SimpleQueue[FetchBlock | StopReading] = SimpleQueue()
+    fetches: SimpleQueue[ReadCommand] = SimpleQueue()
     writer = DiskWriter(store, inbox.put, wall_clock)
     readers = tuple(DiskReader(store, fetches, inbox.put) for _ in range(settings.readers))
     engine = Engine(
@@ -346,7 +345,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         clock=time.monotonic,
         inbox=inbox,
     )
-    known = ((e.key, e.parent, e.tokens, e.last_used) for e in store.index())
+    known = ((e.key, e.parent, e.tokens, e.last_used) for e in whole_index(store))
     if rejected := cache.restore(known):
         log.info("dropping %d records that no longer fit", len(rejected))
         store.write(drops=rejected)

@@ -31,8 +31,9 @@ from tiers.store import BlockWrite
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from tiers.block import BlockKey, TokenIds
     from tiers.manifest import Manifest
-    from tiers.store import BlockStore
+    from tiers.store import BlockStore, IndexEntry
 
 _log = logging.getLogger(__name__)
 
@@ -65,13 +66,60 @@ class PersistFailed:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """The answer to forgetting a response; `PersistFailed` where the disk could not."""
+    """The answer to forgetting a response; `PersistFailed` where the disk could not.
+
+    `keys` are the blocks that it named, whose KV may go; `shared_keys` those that its stored parent names too.
+    """
 
     ticket: int
     existed: bool
+    keys: tuple[BlockKey, ...] = ()
+    shared_keys: tuple[BlockKey, ...] = ()
 
 
-Reply = Landed | Failed | Persisted | PersistFailed | Forgotten
+@dataclass(frozen=True, slots=True)
+class IndexSlice:
+    """The answer to `ReadIndex`. Read on behind `last`; None: that was all."""
+
+    entries: tuple[IndexEntry, ...]
+    last: BlockKey | None
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFailed:
+    """The disk could not read the slice behind `after`. Asking again later is sensible."""
+
+    after: BlockKey | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChainFound:
+    """The answer to `FindChain`: nothing, where nothing was found or the disk could not read."""
+
+    ticket: int
+    entries: tuple[IndexEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rotten:
+    """The scrubber found a record that must not be used: forget it and drop it."""
+
+    key: BlockKey
+    reason: str  # StoreError.reason
+
+
+Reply = (
+    Landed
+    | Failed
+    | Persisted
+    | PersistFailed
+    | Forgotten
+    | IndexSlice
+    | IndexFailed
+    | ChainFound
+    | Rotten
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +143,26 @@ class FetchBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadIndex:
+    after: BlockKey | None
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class FindChain:
+    ticket: int
+    root: BlockKey
+    tokens: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Do what came before, then return."""
 
 
 _Write = WriteBlocks | Drop
 _Command = _Write | ForgetResponse | Stop
+ReadCommand = FetchBlock | ReadIndex | FindChain | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +297,15 @@ class DiskWriter:
             self._store.write(
                 drops=[command.key for command in batch if isinstance(command, Drop)],
                 blocks=[
-                    BlockWrite(spill.key, spill.parent, spill.tokens, payload, now)
+                    BlockWrite(
+                        key=spill.key,
+                        root=spill.root,
+                        parent=spill.parent,
+                        depth=spill.depth,
+                        tokens=spill.tokens,
+                        payload=payload,
+                        last_used=now,
+                    )
                     for command in writes
                     for spill, payload in command.items
                 ],
@@ -268,21 +338,28 @@ class DiskWriter:
 
     def _forget(self, command: ForgetResponse) -> None:
         try:
-            existed = self._store.forget_response(command.tenant, command.response_id)
+            found = self._store.forget_response(command.tenant, command.response_id)
         except StoreError as error:
             _log.warning("forgetting a response failed: %s: %s", error.reason, error)
             self._reply(PersistFailed(command.ticket, error.reason))
             return
-        self._reply(Forgotten(command.ticket, existed))
+        if found is None:
+            self._reply(Forgotten(command.ticket, existed=False))
+        else:
+            self._reply(
+                Forgotten(
+                    command.ticket, existed=True, keys=found.keys, shared_keys=found.shared_keys
+                )
+            )
 
 
 class DiskReader:
-    """One of several that share an inbox. Fetching through any of them reaches whichever is free."""
+    """One of several that share an inbox. Asking any of them reaches whichever is free."""
 
     def __init__(
         self,
         store: BlockStore,
-        inbox: SimpleQueue[FetchBlock | Stop],
+        inbox: SimpleQueue[ReadCommand],
         reply: Callable[[Reply], None],
     ) -> None:
         self._store = store
@@ -292,6 +369,14 @@ class DiskReader:
     def fetch(self, action: Fetch, into: memoryview) -> None:
         """Queue a read into `into`, which must stay put until the answer."""
         self._inbox.put(FetchBlock(action, into))
+
+    def read_index(self, after: BlockKey | None, limit: int) -> None:
+        """Queue one slice of the index; answered by `IndexSlice` or `IndexFailed`."""
+        self._inbox.put(ReadIndex(after, limit))
+
+    def find_chain(self, ticket: int, root: BlockKey, tokens: TokenIds) -> None:
+        """Queue the look-up of a prompt's chain; answered by `ChainFound`."""
+        self._inbox.put(FindChain(ticket, root, tokens))
 
     def stop(self) -> None:
         """End one of the readers that share this inbox, after what was queued before."""
@@ -306,6 +391,25 @@ class DiskReader:
                     return
                 case FetchBlock(action, into):
                     self._reply(self._read(action, into))
+                case ReadIndex(after, limit):
+                    self._reply(self._read_index(after, limit))
+                case FindChain(ticket, root, tokens):
+                    self._reply(self._find_chain(ticket, root, tokens))
+
+    def _read_index(self, after: BlockKey | None, limit: int) -> IndexSlice | IndexFailed:
+        try:
+            entries = self._store.index(after, limit)
+        except StoreError as error:
+            _log.warning("the index is not read: %s: %s", error.reason, error)
+            return IndexFailed(after, error.reason)
+        return IndexSlice(tuple(entries), entries[-1].key if len(entries) == limit else None)
+
+    def _find_chain(self, ticket: int, root: BlockKey, tokens: TokenIds) -> ChainFound:
+        try:
+            return ChainFound(ticket, tuple(self._store.find_chain(root, tokens)))
+        except StoreError as error:
+            _log.warning("no chain looked up: %s: %s", error.reason, error)
+            return ChainFound(ticket, ())
 
     def _read(self, action: Fetch, into: memoryview) -> Landed | Failed:
         try:

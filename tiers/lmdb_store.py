@@ -1,10 +1,11 @@
-"""`BlockStore` on LMDB, the only file that knows lmdb. One environment in the state directory, five tables:
+"""`BlockStore` on LMDB, the only file that knows lmdb. One environment in the state directory, six tables:
 
     blocks     key -> record (record.py); payloads live here and nowhere else
-    index      key -> seal, fingerprint 32, parent 32, last_used f64, record size u64, token ids u32...: read at start
+    index      key -> seal, fingerprint 32, root 32, parent 32, depth u32, last_used f64, record size u64, token ids u32...
     manifests  response name -> age u64, encoded manifest
     ages       age u64, big endian -> seal, response name, size u64: oldest first, for the budget
     names      item or content name -> response name
+    meta       "format" -> seal, u32
 
 How it is used, each for a measured reason (lmdb 3.0.0, engine 0.9.36)
     sync=True: acknowledged means on the platter; sync=False gave silently wrong values after a simulated power loss.
@@ -28,6 +29,7 @@ A damaged environment
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
@@ -50,8 +52,10 @@ from tiers.store import (
     IndexEntry,
     Name,
     StoreStatistics,
+    chain_entries,
     check_manifest_fits,
     content_name,
+    forgotten_response,
     item_name,
     other_names,
     record_bytes_on_disk,
@@ -64,18 +68,22 @@ if TYPE_CHECKING:
     from tiers.block import TokenIds
     from tiers.manifest import Manifest
     from tiers.state_dir import StateDir
-    from tiers.store import BlockWrite, StoreLimits
+    from tiers.store import BlockWrite, ForgottenResponse, StoreLimits
 
 _ENVIRONMENT = "kv"
 _ENGINE = 0  # LMDB 0.9: formats 0.9 and 1.0 are mutually unreadable, so never the binding's default
-_TABLES = (b"blocks", b"index", b"manifests", b"ages", b"names")
+_TABLES = (b"blocks", b"index", b"manifests", b"ages", b"names", b"meta")
 _MAX_READERS = 126
 _SCRUB_MAP_BYTES = 1 << 30  # lmdb makes it larger where the file is
 _WALK_S = 600.0  # a walk that takes longer goes in circles
 _LONGEST_HOLE = 256 << 20  # bytes; one transaction cannot legally leave out more
 _SEAL_BYTES = 8
 _TRIAL = b"trial"  # shorter than any name
-_INDEX = struct.Struct("<32s32sdQ")
+_FORMAT = 2  # of the tables; 1 had no roots, no depths and no meta
+_FORMAT_NAME = b"format"
+_INDEX = struct.Struct("<32s32s32sIdQ")
+_VERSION = struct.Struct("<I")
+_SLICE = 4096  # entries of the index read in one transaction, whoever they belong to
 _AGE = struct.Struct(">Q")  # big endian, so that LMDB's byte order is the order of ages
 _AGE_ENTRY = struct.Struct("<32sQ")
 
@@ -98,6 +106,10 @@ _log = logging.getLogger(__name__)
 
 class _Damaged(Exception):
     """The environment cannot be trusted to be walked."""
+
+
+class _OtherFormat(Exception):
+    """The environment is whole, but its tables are not ours to read."""
 
 
 @dataclass(slots=True)
@@ -145,8 +157,16 @@ class _Snapshot:
         found: memoryview | None = self._txn.get(key, db=table)
         return found
 
-    def items(self, table: Any) -> Iterator[tuple[memoryview, memoryview]]:
-        return iter(self._txn.cursor(db=table))
+    def items_behind(
+        self, after: bytes | None, limit: int, table: Any
+    ) -> list[tuple[bytes, bytes]]:
+        """Copies of up to `limit` items in the order of keys, the first one behind `after`."""
+        cursor = self._txn.cursor(db=table)
+        there = cursor.first() if after is None else cursor.set_range(after)
+        if there and cursor.key() == after:
+            there = cursor.next()
+        found = itertools.islice(cursor.iternext(), limit) if there else ()
+        return [(bytes(key), bytes(value)) for key, value in found]
 
 
 class LmdbStore:
@@ -166,10 +186,9 @@ class LmdbStore:
         self._env = env
         self._fingerprint = fingerprint
         self._limits = limits
+        self._block_tokens = block_tokens
         self._record_bytes = record.head_size(block_tokens) + payload_bytes
-        self._blocks, self._index, self._manifests, self._ages, self._names = (
-            env.open_db(name, create=False) for name in _TABLES
-        )
+        self._blocks, self._index, self._manifests, self._ages, self._names, _ = _tables(env)
         usage = self._take_stock()
         self._try_writing()
         self._usage: _Usage | None = usage  # None: a write failed, count anew
@@ -209,13 +228,16 @@ class LmdbStore:
                 except BaseException:
                     env.close()
                     raise
+            except _OtherFormat as error:
+                _log.warning("%s: %s", path, error)
+                state.put_aside(path, "other-format")
             except (*_DAMAGE, _Damaged) as error:
                 if attempt == "fresh":
                     raise StoreError(
                         "io", f"{path}: an empty environment cannot be used: {error}"
                     ) from error
                 _log.error("%s: %s", path, error)
-                state.put_aside(path)
+                state.put_aside(path, "damaged")
             except (OSError, lmdb.Error) as error:
                 raise StoreError("io", f"{path}: cannot be opened: {error}") from error
         raise AssertionError("unreachable: the second attempt returns or raises")
@@ -255,12 +277,26 @@ class LmdbStore:
                 payload  # holds the GIL for 0.12 ms per 1.44 MiB; numpy's copy, which does not, is slower alone
             )
 
-    def index(self) -> Iterator[IndexEntry]:
+    def index(self, after: BlockKey | None, limit: int) -> list[IndexEntry]:
+        found: list[IndexEntry] = []
+        while len(found) < limit:
+            with self._reading() as snapshot:
+                slice_ = snapshot.items_behind(after, _SLICE, self._index)
+            own = (self._own_entry(key, value) for key, value in slice_)
+            found += [entry for entry in own if entry is not None]
+            if len(slice_) < _SLICE:
+                break
+            after = BlockKey(slice_[-1][0])
+        return found[:limit]
+
+    def find_chain(self, root: BlockKey, tokens: TokenIds) -> list[IndexEntry]:
         with self._reading() as snapshot:
-            found = [_index_entry(key, value) for key, value in snapshot.items(self._index)]
-        return iter(
-            [entry.own for entry in found if entry and entry.fingerprint == self._fingerprint]
-        )
+
+            def get(key: BlockKey) -> IndexEntry | None:
+                value = snapshot.get(key, self._index)
+                return None if value is None else self._own_entry(key, value)
+
+            return chain_entries(get, root, tokens, self._block_tokens)
 
     def find_response(self, tenant: str, response_id: str) -> Manifest | None:
         with self._reading() as snapshot:
@@ -285,12 +321,13 @@ class LmdbStore:
             raise StoreError("manifest", "manifest lies under another content's name")
         return found
 
-    def forget_response(self, tenant: str, response_id: str) -> bool:
-        if self.find_response(tenant, response_id) is None:
-            return False
+    def forget_response(self, tenant: str, response_id: str) -> ForgottenResponse | None:
+        found = self.find_response(tenant, response_id)
+        if found is None:
+            return None
         with self._writing() as (txn, usage):
             self._delete_manifest(txn, usage, response_name(tenant, response_id))
-        return True
+        return forgotten_response(self, found)
 
     def statistics(self) -> StoreStatistics:
         return self._statistics
@@ -336,7 +373,9 @@ class LmdbStore:
             payload=block.payload,
         )
         size = len(head) + block.payload.nbytes
-        entry = _INDEX.pack(self._fingerprint, block.parent, block.last_used, size)
+        entry = _INDEX.pack(
+            self._fingerprint, block.root, block.parent, block.depth, block.last_used, size
+        )
         entry += struct.pack(f"<{len(block.tokens)}I", *block.tokens)
         txn.put(block.key, b"".join((head, block.payload)), db=self._blocks)
         txn.put(block.key, _seal(block.key, entry), db=self._index)
@@ -344,6 +383,10 @@ class LmdbStore:
         usage.blocks[block.key] = self._bytes_on_disk(block)
         usage.block_bytes += usage.blocks[block.key]
         usage.foreign.pop(block.key, None)
+
+    def _own_entry(self, key: bytes, value: memoryview | bytes) -> IndexEntry | None:
+        found = _index_entry(key, value)
+        return found.own if found and found.fingerprint == self._fingerprint else None
 
     def _drop_block(self, txn: Any, usage: _Usage, key: BlockKey) -> None:
         txn.delete(key, db=self._blocks)
@@ -484,9 +527,9 @@ def _index_entry(key: memoryview | bytes, value: memoryview | bytes) -> _Indexed
     entry = _unseal(key, value)
     if entry is None:
         return None
-    fingerprint, parent, last_used, size = _INDEX.unpack_from(entry)
+    fingerprint, root, parent, depth, last_used, size = _INDEX.unpack_from(entry)
     tokens = struct.unpack_from(f"<{(len(entry) - _INDEX.size) // 4}I", entry, _INDEX.size)
-    own = IndexEntry(BlockKey(bytes(key)), BlockKey(parent), tokens, last_used)
+    own = IndexEntry(BlockKey(bytes(key)), root, parent, depth, tokens, last_used)
     return _Indexed(own, fingerprint, size)
 
 
@@ -522,6 +565,9 @@ def _open_environment(state: StateDir, path: Path, map_bytes: int) -> Any:
         env = _environment(beside, map_bytes)
         for table in _TABLES:
             env.open_db(table)
+        with env.begin(write=True) as txn:
+            version = _seal(_FORMAT_NAME, _VERSION.pack(_FORMAT))
+            txn.put(_FORMAT_NAME, version, db=env.open_db(b"meta", txn=txn, create=False))
         env.close()
         for file in beside.iterdir():
             with file.open("rb") as opened:
@@ -546,6 +592,17 @@ def _environment(path: Path, map_bytes: int) -> Any:
         readahead=True,
         lib_version=_ENGINE,
     )
+
+
+def _tables(env: Any) -> list[Any]:
+    """Every table of a whole environment in our format. Raises `_OtherFormat`, and what lmdb raises where one is missing."""
+    *tables, meta = (env.open_db(name, create=name == b"meta") for name in _TABLES)
+    with env.begin() as txn:
+        written = _unseal(_FORMAT_NAME, txn.get(_FORMAT_NAME, db=meta) or b"")
+    if written is None or written != _VERSION.pack(_FORMAT):
+        found = "unknown" if written is None else str(int.from_bytes(written, "little"))
+        raise _OtherFormat(f"its format is {found}, this is format {_FORMAT}")
+    return [*tables, meta]
 
 
 def _check_length(path: Path, map_bytes: int) -> None:
@@ -605,12 +662,12 @@ def scrub(state: StateDir) -> Iterator[ScrubStep]:
             yield from _scrub(env)
         finally:
             env.close()
-    except (OSError, lmdb.Error, _Damaged) as error:
+    except (OSError, lmdb.Error, _Damaged, _OtherFormat) as error:
         raise StoreError("io", f"{path}: cannot be walked: {error}") from error
 
 
 def _scrub(env: Any) -> Iterator[ScrubStep]:
-    tables = {table: env.open_db(table, create=False) for table in _TABLES}
+    tables = dict(zip(_TABLES, _tables(env), strict=True))
     blocks, names = (
         _keys_of(env, tables[b"index"], tables[b"blocks"]),
         _keys_of(env, tables[b"manifests"]),

@@ -3,7 +3,7 @@
 Laws
     It belongs to us and to nobody else: mode 0700, our user, no symlinks in our part of the path.
     One process has it open. The lock is the kernel's (flock), so it is gone when the process is, however it died.
-    What is put aside as damaged is kept for a human, one generation of it, and never read again.
+    What is put aside is kept for a human, one generation for each reason, and never read again.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class StateDir:
     def close(self) -> None:
         os.close(self._lock_fd)
 
-    def put_aside(self, path: Path) -> Path:
-        """Rename a damaged directory out of the way, replacing the one put aside before."""
-        aside = path.with_name(path.name + ".damaged")
+    def put_aside(self, path: Path, why: str) -> Path:
+        """Rename a directory that is not usable out of the way, replacing the one put aside for the same reason before."""
+        aside = path.with_name(f"{path.name}.{why}")
         if aside.exists():
             shutil.rmtree(aside)
         path.rename(aside)
         sync_directory(self.path)
-        _log.error("%s is damaged: kept as %s; starting empty", path, aside)
+        _log.error("%s is not used: kept as %s; starting empty", path, aside)
         return aside
 
 

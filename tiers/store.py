@@ -14,16 +14,17 @@ Laws
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NewType, Protocol
 
 from tiers import manifest as manifests_format
 from tiers import record
-from tiers.block import BlockKey, StoreError
+from tiers.block import BlockKey, StoreError, chain_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tiers.block import TokenIds
     from tiers.manifest import Manifest
@@ -38,7 +39,9 @@ class BlockWrite:
     """One block to make durable. `payload` must stay put until `write` returns."""
 
     key: BlockKey
+    root: BlockKey  # of its chain: the model and the tenant
     parent: BlockKey
+    depth: int  # blocks before it in its chain
     tokens: TokenIds
     payload: memoryview
     last_used: float  # seconds since the epoch
@@ -49,9 +52,19 @@ class IndexEntry:
     """What a start needs to know of a stored block without reading its payload."""
 
     key: BlockKey
+    root: BlockKey
     parent: BlockKey
+    depth: int
     tokens: TokenIds
     last_used: float  # seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
+class ForgottenResponse:
+    """What a deleted response named. `shared_keys` are its parent's, if that is stored still, else empty."""
+
+    keys: tuple[BlockKey, ...]
+    shared_keys: tuple[BlockKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +112,15 @@ class BlockStore(Protocol):
         """Fill `into`, as long as a payload. Raises `StoreError`: missing, io, or what `record.verify` gives."""
         ...
 
-    def index(self) -> Iterator[IndexEntry]:
-        """Every block of this model, in no particular order."""
+    def index(self, after: BlockKey | None, limit: int) -> list[IndexEntry]:
+        """The next `limit` blocks of this model behind `after`, in the order of keys; fewer: that was all."""
+        ...
+
+    def find_chain(self, root: BlockKey, tokens: TokenIds) -> list[IndexEntry]:
+        """The whole blocks that `tokens` begins with, and behind them the longest tail that continues it.
+
+        What a prompt can reuse, found by keys alone: before the index has been read, and whatever its size.
+        """
         ...
 
     def find_response(self, tenant: str, response_id: str) -> Manifest | None:
@@ -115,13 +135,50 @@ class BlockStore(Protocol):
         """The newest response with these output contents."""
         ...
 
-    def forget_response(self, tenant: str, response_id: str) -> bool:
-        """Delete a stored response, durably; False if there was none. Its blocks stay: they belong to no id."""
+    def forget_response(self, tenant: str, response_id: str) -> ForgottenResponse | None:
+        """Delete a stored response, durably; None if there was none.
+
+        Its blocks stay: they belong to no id. Their keys are returned, for whoever knows who else needs them.
+        """
         ...
 
     def statistics(self) -> StoreStatistics: ...
 
     def close(self) -> None: ...
+
+
+def whole_index(store: BlockStore, limit: int = 1024) -> Iterator[IndexEntry]:
+    """Every block of this model, read in slices."""
+    after: BlockKey | None = None
+    while True:
+        entries = store.index(after, limit)
+        yield from entries
+        if len(entries) < limit:
+            return
+        after = entries[-1].key
+
+
+def chain_entries(
+    get: Callable[[BlockKey], IndexEntry | None],
+    root: BlockKey,
+    tokens: TokenIds,
+    block_tokens: int,
+) -> list[IndexEntry]:
+    """`BlockStore.find_chain` over any index: at most one lookup per block of `tokens`, and block_tokens for the tail."""
+    found: list[IndexEntry] = []
+    parent = root
+    for begin in range(0, len(tokens), block_tokens):
+        whole = tokens[begin : begin + block_tokens]
+        entry = None
+        for length in range(len(whole), 0, -1):
+            entry = get(chain_key(parent, whole[:length]))
+            if entry is not None:
+                found.append(entry)
+                break
+        if entry is None or len(entry.tokens) < block_tokens:
+            break
+        parent = entry.key
+    return found
 
 
 def record_bytes_on_disk(record_bytes: int) -> int:
@@ -172,6 +229,7 @@ class MemoryStore:
         self._limits = limits
         one = record_bytes_on_disk(record.head_size(block_tokens) + payload_bytes)
         self._block_slots = limits.block_bytes // one
+        self._block_tokens = block_tokens
         self._blocks: dict[BlockKey, _Stored] = {}
         self._manifests: dict[Name, bytes] = {}  # {response: encoded}, oldest first
         self._names: dict[Name, Name] = {}  # {item or content: response}
@@ -233,13 +291,13 @@ class MemoryStore:
         )
         into[:] = payload
 
-    def index(self) -> Iterator[IndexEntry]:
-        own = [
-            stored.entry
-            for stored in self._blocks.values()
-            if stored.fingerprint == self._fingerprint
-        ]
-        return iter(own)
+    def index(self, after: BlockKey | None, limit: int) -> list[IndexEntry]:
+        behind = sorted(key for key in self._blocks if after is None or key > after)
+        own = (self._own_entry(key) for key in behind)
+        return [entry for entry in own if entry is not None][:limit]
+
+    def find_chain(self, root: BlockKey, tokens: TokenIds) -> list[IndexEntry]:
+        return chain_entries(self._own_entry, root, tokens, self._block_tokens)
 
     def find_response(self, tenant: str, response_id: str) -> Manifest | None:
         data = self._manifests.get(response_name(tenant, response_id))
@@ -252,11 +310,12 @@ class MemoryStore:
     def find_content(self, tenant: str, digest: bytes) -> Manifest | None:
         return self._named(content_name(tenant, digest))
 
-    def forget_response(self, tenant: str, response_id: str) -> bool:
-        if self.find_response(tenant, response_id) is None:
-            return False
+    def forget_response(self, tenant: str, response_id: str) -> ForgottenResponse | None:
+        found = self.find_response(tenant, response_id)
+        if found is None:
+            return None
         self._remove_manifest(response_name(tenant, response_id))
-        return True
+        return forgotten_response(self, found)
 
     def statistics(self) -> StoreStatistics:
         own = sum(stored.fingerprint == self._fingerprint for stored in self._blocks.values())
@@ -280,8 +339,15 @@ class MemoryStore:
             created=block.last_used,
             payload=block.payload,
         )
-        entry = IndexEntry(block.key, block.parent, block.tokens, block.last_used)
+        entry = IndexEntry(
+            block.key, block.root, block.parent, block.depth, block.tokens, block.last_used
+        )
         return _Stored(entry, self._fingerprint, head + block.payload)
+
+    def _own_entry(self, key: BlockKey) -> IndexEntry | None:
+        stored = self._blocks.get(key)
+        own = stored is not None and stored.fingerprint == self._fingerprint
+        return stored.entry if stored is not None and own else None
 
     def _named(self, name: Name) -> Manifest | None:
         response = self._names.get(name)
@@ -307,6 +373,16 @@ class MemoryStore:
         for name in other_names(manifests_format.decode(self._manifests.pop(response))):
             if self._names.get(name) == response:
                 del self._names[name]
+
+
+def forgotten_response(store: BlockStore, deleted: Manifest) -> ForgottenResponse:
+    """What `deleted` named. A parent that is damaged, or answers to no id, has no claim to its blocks."""
+    shared: tuple[BlockKey, ...] = ()
+    if deleted.parent is not None:
+        with suppress(StoreError):
+            parent = store.find_response(deleted.tenant, deleted.parent)
+            shared = () if parent is None else parent.keys
+    return ForgottenResponse(deleted.keys, shared)
 
 
 def check_manifest_fits(encoded: bytes, limits: StoreLimits) -> None:

@@ -93,6 +93,10 @@ class FakeSampler:
         return logits.argmax(-1).tolist()
 
 
+def _written(spill: Spill, payload: memoryview) -> BlockWrite:
+    return BlockWrite(spill.key, spill.root, spill.parent, spill.depth, spill.tokens, payload, 0.0)
+
+
 class FakeDisk:
     """Writer and reader at once, over a MemoryStore. Nothing is answered until `settle`, in the order it says."""
 
@@ -137,7 +141,7 @@ class FakeDisk:
     def _write(self, spill: Spill, payload: memoryview) -> object:
         if self.full:
             return Failed(spill, "full")
-        self.store.write(blocks=(BlockWrite(spill.key, spill.parent, spill.tokens, payload, 0.0),))
+        self.store.write(blocks=(_written(spill, payload),))
         return Landed(spill)
 
     def _read(self, fetch: Fetch, into: memoryview) -> object:

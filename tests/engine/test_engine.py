@@ -36,7 +36,7 @@ from tiers.block import Tier, root_key
 from tiers.cache import TieredCache
 from tiers.manifest import Manifest
 from tiers.policy import Limits
-from tiers.store import MemoryStore, StoreLimits
+from tiers.store import MemoryStore, StoreLimits, whole_index
 
 BLOCK = 4
 
@@ -105,7 +105,9 @@ class Bench:
             inbox=self.inbox,
         )
         self.disk.post = self.inbox.put
-        self.cache.restore((e.key, e.parent, e.tokens, e.last_used) for e in self.store.index())
+        self.cache.restore(
+            (e.key, e.parent, e.tokens, e.last_used) for e in whole_index(self.store)
+        )
         self.said = defaultdict(list)
         self.answers = {}
         self.requests = 0

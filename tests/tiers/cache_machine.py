@@ -26,6 +26,7 @@ from tiers.block import Copy, Drop, Fetch, Spill, StoreError, Tier, chain_key, r
 from tiers.cache import HoldState, TieredCache
 from tiers.policy import Limits, SessionClass
 from tiers.pool import SlotState
+from tiers.store import whole_index
 
 ROW_BYTES = 8
 GARBAGE = b"garbage!"
@@ -62,9 +63,12 @@ class DictStore:
         assert found[:2] == (parent, tokens)
         into[:] = found[2]
 
-    def index(self):
-        for key, (parent, tokens, _, last_used) in self.records.items():
-            yield SimpleNamespace(key=key, parent=parent, tokens=tokens, last_used=last_used)
+    def index(self, after, limit):
+        behind = sorted(key for key in self.records if after is None or key > after)[:limit]
+        return [self.entry(key, *self.records[key]) for key in behind]
+
+    def entry(self, key, parent, tokens, _, last_used):
+        return SimpleNamespace(key=key, parent=parent, tokens=tokens, last_used=last_used)
 
 
 @dataclass(eq=False)
@@ -223,13 +227,15 @@ class CacheMachine(RuleBasedStateMachine):
         self.store.write(blocks=[spilled])
         self.lost.discard(action.key)
         self.leaked.discard(action.key)
-        stored = {entry.key for entry in self.store.index()} - self.leaked
+        stored = {entry.key for entry in whole_index(self.store)} - self.leaked
         assert len(stored) <= self.slots[Tier.DISK], "the disk is over its budget"
 
     def block_write(self, spill, payload):
         return SimpleNamespace(
             key=spill.key,
+            root=spill.root,
             parent=spill.parent,
+            depth=spill.depth,
             tokens=spill.tokens,
             payload=payload,
             last_used=self.now,
@@ -271,7 +277,7 @@ class CacheMachine(RuleBasedStateMachine):
             for slot in cache._pools[tier].slots(SlotState.FREE):
                 self.memory[tier][slot][:] = [GARBAGE] * self.rows
         cache.check()
-        recorded = {entry.key for entry in self.store.index()}
+        recorded = {entry.key for entry in whole_index(self.store)}
         for block in cache._index.blocks:
             for tier, slot in block.places.items():
                 if tier is Tier.DISK:
@@ -616,10 +622,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.end(max(1, self.next_lease - pick), self.now)
         self.settle()
 
-    @precondition(lambda self: any(True for _ in self.store.index()))
+    @precondition(lambda self: any(True for _ in whole_index(self.store)))
     @rule(pick=picks)
     def damage_a_record(self, pick):
-        keys = sorted(entry.key for entry in self.store.index())
+        keys = sorted(entry.key for entry in whole_index(self.store))
         key = keys[pick % len(keys)]
         self.damage(key)
 
@@ -645,7 +651,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.reopen_store()
         self.slots[Tier.DISK] = max(0, self.slots[Tier.DISK] - shrink // 2)
         self.open()
-        entries = [(x.key, x.parent, x.tokens, x.last_used) for x in self.store.index()]
+        entries = [(x.key, x.parent, x.tokens, x.last_used) for x in whole_index(self.store)]
         rejected = self.cache.restore(entries)
         assert len(entries) - len(rejected) == min(len(entries), self.slots[Tier.DISK])
         self.store.write(drops=rejected)

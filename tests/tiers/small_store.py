@@ -24,7 +24,7 @@ def payload(number: int) -> bytes:
 def block(number: int) -> BlockWrite:
     tokens = (number, number + 1, number + 2)
     return BlockWrite(
-        chain_key(ROOT, tokens), ROOT, tokens, memoryview(payload(number)), float(number)
+        chain_key(ROOT, tokens), ROOT, ROOT, 0, tokens, memoryview(payload(number)), float(number)
     )
 
 

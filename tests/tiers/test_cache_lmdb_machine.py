@@ -44,7 +44,9 @@ class LmdbCacheMachine(CacheMachine):
         )
 
     def block_write(self, spill, payload):
-        return BlockWrite(spill.key, spill.parent, spill.tokens, payload, self.now)
+        return BlockWrite(
+            spill.key, spill.root, spill.parent, spill.depth, spill.tokens, payload, self.now
+        )
 
     def close_store(self):
         self.store.close()

@@ -9,12 +9,15 @@ import pytest
 import trio
 
 from tests.tiers.faulty_lmdb import Countdown, FaultyEnv
-from tiers.block import Drop, Fetch, Slot, Spill, Tier, chain_key, root_key
+from tiers.block import Drop, Fetch, Slot, Spill, StoreError, Tier, chain_key, root_key
 from tiers.disk import (
+    ChainFound,
     DiskReader,
     DiskWriter,
     Failed,
     Forgotten,
+    IndexFailed,
+    IndexSlice,
     Landed,
     Persisted,
     PersistFailed,
@@ -22,7 +25,7 @@ from tiers.disk import (
 from tiers.lmdb_store import LmdbStore
 from tiers.manifest import MAX_BODY_BYTES, Manifest
 from tiers.state_dir import StateDir
-from tiers.store import MemoryStore, StoreLimits
+from tiers.store import MemoryStore, StoreLimits, whole_index
 
 FINGERPRINT = b"f" * 32
 ROOT = root_key(FINGERPRINT, b"")
@@ -58,7 +61,7 @@ def manifest(name: str, body: bytes = b"") -> Manifest:
 
 
 def present(store) -> set:
-    return {entry.key for entry in store.index()}
+    return {entry.key for entry in whole_index(store)}
 
 
 def keys(*numbers: int) -> set:
@@ -142,7 +145,7 @@ async def test_what_is_offered_is_durable_when_answered(tmp_path):
         ]
         assert writer.statistics().pending_bytes == 0
     with opened(tmp_path) as store:
-        (entry,) = store.index()
+        (entry,) = whole_index(store)
         assert (entry.key, entry.last_used) == (spill(2)[0].key, 5.0)
         assert store.find_response("", "r1") == manifest("r1")
         assert store.find_response("", "r2") is None
@@ -325,6 +328,52 @@ async def test_several_readers_share_the_work_and_stop_after_it(tmp_path):
     for number in range(8):
         assert arena[number] == spill(number)[1]
     assert arena[8] == b"\xee" * PAYLOAD_BYTES
+
+
+async def test_readers_answer_for_the_index_and_for_chains(tmp_path):
+    answers = Answers()
+    with opened(tmp_path) as store:
+        writer = writer_of(store, answers)
+        writer.offer_blocks([spill(number) for number in range(5)])
+        writer.stop()
+        await run_to_the_end(writer)
+        answers.taken()
+        entries = tuple(store.index(None, 5))
+        reader = DiskReader(store, SimpleQueue(), answers)
+        reader.read_index(None, 3)
+        reader.read_index(entries[2].key, 3)
+        reader.read_index(None, 5)
+        reader.read_index(entries[4].key, 3)
+        reader.find_chain(7, ROOT, (3, 4, 9))
+        reader.find_chain(8, ROOT, (9, 9))
+        reader.stop()
+        await run_to_the_end(reader)
+        (third,) = [entry for entry in entries if entry.tokens == (3, 4)]
+        assert answers.taken() == [
+            IndexSlice(entries[:3], entries[2].key),
+            IndexSlice(entries[3:], None),
+            IndexSlice(entries, entries[4].key),
+            IndexSlice((), None),
+            ChainFound(7, (third,)),
+            ChainFound(8, ()),
+        ]
+
+
+async def test_a_disk_that_cannot_be_read_is_an_answer_too(tmp_path):
+    class Unreadable(MemoryStore):
+        def index(self, after, limit):
+            raise StoreError("io", "")
+
+        def find_chain(self, root, tokens):
+            raise StoreError("io", "")
+
+    answers = Answers()
+    reader = DiskReader(Unreadable(**SHAPE), SimpleQueue(), answers)
+    reader.read_index(None, 3)
+    reader.find_chain(7, ROOT, (3, 4, 9))
+    reader.stop()
+    await run_to_the_end(reader)
+    assert answers.taken() == [IndexFailed(None, "io"), ChainFound(7, ())]
 
 
 async def test_readers_and_the_writer_work_side_by_side(tmp_path):

@@ -7,24 +7,50 @@ import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import lmdb
 import pytest
 
-from tests.tiers.small_store import LIMITS, PAYLOAD_BYTES, block, manifest, opened, payload
-from tiers.block import StoreError
+from tests.tiers.small_store import (
+    FINGERPRINT,
+    LIMITS,
+    PAYLOAD_BYTES,
+    ROOT,
+    block,
+    manifest,
+    opened,
+    payload,
+)
+from tiers import lmdb_store
+from tiers.block import StoreError, chain_key
 from tiers.lmdb_store import scrub
 from tiers.state_dir import StateDir, StateDirRefused
-from tiers.store import BlockWrite, StoreLimits, item_name, response_name
+from tiers.store import (
+    BlockWrite,
+    ForgottenResponse,
+    MemoryStore,
+    StoreLimits,
+    item_name,
+    response_name,
+    whole_index,
+)
 
-ROOT = Path(__file__).parents[2]
+TREE = Path(__file__).parents[2]
 
 
 def read(store, write: BlockWrite) -> bytes:
     into = bytearray(b"\xee" * PAYLOAD_BYTES)
     store.read(write.key, write.parent, write.tokens, memoryview(into))
     return bytes(into)
+
+
+def asked(entry) -> BlockWrite:
+    """Whatever `read` needs to know of a block that the index names."""
+    return BlockWrite(
+        entry.key, entry.root, entry.parent, entry.depth, entry.tokens, memoryview(b""), 0.0
+    )
 
 
 def refusal(store, write: BlockWrite) -> str:
@@ -94,7 +120,7 @@ def test_the_blocks_of_another_model_are_neither_listed_nor_read(tmp_path):
     with opened(tmp_path) as store:
         store.write(blocks=[block(1), block(2)])
     with opened(tmp_path, fingerprint=b"g" * 32) as store:
-        assert list(store.index()) == []
+        assert list(whole_index(store)) == []
         assert refusal(store, block(1)) == "fingerprint"
         assert store.statistics().foreign_blocks == 2
     with opened(tmp_path) as store:
@@ -109,7 +135,7 @@ def test_records_of_another_model_make_room_oldest_first(tmp_path):
         store.write(blocks=[block(number) for number in (10, 11)])
         assert store.statistics().foreign_blocks == 2
     with opened(tmp_path, limits=limits) as store:
-        assert {entry.last_used for entry in store.index()} == {2.0, 3.0}
+        assert {entry.last_used for entry in whole_index(store)} == {2.0, 3.0}
         store.write(blocks=[block(12), block(13)])
         with pytest.raises(StoreError) as caught:  # its own blocks are its owner's to choose
             store.write(blocks=[block(14)])
@@ -136,11 +162,11 @@ def test_a_damaged_index_entry_costs_its_block_only(tmp_path):
         with opened(tmp_path) as store:
             raw(store, "index", block(1).key, flip(bit))
         with opened(tmp_path) as store:
-            assert [entry.key for entry in store.index()] == [block(2).key]
+            assert [entry.key for entry in whole_index(store)] == [block(2).key]
             assert store.statistics().block_bytes == 2 * 8192
             raw(store, "index", block(1).key, flip(bit))
     with opened(tmp_path) as store:
-        assert len(list(store.index())) == 2
+        assert len(list(whole_index(store))) == 2
 
 
 def test_a_block_without_an_index_entry_is_counted_and_makes_room(tmp_path):
@@ -152,7 +178,7 @@ def test_a_block_without_an_index_entry_is_counted_and_makes_room(tmp_path):
     with opened(tmp_path, limits=limits) as store:
         assert store.statistics().foreign_blocks == 1
         store.write(blocks=[block(3)])
-        assert {entry.key for entry in store.index()} == {block(2).key, block(3).key}
+        assert {entry.key for entry in whole_index(store)} == {block(2).key, block(3).key}
 
 
 def test_a_damaged_manifest_is_refused_and_a_misplaced_one_too(tmp_path):
@@ -223,6 +249,85 @@ def test_an_empty_state_directory_is_scrubbed_in_no_steps(tmp_path):
     assert not (tmp_path / "kv").exists()
 
 
+# finding what there is
+
+
+def chain(*lengths: int) -> list[BlockWrite]:
+    """Blocks behind one another; those of fewer than four tokens are tails of the same parent."""
+    found, parent, first = [], ROOT, 0
+    for length in lengths:
+        tokens = tuple(range(first, first + length))
+        key = chain_key(parent, tokens)
+        content = memoryview(bytes(PAYLOAD_BYTES))
+        found.append(BlockWrite(key, ROOT, parent, first // 4, tokens, content, 1.0))
+        if length == 4:
+            parent, first = key, first + 4
+    return found
+
+
+@pytest.mark.parametrize("kind", ["lmdb", "memory"])
+def test_a_prompt_finds_its_whole_blocks_and_the_longest_tail(tmp_path, kind):
+    writes = chain(4, 4, 1, 3)
+    with opened(tmp_path) as store:
+        if kind == "memory":
+            store = MemoryStore(
+                fingerprint=FINGERPRINT, payload_bytes=PAYLOAD_BYTES, block_tokens=4, limits=LIMITS
+            )
+        store.write(blocks=writes)
+
+        def found(*tokens: int) -> list[tuple[int, int]]:
+            entries = store.find_chain(ROOT, tokens)
+            assert all(entry.root == ROOT for entry in entries)
+            return [(entry.depth, len(entry.tokens)) for entry in entries]
+
+        assert found(*range(20)) == [(0, 4), (1, 4), (2, 3)]
+        assert found(*range(10)) == [(0, 4), (1, 4), (2, 1)]
+        assert found(*range(8), 99) == [(0, 4), (1, 4)]
+        assert found(*range(8)) == [(0, 4), (1, 4)]
+        assert found(*range(7)) == [(0, 4)]
+        assert found() == found(99) == []
+        store.write(drops=[writes[0].key])
+        assert found(*range(20)) == []  # what cannot be reached is not offered
+
+
+def test_the_index_is_read_in_slices_past_records_of_other_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(lmdb_store, "_SLICE", 3)
+    with opened(tmp_path, fingerprint=b"g" * 32) as store:
+        store.write(blocks=[block(number) for number in range(30)])
+    with opened(tmp_path) as store:
+        store.write(blocks=[block(number) for number in range(30, 50)])
+        expected = sorted(block(number).key for number in range(30, 50))
+        for limit in (1, 2, 3, 7, 20, 21):
+            assert [entry.key for entry in whole_index(store, limit)] == expected
+        assert len(store.index(None, 7)) == 7
+        assert store.index(expected[-1], 7) == []
+        assert [entry.key for entry in store.index(bytes(32), 100)] == expected
+
+
+def test_a_forgotten_response_names_its_keys_and_those_of_its_parent(tmp_path):
+    keys = [block(number).key for number in range(3)]
+    parent = replace(manifest(1), keys=tuple(keys[:2]))
+    child = replace(manifest(2), keys=tuple(keys), parent="r1")
+    for parents, shared in (([parent], keys[:2]), ([], []), ([replace(parent, stored=False)], [])):
+        with opened(tmp_path) as store:
+            store.forget_response("t", "r1")
+            store.write(manifests=[*parents, child])
+            assert store.forget_response("t", "r2") == ForgottenResponse(tuple(keys), tuple(shared))
+            assert store.forget_response("t", "r2") is None
+
+
+def test_an_environment_in_another_format_is_put_aside(tmp_path, caplog):
+    with opened(tmp_path) as store:
+        store.write(blocks=[block(1)])
+        with store._env.begin(write=True) as txn:
+            txn.drop(store._env.open_db(b"meta", txn=txn))
+    with opened(tmp_path) as store:
+        assert list(whole_index(store)) == []
+    assert (tmp_path / "kv.other-format").is_dir()
+    assert not (tmp_path / "kv.damaged").exists()
+    assert "format" in caplog.text
+
+
 # missing bytes
 
 
@@ -246,10 +351,8 @@ def test_a_truncated_file_never_stops_or_kills_the_start(tmp_path):
         data.write_bytes(whole[: len(whole) * part // 8 + part])
         data.chmod(0o600)
         with opened(tmp_path) as store:
-            for entry in store.index():
-                assert read(
-                    store, BlockWrite(entry.key, entry.parent, entry.tokens, memoryview(b""), 0.0)
-                ) == payload(entry.tokens[0])
+            for entry in whole_index(store):
+                assert read(store, asked(entry)) == payload(entry.tokens[0])
             store.write(blocks=[block(100)], manifests=[manifest(100)])
             assert read(store, block(100)) == payload(100)
     assert (tmp_path / "kv.damaged").is_dir()
@@ -334,7 +437,7 @@ def test_a_full_map_refuses_the_write_and_keeps_the_rest(tmp_path):
                 written.append(number)
         assert caught.value.reason == "full"
         assert len(written) > 10
-        assert {entry.tokens[0] for entry in store.index()} == set(written)
+        assert {entry.tokens[0] for entry in whole_index(store)} == set(written)
         assert all(read(store, block(number)) == payload(number) for number in written)
         store.write(drops=[block(number).key for number in written[:10]])
         store.write(drops=[])  # what transaction n frees, n + 1 cannot use yet
@@ -357,7 +460,7 @@ def test_a_disk_that_takes_no_more_bytes_refuses_and_recovers(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert caught.value.reason == "io"
-        assert {entry.key for entry in store.index()} == {block(1).key}
+        assert {entry.key for entry in whole_index(store)} == {block(1).key}
         assert store.find_response("t", "r1") is None
         store.write(blocks=[block(number) for number in range(2, 30)], manifests=[manifest(1)])
     with opened(tmp_path) as store:
@@ -378,7 +481,7 @@ def test_a_smaller_capacity_than_last_time_lets_the_store_shrink(tmp_path):
         store.write(blocks=[block(n) for n in range(6)])
     with opened(tmp_path, limits=StoreLimits(block_bytes=3 * 8192)) as store:
         assert store.block_slots == 3
-        assert len(list(store.index())) == 6
+        assert len(list(whole_index(store))) == 6
         store.write(drops=[block(0).key], manifests=[manifest(1)])
         store.write(blocks=[block(7)], drops=[block(1).key])  # no larger than before
         with pytest.raises(StoreError) as caught:
@@ -496,13 +599,13 @@ def test_kill_9_while_writing_loses_nothing_that_was_acknowledged(tmp_path):
     following = 0
     for _ in range(12):
         command = [sys.executable, "-m", "tests.tiers.small_store", str(tmp_path), str(following)]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+        with subprocess.Popen(command, cwd=TREE, stdout=subprocess.PIPE, text=True) as child:
             for _ in range(rng.randrange(1, 6)):
                 acknowledged = int(child.stdout.readline())
             child.kill()
             acknowledged = max([acknowledged, *map(int, child.stdout.read().split())])
         with opened(tmp_path) as store:
-            found = {entry.tokens[0] for entry in store.index()}
+            found = {entry.tokens[0] for entry in whole_index(store)}
             for number in found:
                 assert read(store, block(number)) == payload(number)
             in_flight = acknowledged + 4

@@ -6,6 +6,7 @@ which real keys never are, so that only the fingerprint in the record keeps them
 
 import dataclasses
 import hashlib
+import itertools
 import shutil
 import tempfile
 from operator import methodcaller
@@ -22,7 +23,14 @@ from tiers.block import StoreError, chain_key, root_key
 from tiers.lmdb_store import LmdbStore, scrub
 from tiers.manifest import Manifest
 from tiers.state_dir import StateDir
-from tiers.store import BlockWrite, MemoryStore, StoreLimits, record_bytes_on_disk
+from tiers.store import (
+    BlockWrite,
+    IndexEntry,
+    MemoryStore,
+    StoreLimits,
+    record_bytes_on_disk,
+    whole_index,
+)
 
 MODELS = (b"a" * 32, b"b" * 32)
 PAYLOAD_BYTES = 700
@@ -34,16 +42,16 @@ POISON = 0xEE
 
 
 def _chains() -> list:
-    """[(key, parent, tokens)]: two chains of three full blocks and a tail."""
+    """Two chains of three full blocks and a tail."""
     found = []
     for chain in range(2):
-        parent = root_key(MODELS[0], b"salt")
+        parent = root = root_key(MODELS[0], b"salt")
         for place in range(4):
             tokens = tuple(
                 range(chain * 100 + place * 4, chain * 100 + place * 4 + (4 if place < 3 else 2))
             )
             key = chain_key(parent, tokens)
-            found.append((key, parent, tokens))
+            found.append(IndexEntry(key, root, parent, place, tokens, 0.0))
             parent = key
     return found
 
@@ -78,6 +86,13 @@ faults = st.builds(Countdown, st.integers(1, 12), st.sampled_from(ERRORS))
 
 def payload(model: bytes, key: bytes, version: int) -> bytes:
     return hashlib.shake_256(model + key + bytes([version])).digest(PAYLOAD_BYTES)
+
+
+def block_write(entry: IndexEntry, content: bytes = b"", now: float = 0.0) -> BlockWrite:
+    """`entry` to be written, or to be read: then its content does not matter."""
+    return BlockWrite(
+        entry.key, entry.root, entry.parent, entry.depth, entry.tokens, memoryview(content), now
+    )
 
 
 def outcome(call):
@@ -119,19 +134,15 @@ class StoreMachine(RuleBasedStateMachine):
         self.now += 1
         self.version += 1
         return [
-            BlockWrite(
-                key,
-                parent,
-                tokens,
-                memoryview(payload(self.model, key, self.version % 5)),
-                self.now,
+            block_write(
+                BLOCKS[number], payload(self.model, BLOCKS[number].key, self.version % 5), self.now
             )
-            for key, parent, tokens in (BLOCKS[number] for number in numbers)
+            for number in numbers
         ]
 
     @rule(blocks=some_blocks, manifests=some_manifests, drops=some_blocks)
     def write(self, blocks, manifests, drops) -> None:
-        writes, drop_keys = self.writes(blocks), [BLOCKS[number][0] for number in drops]
+        writes, drop_keys = self.writes(blocks), [BLOCKS[number].key for number in drops]
         answer = self.both(
             lambda store: store.write(blocks=writes, manifests=manifests, drops=drop_keys)
         )
@@ -141,7 +152,7 @@ class StoreMachine(RuleBasedStateMachine):
     def turn(self, chain, manifests) -> None:
         """A whole chain and its manifest, with room made ahead, as the cache does."""
         writes = self.writes(range(chain * 4, chain * 4 + 4))
-        own = {entry.key for entry in self.memory.index()} - {write.key for write in writes}
+        own = {entry.key for entry in whole_index(self.memory)} - {write.key for write in writes}
         answer = self.both(
             lambda store: store.write(blocks=writes, manifests=manifests, drops=sorted(own))
         )
@@ -153,7 +164,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(blocks=some_blocks, manifests=some_manifests, drops=some_blocks, fault=faults)
     def write_with_fault(self, blocks, manifests, drops, fault) -> None:
         """Committed means present, failed means absent: the reference is told only of what was acknowledged."""
-        writes, drop_keys = self.writes(blocks), [BLOCKS[number][0] for number in drops]
+        writes, drop_keys = self.writes(blocks), [BLOCKS[number].key for number in drops]
 
         def call(store):
             store.write(blocks=writes, manifests=manifests, drops=drop_keys)
@@ -181,10 +192,10 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(number=st.sampled_from(range(len(BLOCKS))), wrong=st.sampled_from(range(len(BLOCKS))))
     def ask_for_another(self, number, wrong) -> None:
-        key, parent, _ = BLOCKS[number]
+        key, parent = BLOCKS[number].key, BLOCKS[number].parent
         buffer = bytearray([POISON]) * PAYLOAD_BYTES
         answer = self.both(
-            lambda store: store.read(key, parent, BLOCKS[wrong][2], memoryview(buffer))
+            lambda store: store.read(key, parent, BLOCKS[wrong].tokens, memoryview(buffer))
         )
         assert wrong == number or isinstance(answer, str)
         assert answer is None or buffer == bytes([POISON]) * PAYLOAD_BYTES
@@ -245,8 +256,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_block_reads_alike_and_is_of_this_model(self) -> None:
-        for key, parent, tokens in BLOCKS:
-            asked = BlockWrite(key, parent, tokens, memoryview(b""), 0.0)
+        for entry in BLOCKS:
+            key, asked = entry.key, block_write(entry)
             found = self.read(store=self.lmdb, write=asked)
             assert found == self.read(store=self.memory, write=asked)
             if not isinstance(found, str):
@@ -254,7 +265,24 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_index_names_the_same_blocks(self) -> None:
-        assert set(self.lmdb.index()) == set(self.memory.index())
+        expected = self.memory.index(None, 100)
+        for limit in (1, 2, 3, 100):
+            assert list(whole_index(self.lmdb, limit)) == expected
+        assert [entry.key for entry in expected] == sorted(entry.key for entry in expected)
+        assert {dataclasses.replace(entry, last_used=0.0) for entry in expected} <= set(BLOCKS)
+
+    @invariant()
+    def a_chain_is_what_the_index_says_as_far_as_it_goes(self) -> None:
+        there = {entry.key for entry in self.memory.index(None, 100)}
+        for chain in (BLOCKS[:4], BLOCKS[4:]):
+            tokens = tuple(token for entry in chain for token in entry.tokens)
+            for asked in (tokens, (*tokens, 7, 7, 7), tokens[:-1], (*tokens[:12], 7), tokens[:9]):
+                found = self.lmdb.find_chain(chain[0].root, asked)
+                assert found == self.memory.find_chain(chain[0].root, asked)
+                held = list(itertools.takewhile(lambda entry: entry.key in there, chain))
+                fits = [e for e in held if e.tokens == asked[4 * e.depth :][: len(e.tokens)]]
+                assert [entry.key for entry in found] == [entry.key for entry in fits]
+            assert self.lmdb.find_chain(root_key(MODELS[0], b"other"), tokens) == []
 
     @invariant()
     def totals_agree_and_keep_to_the_limits(self) -> None:
@@ -292,13 +320,11 @@ def test_a_write_that_fails_at_any_call_leaves_nothing_and_the_next_one_works(tm
     healthy = store._env
     old = Manifest("r0", "", "s", None, 1.0, True, (1,), 0, ("i0",), b"d0", (), b"old")
     new = dataclasses.replace(old, body=b"new")
-    (key, parent, tokens), (dropped, dropped_parent, dropped_tokens) = BLOCKS[0], BLOCKS[4]
-    first = BlockWrite(
-        dropped, dropped_parent, dropped_tokens, memoryview(bytes(PAYLOAD_BYTES)), 1.0
-    )
-    second = BlockWrite(key, parent, tokens, memoryview(b"\1" * PAYLOAD_BYTES), 2.0)
+    key, dropped = BLOCKS[0].key, BLOCKS[4].key
+    first = block_write(BLOCKS[4], bytes(PAYLOAD_BYTES), 1.0)
+    second = block_write(BLOCKS[0], b"\1" * PAYLOAD_BYTES, 2.0)
     store.write(blocks=[first], manifests=[old])
-    before = (set(store.index()), store.find_response("", "r0"), store.find_item("", "i0"))
+    before = (set(whole_index(store)), store.find_response("", "r0"), store.find_item("", "i0"))
     reason = "full" if error in (lmdb.MapFullError, lmdb.DiskError) else "io"
     calls = 0
     fault = None
@@ -310,10 +336,14 @@ def test_a_write_that_fails_at_any_call_leaves_nothing_and_the_next_one_works(tm
         store._env = healthy
         assert answer == (f"refused: {reason}" if fault.fired else None)
         if fault.fired:
-            after = (set(store.index()), store.find_response("", "r0"), store.find_item("", "i0"))
+            after = (
+                set(whole_index(store)),
+                store.find_response("", "r0"),
+                store.find_item("", "i0"),
+            )
             assert after == before
     assert calls > 10
-    assert {entry.key for entry in store.index()} == {key}
+    assert {entry.key for entry in whole_index(store)} == {key}
     assert store.find_item("", "i0") == new
     store.close()
     state.close()
