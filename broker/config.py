@@ -10,6 +10,7 @@ Laws
 How values are written
     bytes   "4GiB", "512MiB"; a plain integer is bytes
     times   "250ms", "90s", "5m", "2h", "30d"; a plain number is seconds
+    shares  0.95: a part of 1
     "auto"  for a key that may be absent: homeport chooses
 """
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 Bytes = NewType("Bytes", int)
 Seconds = NewType("Seconds", float)
+Share = NewType("Share", float)  # of 1
 KeyDigest = NewType("KeyDigest", bytes)  # SHA-256 of a bearer key's bytes
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -88,12 +90,16 @@ class Engine:
 @dataclass(frozen=True, slots=True)
 class DeviceTier:
     capacity: Annotated[Bytes, Within(1)] = Bytes(2 * GIB)
+    high: Annotated[Share, Within(0.1, 1)] = Share(0.98)
+    low: Annotated[Share, Within(0.1, 1)] = Share(0.95)
 
 
 @dataclass(frozen=True, slots=True)
 class HostTier:
     capacity: Annotated[Bytes, Within(0)] = Bytes(4 * GIB)
     after: Annotated[Seconds, Within(0)] = Seconds(300.0)
+    high: Annotated[Share, Within(0.1, 1)] = Share(0.98)
+    low: Annotated[Share, Within(0.1, 1)] = Share(0.95)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +107,44 @@ class DiskTier:
     capacity: Annotated[Bytes, Within(0)] = Bytes(40 * GIB)
     after: Annotated[Seconds, Within(0)] = Seconds(1800.0)
     max_lag: Annotated[Seconds, Within(0, 3600)] = Seconds(1.0)
+    high: Annotated[Share, Within(0.1, 1)] = Share(0.98)
+    low: Annotated[Share, Within(0.1, 1)] = Share(0.95)
     readers: Annotated[int, Within(1, 64)] = 4
+    min_free: Annotated[Bytes, Within(0)] = Bytes(GIB)
+    durability: Literal["power", "process"] = "power"
+    compact: Literal["off", "bf16", "int8"] = "off"
+    scrub: Annotated[Bytes, Within(0, GIB)] = Bytes(4 * MIB)
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    decide: bool = True
+    deadline: Annotated[float, Within(1, 1000)] = 4.0
+    floor: Annotated[Seconds, Within(0, 3600)] = Seconds(1.0)
+    max_loading: Annotated[int, Within(1, 1024)] = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Protect:
+    burst: Annotated[Seconds, Within(0)] = Seconds(120.0)
+    tool_wait: Annotated[Seconds, Within(0)] = Seconds(300.0)
+    human_wait: Annotated[Seconds, Within(0)] = Seconds(14 * 3600.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Tiers:
-    policy: Literal["session_lru"] = "session_lru"
+    policy: Literal["session_lru", "lru", "slru"] = "session_lru"
+    pins: Annotated[Share, Within(0, 0.5)] = Share(0.25)
+    tenant_share: Annotated[Share, Within(0.01, 1)] = Share(1.0)
+    probation: Annotated[Share, Within(0, 1)] = Share(0.2)
+    ttl_default: Annotated[Seconds, Within(0)] = Seconds(0.0)
+    ttl_max: Annotated[Seconds, Within(0)] = Seconds(24 * 3600.0)
+    canary: Annotated[Share, Within(0, 1)] = Share(0.0)
     device: DeviceTier = DeviceTier()
     host: HostTier = HostTier()
     disk: DiskTier = DiskTier()
+    restore: Restore = Restore()
+    protect: Protect = Protect()
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +330,9 @@ def _scalar(kind: Any, value: object, where: str) -> object:
     elif kind is Path:
         found = Path(value).expanduser() if isinstance(value, str) and value else None
         wanted = "a path"
+    elif kind in (Share, float):
+        found = float(cast("float", value)) if number else None
+        wanted = "a number"
     elif kind is bool:
         found = value if isinstance(value, bool) else None
         wanted = "true or false"
@@ -337,6 +375,26 @@ def _assignment(text: str) -> dict[str, Any]:
 def _check_whole(config: Config) -> None:
     """What no single key can know. Raises ConfigError."""
     tiers = config.tiers
+    for name, low, high in (
+        ("device", tiers.device.low, tiers.device.high),
+        ("host", tiers.host.low, tiers.host.high),
+        ("disk", tiers.disk.low, tiers.disk.high),
+    ):
+        if low >= high:
+            raise ConfigError(
+                f"tiers.{name}.low ({low:g}) is not below tiers.{name}.high ({high:g}):"
+                " eviction starts at high and stops at low"
+            )
+    if tiers.ttl_default > tiers.ttl_max:
+        raise ConfigError(
+            f"tiers.ttl_default ({tiers.ttl_default:g} s) is more than tiers.ttl_max ({tiers.ttl_max:g} s)"
+        )
+    protect = tiers.protect
+    if not protect.burst <= protect.tool_wait <= protect.human_wait:
+        raise ConfigError(
+            "tiers.protect: burst is at most tool_wait, and that at most human_wait: a session that waits"
+            " goes from one class to the next"
+        )
     if tiers.disk.after < tiers.host.after:
         raise ConfigError(
             f"tiers.disk.after ({tiers.disk.after:g} s) is before tiers.host.after ({tiers.host.after:g} s):"

@@ -64,6 +64,27 @@ def test_later_files_and_assignments_win_key_by_key(tmp_path):
         ("tiers.host.after=soon", ["tiers.host.after", '"90s"']),
         ("tiers.host.after=nan", ["tiers.host.after", "at least 0s"]),
         ("tiers.host.after=2h", ["tiers.disk.after", "tiers.host.after"]),
+        ("tiers.policy=lfu", ["tiers.policy", "session_lru, lru, slru"]),
+        ("tiers.pins=0.6", ["tiers.pins", "between 0 and 0.5"]),
+        ("tiers.pins=much", ["tiers.pins", "a number"]),
+        ("tiers.canary=1.1", ["tiers.canary", "between 0 and 1"]),
+        ("tiers.canary=true", ["tiers.canary", "a number"]),
+        ("tiers.tenant_share=0", ["tiers.tenant_share", "between 0.01 and 1"]),
+        ("tiers.probation=-0.1", ["tiers.probation", "between 0 and 1"]),
+        ("tiers.device.high=1.01", ["tiers.device.high", "between 0.1 and 1"]),
+        ("tiers.device.low=0.98", ["tiers.device.low", "tiers.device.high"]),
+        ("tiers.host.low=1", ["tiers.host.low", "tiers.host.high"]),
+        ("tiers.disk.high=0.5", ["tiers.disk.low", "tiers.disk.high"]),
+        ("tiers.ttl_default=25h", ["tiers.ttl_default", "tiers.ttl_max"]),
+        ("tiers.ttl_max=-1", ["tiers.ttl_max", "at least 0s"]),
+        ("tiers.disk.durability=none", ["tiers.disk.durability", "power, process"]),
+        ("tiers.disk.compact=fp4", ["tiers.disk.compact", "off, bf16, int8"]),
+        ("tiers.disk.min_free=-1", ["tiers.disk.min_free", "at least 0B"]),
+        ("tiers.disk.scrub=2GiB", ["tiers.disk.scrub", "between 0B and 1GiB"]),
+        ("tiers.restore.deadline=0.5", ["tiers.restore.deadline", "between 1 and 1000"]),
+        ("tiers.restore.max_loading=0", ["tiers.restore.max_loading", "between 1 and 1024"]),
+        ("tiers.protect.burst=6m", ["tiers.protect", "tool_wait"]),
+        ("tiers.protect.human_wait=1m", ["tiers.protect", "human_wait"]),
         ("server.port=70000", ["server.port", "between 0 and 65535"]),
         ("server.port='1'", ["server.port", "a whole number"]),
         ("server.port=true", ["server.port", "a whole number"]),
@@ -88,6 +109,12 @@ def test_a_mistake_is_one_line_that_names_the_key_and_what_was_wanted(assignment
     assert "\n" not in message
     for part in expected:
         assert part in message
+
+
+def test_a_share_may_be_written_as_a_whole_number():
+    config = load([], ["tiers.device.high=1", "tiers.canary=0", "tiers.restore.deadline=2"])
+    assert (config.tiers.device.high, config.tiers.restore.deadline) == (1.0, 2.0)
+    assert isinstance(config.tiers.canary, float)
 
 
 def test_a_mistake_in_a_file_names_the_file(tmp_path):
