@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tiers import policy
-from tiers.block import Copy, Drop, Fetch, Spill, Tier, chain_key
+from tiers.block import Copy, Drop, Fetch, Spill, Tier
 from tiers.hold import Flight, Hold, HoldState
 from tiers.index import Index, Match, in_chains
 from tiers.lease import Lease, Leases
@@ -264,7 +264,7 @@ class TieredCache:
         """Give the hold's first private slot its key. If that key is on the device already, the slot is not needed."""
         slot = hold.private.pop(0)
         parent = hold.blocks[-1].key if hold.blocks else hold.root
-        block = self._index.get(chain_key(parent, tokens))
+        block = self._index.find(parent, tokens)
         if block is None:
             block = self._index.add(
                 hold.root, parent, tokens, depth=len(hold.blocks), last_used=now

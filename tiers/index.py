@@ -6,6 +6,8 @@ tokens with what follows, be it a tail or a block that diverges midway: matching
 
 Laws
     A block is known under its own key, once, and its parent is known too unless it is a root or was lost.
+    A key alone is never believed: tokens and parent are compared on every hit, so even a hash that collided could not
+    answer with another prompt's KV.
     A match is contiguous from the root and never covers the prompt's last token, whose logits must be computed.
 """
 
@@ -52,6 +54,11 @@ class Index:
     def get(self, key: BlockKey) -> Block | None:
         return self._blocks.get(key)
 
+    def find(self, parent: BlockKey, tokens: TokenIds) -> Block | None:
+        """The block of `tokens` behind `parent`. One that has its key but is another is not it (see tiers/block.py)."""
+        block = self._blocks.get(chain_key(parent, tokens))
+        return block if block and (block.parent, block.tokens) == (parent, tokens) else None
+
     def children(self, block: Block) -> list[Block]:
         return [child for some in self._children.get(block.key, {}).values() for child in some]
 
@@ -61,12 +68,11 @@ class Index:
         parent, at = root, 0
         blocks: list[Block] = []
         while at + size <= limit:
-            key = chain_key(parent, tokens[at : at + size])
-            block = self._blocks.get(key)
+            block = self.find(parent, tokens[at : at + size])
             if block is None or not block.places:
                 break
             blocks.append(block)
-            parent, at = key, at + size
+            parent, at = block.key, at + size
         partial, rows = self._continuation(parent, tokens[at : min(limit, at + size)])
         return Match(root, tuple(blocks), partial, rows, at + rows)
 

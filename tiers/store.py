@@ -13,15 +13,14 @@ Laws
 
 from __future__ import annotations
 
-import struct
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import TYPE_CHECKING, NewType, Protocol
 
 from tiers import manifest as manifests_format
 from tiers import record
 from tiers.block import BlockKey, StoreError, chain_key
+from tiers.canonical import digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -187,15 +186,15 @@ def record_bytes_on_disk(record_bytes: int) -> int:
 
 
 def response_name(tenant: str, response_id: str) -> Name:
-    return _name(b"response", tenant, response_id.encode(errors="surrogatepass"))
+    return _name("response", tenant, response_id.encode(errors="surrogatepass"))
 
 
 def item_name(tenant: str, item_id: str) -> Name:
-    return _name(b"item", tenant, item_id.encode(errors="surrogatepass"))
+    return _name("item", tenant, item_id.encode(errors="surrogatepass"))
 
 
 def content_name(tenant: str, digest: bytes) -> Name:
-    return _name(b"content", tenant, digest)
+    return _name("content", tenant, digest)
 
 
 def other_names(manifest: Manifest) -> list[Name]:
@@ -206,10 +205,8 @@ def other_names(manifest: Manifest) -> list[Name]:
     return names
 
 
-def _name(kind: bytes, tenant: str, name: bytes) -> Name:
-    parts = (kind, tenant.encode(errors="surrogatepass"), name)
-    framed = b"".join(struct.pack("<I", len(part)) + part for part in parts)
-    return Name(blake2b(framed, digest_size=32, person=b"homeport-name-1").digest())
+def _name(kind: str, tenant: str, name: bytes) -> Name:
+    return Name(digest(b"homeport-name-2", [kind, tenant.encode(errors="surrogatepass"), name]))
 
 
 @dataclass(frozen=True, slots=True)

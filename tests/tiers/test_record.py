@@ -51,7 +51,7 @@ def test_the_layout_is_the_one_in_the_header():
     assert data[40:72] == KEY
     assert data[72:104] == ROOT
     assert data[104:128].hex() == "0700000000000000" + "0000000000002940" + "0300000000000000"
-    assert data[128:144].hex() == "e938962cea6715b3da4832d6a975208a"
+    assert data[128:144].hex() == "9483051dc413ea7b4c3692a62ac7fdc1"
     assert data[128:144] == xxhash.xxh3_128_digest(data[:128] + bytes(16) + data[144:])
     assert data[144:156].hex() == "0100000002000000ffffffff"
     assert data[156:512] == bytes(356)
