@@ -6,9 +6,12 @@ Three questions, in this order, on every route and before any upgrade:
     key      `Authorization: Bearer …` or `x-api-key: …`. Compared as SHA-256 digests, in constant time, all of them.
 
 Laws
-    Every key is its own tenant. Tenants share neither KV (the salt) nor response ids (the name).
+    Every key is its own tenant. Tenants share neither KV (the salt) nor response ids (the name). With `shared` all keys
+    have one salt, so one prompt's KV serves them all; their names stay apart.
+    A tenant is made of the state directory's secret and the key that proved itself: nothing else of a request can
+    change it, so no field of a request gives access to another's KV.
     Without keys the server is open, and then it listens on loopback only: `check_exposure`.
-    Neither a tenant's name nor its salt tells the key: both are keyed with the state directory's secret.
+    Neither a tenant's name nor its salt tells the key, nor one of them the other.
 """
 
 from __future__ import annotations
@@ -50,11 +53,12 @@ class Access:
         origins: Iterable[str] = (),
         keys: Iterable[KeyDigest] = (),
         secret: bytes = b"",
+        shared: bool = False,
     ) -> None:
         self._any_address = not is_loopback(host)
         self._hosts = frozenset({"localhost", host.lower(), *(one.lower() for one in hosts)})
         self._origins = frozenset(one.lower().rstrip("/") for one in origins)
-        self._tenants = [(digest, _tenant(digest, secret)) for digest in keys]
+        self._tenants = [(digest, _tenant(digest, secret, shared=shared)) for digest in keys]
 
     def admit(self, headers: Sequence[tuple[bytes, bytes]]) -> Tenant:
         """The tenant that a request's headers (lower-case names) prove. Raises ClientError: 421, 403 or 401."""
@@ -118,9 +122,10 @@ def check_exposure(host: str, keys: Sequence[KeyDigest]) -> None:
         )
 
 
-def _tenant(digest: KeyDigest, secret: bytes) -> Tenant:
+def _tenant(digest: KeyDigest, secret: bytes, *, shared: bool) -> Tenant:
     name = hmac.digest(secret, b"tenant name" + digest, "sha256")
-    return Tenant(name.hex()[:32], hmac.digest(secret, b"tenant salt" + digest, "sha256"))
+    salted = b"shared salt" if shared else b"tenant salt" + digest
+    return Tenant(name.hex()[:32], hmac.digest(secret, salted, "sha256"))
 
 
 def _key(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:

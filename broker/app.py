@@ -86,6 +86,7 @@ async def _serve_port(
             origins=settings.allowed_origins,
             keys=config.auth.keys,
             secret=_secret(settings.state_dir) if config.auth.keys else b"",
+            shared=config.auth.shared,
         ),
         engine=engine,
         sessions=Sessions(),

@@ -66,6 +66,7 @@ class Server:
 @dataclass(frozen=True, slots=True)
 class Auth:
     keys: tuple[KeyDigest, ...] = ()
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ class Rig:
                 origins=server.allowed_origins,
                 keys=self.config.auth.keys,
                 secret=b"secret",
+                shared=self.config.auth.shared,
             ),
             engine=self.engine,
             sessions=Sessions(),
