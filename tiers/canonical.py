@@ -27,14 +27,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    Value = (
-        None | bool | int | float | str | bytes | Sequence["Value"] | Mapping[str | int, "Value"]
-    )
+    Value = None | bool | int | float | str | bytes | Sequence["Value"] | Mapping[Any, "Value"]
 
 DIGEST_BYTES = 32
 _FRAME = struct.Struct("<cQ")
@@ -72,7 +70,7 @@ def _framed(tag: bytes, content: bytes) -> bytes:
     return _FRAME.pack(tag, len(content)) + content
 
 
-def _pairs(value: Mapping[str | int, Value]) -> bytes:
+def _pairs(value: Mapping[Any, Value]) -> bytes:
     if not all(type(name) in (str, int) for name in value):
         raise TypeError("a name is neither a str nor an int")
     return b"".join(

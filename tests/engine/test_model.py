@@ -31,8 +31,9 @@ from transformers import (
 )
 
 from engine import attention, model
-from engine.model import Digests, LoadSpec, UnsupportedModel, check_config, fingerprint, load, probe
+from engine.model import Digests, LoadSpec, UnsupportedModel, check_config, load, probe
 from tests.engine.tiny import SHAPE, TINY, save_tiny
+from tiers.arena import Geometry
 
 MOVING = {"rope_theta": 1e4, "factor": 2.0}
 
@@ -196,37 +197,67 @@ def test_fingerprint_changes_with_one_weight_even_in_place(tiny_dirs, tmp_path):
     assert print_of(directory, tmp_path / "s") != before
 
 
-def test_fingerprint_changes_with_what_shapes_kv(tiny_dirs, tmp_path):
-    llama = tiny_dirs["llama"]
-    config = AutoConfig.from_pretrained(llama)
-    geometry = probe(built(TINY["llama"]), 32)
-    weights = {"model.safetensors": "00"}
-    own = fingerprint(weights, config, geometry)
-    assert own == fingerprint(dict(weights), AutoConfig.from_pretrained(llama), geometry)
-    geometries = [
-        replace(geometry, **change)
-        for change in (
-            {"block_tokens": 16},
-            {"dtype_name": "bfloat16"},
-            {"layers": 4},
-            {"kv_heads": 1},
-            {"head_dim": 16},
-        )
-    ]
-    configs = [
-        LlamaConfig(**SHAPE | change)
-        for change in (
-            {"rms_norm_eps": 1e-3},
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}},
-            {"hidden_act": "gelu"},
-        )
-    ]
-    others = [
-        fingerprint({"model.safetensors": "01"}, config, geometry),
-        *(fingerprint(weights, config, other) for other in geometries),
-        *(fingerprint(weights, other, geometry) for other in configs),
-    ]
-    assert len({own, *others}) == 1 + len(others)
+def test_fingerprint_is_of_what_was_loaded_whatever_the_file_says_of_its_age(tiny_dirs, tmp_path):
+    """Same name, size, times and inode: nothing about a file tells that its content is the same."""
+    directory = copied(tiny_dirs["llama"], tmp_path / "m")
+    [file] = directory.glob("*.safetensors")
+    before, first = file.stat(), print_of(directory, tmp_path / "s")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0x80  # the sign of one element
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (
+        before.st_size,
+        before.st_mtime_ns,
+        before.st_ino,
+    )
+    assert print_of(directory, tmp_path / "s") != first
+
+
+def test_fingerprint_does_not_care_how_the_weights_are_cut_into_files(tiny_dirs, tmp_path):
+    whole = tiny_dirs["llama"]
+    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(
+        tmp_path / "m", max_shard_size="20KB"
+    )
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
+    assert print_of(tmp_path / "m", tmp_path / "s") == print_of(whole, tmp_path / "s")
+
+
+def test_fingerprint_names_the_storage_of_its_blocks(tiny_dirs, tmp_path):
+    spec = LoadSpec(state_dir=tmp_path, path=str(tiny_dirs["llama"]), device="cpu", threads=1)
+    compact = [load(replace(spec, storage=name)).fingerprint for name in ("off", "bf16", "int8")]
+    assert len(set(compact)) == 3
+    assert compact[0] == load(spec).fingerprint
+
+
+def test_weights_that_were_missing_and_made_up_are_nobodys_cache(tiny_dirs, tmp_path):
+    """transformers fills a missing tensor with random numbers: the file is the same at every start, the model is not."""
+    directory = copied(tiny_dirs["llama"], tmp_path / "m")
+    [file] = directory.glob("*.safetensors")
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    assert print_of(directory, tmp_path / "s") != print_of(directory, tmp_path / "s")
+
+
+def test_a_config_that_cannot_be_named_for_sure_is_refused():
+    class Strange(LlamaConfig):
+        def to_dict(self):
+            return {"strange": {1, 2}}
+
+    geometry = Geometry(1, 1, 8, 4, "float32")
+    with pytest.raises(UnsupportedModel, match="llama: of its config, set has no canonical"):
+        model._fingerprint({}, Strange(), geometry, torch.device("cpu"), "off")
+
+
+def test_a_book_of_digests_that_cannot_be_read_is_an_empty_one(tmp_path):
+    file, book = tmp_path / "weights", tmp_path / "digests.json"
+    file.write_bytes(b"one")
+    expected = Digests(book).of(file)
+    for damaged in (b"", b"{", b"[1]", b"\xff\xfe"):
+        book.write_bytes(damaged)
+        assert Digests(book).of(file) == expected
 
 
 def test_digests_are_remembered_until_the_file_changes(tmp_path):
