@@ -177,6 +177,7 @@ def _secret(state_dir: Path) -> bytes:
 @asynccontextmanager
 async def open_model_engine(config: Config) -> AsyncIterator[Service]:
     """The real engine. Imported here: torch takes seconds, and no other command needs it."""
+    from engine.restore import RestoreLimits
     from engine.service import EngineSettings, open_engine
     from tiers.policy import Limits
 
@@ -202,6 +203,13 @@ async def open_model_engine(config: Config) -> AsyncIterator[Service]:
         ),
         readers=tiers.disk.readers,
         threads=config.engine.threads,
+        restore=RestoreLimits(
+            decide=tiers.restore.decide,
+            deadline=tiers.restore.deadline,
+            floor_s=tiers.restore.floor,
+            max_loading=tiers.restore.max_loading,
+        ),
+        canary=tiers.canary,
     )
     async with open_engine(settings, SystemClock().now) as service:
         yield service

@@ -121,8 +121,8 @@ class DiskTier:
 class Restore:
     decide: bool = True
     deadline: Annotated[float, Within(1, 1000)] = 4.0
-    floor: Annotated[Seconds, Within(0, 3600)] = Seconds(1.0)
-    max_loading: Annotated[int, Within(1, 1024)] = 4
+    floor: Annotated[Seconds, Within(0, 3600)] = Seconds(0.5)
+    max_loading: Annotated[int, Within(1, 1024)] = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,10 +170,11 @@ class _Routes:
         self._port = port
 
     async def create(self, request: Request) -> TurnResponse:
+        tenant = _tenant(request)
+        scope = ConnectionScope(labels=self._port.expect(tenant, request.scope["headers"]))
         body = parse_object(await _read_body(request, self._port))
-        return TurnResponse(
-            parse_create(body, transport=Transport.HTTP), _tenant(request), self._port
-        )
+        turn = parse_create(body, transport=Transport.HTTP)
+        return TurnResponse(turn, tenant, scope, self._port)
 
     async def retrieve(self, request: Request) -> Response:
         node = await self._stored(request)
@@ -262,9 +263,12 @@ class TurnResponse(Response):
     Nothing is sent before the turn's first event, so a turn that is refused still gets its HTTP status.
     """
 
-    def __init__(self, turn: TurnRequest, tenant: Tenant, port: Port) -> None:
+    def __init__(
+        self, turn: TurnRequest, tenant: Tenant, connection: ConnectionScope, port: Port
+    ) -> None:
         self._turn = turn
         self._tenant = tenant
+        self._connection = connection
         self._port = port
         self._started = False
         self._terminal: dict[str, Any] | None = None
@@ -288,13 +292,12 @@ class TurnResponse(Response):
             await self._answer_whole(scope, receive, send)
 
     async def _run(self) -> None:
-        connection = ConnectionScope()
         try:
             await self._port.turn(
                 self._turn,
                 transport="http",
                 tenant=self._tenant,
-                scope=connection,
+                scope=self._connection,
                 emit=self._emit,
             )
         except BrokerError as error:

@@ -8,7 +8,7 @@ Laws
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +19,30 @@ if TYPE_CHECKING:
 
 _SOURCES = ("computed", "device", "host", "disk", "remote")
 _TIERS = ("device", "host", "disk")
+_CAUSES = ("capacity", "quota", "demoted", "superseded", "expired")
+REASONS = (  # why a prompt token was computed
+    "new",  # never seen
+    "logits",  # the prompt's last one
+    *(f"evicted_{tier}_{cause}" for tier in _TIERS for cause in _CAUSES),
+    "deleted",
+    "verify_failed",
+    "io_failed",
+    "slow",  # its load passed the deadline
+    "loss",  # computing it was predicted to be faster
+    "changed",  # the session's turn before had another token here
+    "unaligned",  # known, inside a block that is not
+)
+_DISK_STATES = ("off", "ok", "degraded")
+_VERIFY_REASONS = (
+    "missing",
+    "magic",
+    "version",
+    "fingerprint",
+    "key",
+    "tokens",
+    "size",
+    "checksum",
+)
 
 Sample = tuple[dict[str, str], float]  # labels, value
 
@@ -31,6 +55,7 @@ class EdgeReport:
     turns_total: Mapping[str, int]  # {transport: turns that were admitted}
     admission: AdmissionStatistics
     sessions: int  # response ids in memory
+    stored_total: Mapping[str, int] = field(default_factory=dict)  # {disk|memory: responses}
 
 
 def render(engine: EngineReport, edge: EdgeReport) -> str:
@@ -65,6 +90,24 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
         "Tokens by where their KV came from; sampled ones are computed.",
         by("source", engine.tokens_total, _SOURCES),
     )
+    put(
+        "recomputed_tokens_total",
+        "counter",
+        "Prompt tokens that were computed, by why no tier had them.",
+        by("reason", engine.recomputed_total, REASONS),
+    )
+    put(
+        "amplification",
+        "gauge",
+        "(fresh + recomputed) / fresh prompt tokens; 1 is a cache that forgets nothing.",
+        one(engine.amplification),
+    )
+    put(
+        "hit_share",
+        "gauge",
+        "Reused tokens, of all that were cached once and asked for again.",
+        one(engine.hit_share),
+    )
     put("output_tokens_total", "counter", "Tokens sampled.", one(engine.output_tokens_total))
     put(
         "evictions_total",
@@ -80,12 +123,48 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
         one(engine.spill_failures_total),
     )
     put("fetches_total", "counter", "Blocks read from disk.", one(engine.fetches_total))
-    failures = engine.verify_failures_total or {"checksum": 0}
+    failures = dict.fromkeys(_VERIFY_REASONS, 0) | engine.verify_failures_total
     put(
         "verify_failures_total",
         "counter",
         "Records that failed a check and were forgotten.",
         [({"tier": "disk", "reason": reason}, count) for reason, count in failures.items()],
+    )
+    disk = engine.disk
+    put(
+        "disk_state",
+        "gauge",
+        "1 for the state that the disk tier is in.",
+        by("state", {disk.state: 1}, _DISK_STATES),
+    )
+    put("disk_records", "gauge", "Known records on disk.", one(disk.records))
+    put(
+        "disk_index_complete",
+        "gauge",
+        "Whether every record on disk is known; prompts find theirs anyway.",
+        one(int(disk.index_complete)),
+    )
+    put("disk_pending_bytes", "gauge", "Bytes on their way to disk.", one(disk.pending_bytes))
+    put("disk_reading", "gauge", "Blocks on their way from disk.", one(disk.reading))
+    put(
+        "disk_scrubbed_total",
+        "counter",
+        "Records that the background scrubber verified.",
+        one(disk.scrubbed_total),
+    )
+    put("disk_rotten_total", "counter", "Records that it found damaged.", one(disk.rotten_total))
+    put("pins", "gauge", "Pinned sessions.", one(len(engine.pins)))
+    put(
+        "pinned_bytes",
+        "gauge",
+        "Bytes that pins keep.",
+        one(sum(pin.held_bytes for pin in engine.pins)),
+    )
+    put(
+        "canary_total",
+        "counter",
+        "Restored blocks that were computed again, and those that differed.",
+        by("result", engine.canary, ("checked", "mismatched")),
     )
     tiers = [({"tier": tier.tier}, tier) for tier in engine.tiers]
     put(
@@ -121,6 +200,12 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
         "counter",
         "Turns refused as too many.",
         one(edge.admission.refused_total),
+    )
+    put(
+        "responses_stored_total",
+        "counter",
+        "Responses with `store: true` by what keeps them: the disk, or memory because the disk refused.",
+        by("kept_on", edge.stored_total, ("disk", "memory")),
     )
     put("sessions", "gauge", "Responses that can be continued from memory.", one(edge.sessions))
     return "\n".join([*lines, ""])

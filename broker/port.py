@@ -7,6 +7,7 @@ Laws
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from broker.errors import NotFound, Overloaded
+from broker.foresight import expect, session_labels
 from broker.metrics import EdgeReport
 from broker.turn import Engine, run_turn
+from broker.wire.retention import Retention
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
     from typing import Any
 
     from broker.access import Access, Tenant
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from engine.api import EngineReport
 
     Emit = Callable[[dict[str, Any]], Awaitable[None]]
+
+log = logging.getLogger(__name__)
 
 _RESTART_S = (
     5.0  # the hint to clients that arrive while we stop (guessed: a restart with a converted model)
@@ -54,6 +59,8 @@ class Port:
     stopping: trio.Event = field(default_factory=trio.Event)
     websockets: int = 0
     turns_total: Counter[str] = field(default_factory=Counter)  # {transport: turns}
+    stored_total: Counter[str] = field(default_factory=Counter)  # {disk|memory: responses}
+    disk_takes: bool = True  # what came of the last response that was to be stored
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -81,7 +88,7 @@ class Port:
             )
         async with self.admission.place():
             self.turns_total[transport] += 1
-            await run_turn(
+            outcome = await run_turn(
                 request,
                 engine=self.engine,
                 sessions=self.sessions,
@@ -90,9 +97,32 @@ class Port:
                 emit=emit,
                 clock=self.clock,
                 new_id=self.new_id,
+                retention=Retention(self.config.tiers.ttl_default, self.config.tiers.ttl_max),
                 background=background,
                 cancellation=cancellation,
             )
+        if outcome.durable is not None:
+            self._note_stored(disk_takes=outcome.durable)
+
+    def expect(self, tenant: Tenant, headers: Iterable[tuple[bytes, bytes]]) -> tuple[str, ...]:
+        """The session that a request's headers name: have its KV brought to the device. Returns the session's names."""
+        labels = session_labels(headers)
+        known = (self.sessions.latest(tenant.name, label) for label in labels)
+        node = next((one for one in known if one is not None), None)
+        if node is not None:
+            expect(self.engine, tenant, node, self.clock.now())
+        return labels
+
+    def _note_stored(self, *, disk_takes: bool) -> None:
+        """Count it. One log line when the disk begins to refuse responses, and one when it takes them again."""
+        self.stored_total["disk" if disk_takes else "memory"] += 1
+        if disk_takes and not self.disk_takes:
+            log.warning("the disk takes responses again")
+        elif self.disk_takes and not disk_takes:
+            log.warning(
+                "the disk refuses responses: turns go on, and what should be stored lives in memory only"
+            )
+        self.disk_takes = disk_takes
 
     def check_open(self) -> None:
         """Raises Overloaded when no turn may start any more."""
@@ -105,4 +135,5 @@ class Port:
             turns_total=dict(self.turns_total),
             admission=self.admission.statistics(),
             sessions=self.sessions.statistics().nodes,
+            stored_total=dict(self.stored_total),
         )

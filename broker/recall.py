@@ -47,6 +47,7 @@ class Recalled:
     """Client items as parts. `last` is the node of the last output among them, if it was recalled."""
 
     parts: tuple[Part, ...]
+    starts: tuple[int, ...]  # of each part: the first of the client's items that it stands for
     last: Node | None
 
 
@@ -89,13 +90,18 @@ class Recall:
         same in different tokens.
         """
         parts: list[Part] = []
+        starts: list[int] = []
         last: Node | None = None
         recalled: set[str] = set()  # response ids
+        seen = 0  # of the client's items
         for group in group_outputs(items):
             if isinstance(group, ClientGroup):
+                starts.append(seen)
                 parts.append(Part(group.items))
+                seen += len(group.items)
                 continue
             for node, run in await self._by_id(group.items):
+                start, seen = seen, seen + len(run)
                 if node is None:
                     node = await self._by_content(run, tuple(parts), prompt)
                 elif node.response_id in recalled:
@@ -103,8 +109,9 @@ class Recall:
                 else:
                     recalled.add(node.response_id)
                 last = node
+                starts.append(start)
                 parts.append(Part(run) if node is None else Part(node.output or run, node.sampled))
-        return Recalled(tuple(parts), last)
+        return Recalled(tuple(parts), tuple(starts), last)
 
     async def _by_id(self, items: tuple[Item, ...]) -> list[tuple[Node | None, tuple[Item, ...]]]:
         """The items in order, cut into runs of one response's output; None for items with no id that we know."""

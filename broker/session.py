@@ -16,6 +16,7 @@ A node's tokens:   [0, sampled_from) was fed   [sampled_from, len) was sampled, 
 from __future__ import annotations
 
 import json
+import math
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,11 +74,21 @@ class Node:
     item_ids: tuple[str, ...] = ()  # of the output
     content: bytes = b""  # content_digest of the output; empty if there was none
     keys: tuple[BlockKey, ...] = ()
-    lease: LeaseId | None = None  # the one thing that changes: None once another turn superseded it
+    labels: tuple[
+        str, ...
+    ] = ()  # under which clients ask for the session before they name a response
+    # What changes:
+    lease: LeaseId | None = None  # None once another turn superseded it
+    expected_at: float = -math.inf  # when its KV was last on the device, or asked to go there
 
     @property
     def sampled(self) -> TokenIds:
         return self.tokens[self.sampled_from :]
+
+    @property
+    def history_known(self) -> bool:
+        """False for one from disk that was not stored: of that, only the ids are known."""
+        return any(part.items for part in self.history)
 
     @property
     def output(self) -> tuple[Item, ...]:
@@ -101,6 +112,7 @@ class Sessions:
         self._nodes: OrderedDict[tuple[str, str], Node] = OrderedDict()  # (tenant, response id)
         self._by_item: dict[tuple[str, str], Node] = {}  # (tenant, item id)
         self._by_content: dict[tuple[str, bytes], list[Node]] = {}  # (tenant, digest): oldest first
+        self._latest: dict[tuple[str, str], Node] = {}  # (tenant, label): its newest turn
         self._tokens = 0
         self._evictions = 0
 
@@ -113,6 +125,10 @@ class Sessions:
             self._by_item[node.tenant, item_id] = node
         if node.content:
             self._by_content.setdefault((node.tenant, node.content), []).append(node)
+        for label in node.labels:
+            newest = self._latest.get((node.tenant, label))
+            if newest is None or newest.created_at <= node.created_at:
+                self._latest[node.tenant, label] = node
         while len(self._nodes) > self._max_nodes or self._tokens > self._max_tokens:
             self._evictions += 1
             self._remove(next(iter(self._nodes.values())))
@@ -133,6 +149,15 @@ class Sessions:
     def find_content(self, tenant: str, digest: bytes) -> tuple[Node, ...]:
         """The nodes whose output says this, newest first."""
         return tuple(reversed(self._by_content.get((tenant, digest), ())))
+
+    def latest(self, tenant: str, label: str) -> Node | None:
+        """The newest turn of the session that clients call by this label."""
+        return self._latest.get((tenant, label))
+
+    def of_session(self, tenant: str, session: str) -> tuple[Node, ...]:
+        """Every node of a session. Walks the whole table: for operators."""
+        nodes = self._nodes.values()
+        return tuple(n for n in nodes if (n.tenant, n.session) == (tenant, session))
 
     def forget(self, tenant: str, response_id: str) -> bool:
         node = self._nodes.get((tenant, response_id))
@@ -159,6 +184,9 @@ class Sessions:
             self._by_content[named].remove(node)
             if not self._by_content[named]:
                 del self._by_content[named]
+        for label in node.labels:
+            if self._latest.get((node.tenant, label)) is node:
+                del self._latest[node.tenant, label]
 
 
 class Landing(Protocol):
@@ -178,6 +206,10 @@ class ConnectionScope:
     A transport without connections of its own (HTTP) gives each request a fresh scope and never closes it.
     """
 
+    labels: tuple[str, ...] = ()  # what the handshake's headers call the session
+    socket: bool = (
+        False  # whether its end will be seen: only then is an open one known to be in a burst
+    )
     warming: dict[str, Landing] = field(
         default_factory=dict
     )  # {warm-up's response id: its prefill}
@@ -271,6 +303,7 @@ def from_manifest(manifest: Manifest) -> Node:
         item_ids=manifest.item_ids,
         content=manifest.content_digest,
         keys=manifest.keys,
+        labels=(manifest.session,),
     )
 
 

@@ -12,7 +12,9 @@ Laws
     The ids of the next turn's prefix are this prompt and every id sampled, stop id included.
     Instructions are each request's own. Tools are too, except that a continuation which declares none keeps those
     of its parent. Where either changed, the prompt is rendered anew, with all sampled ids that are known.
-    A disk that refuses a manifest costs the id its durability, never the turn.
+    A disk that refuses a manifest costs the id its durability, never the turn: the terminal event says
+    `"homeport:stored": "memory"`, and the id answers until a restart.
+    The KV of what a request names is asked for as soon as the name is read, before anything is rendered.
     If the caller goes away, so does the generation; what it computed stays cached.
 """
 
@@ -24,8 +26,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import trio
 
+from broker.divergence import Divergence, diverged_at, item_at
 from broker.errors import BadRequest, BrokerError, ContextTooLong, Overloaded
-from broker.recall import Manifests, Recall, continued
+from broker.foresight import expect
+from broker.recall import Manifests, Recall, Recalled, continued
 from broker.session import Node, Part, to_manifest
 from broker.wire.items import (
     FunctionCall,
@@ -38,6 +42,7 @@ from broker.wire.items import (
     spoken_name,
 )
 from broker.wire.responses_out import ResponseStream
+from broker.wire.retention import Retention
 from broker.wire.toolcalls import CallArguments, CallEnd, CallStart, ToolCallSplitter
 from broker.wire.toolcalls import Text as Said
 from engine.api import (
@@ -75,6 +80,7 @@ _ADMISSION_S = 0.5
 # Clients with an idle timeout count JSON events only, neither pings nor comments; some give up after 15 s.
 _KEEPALIVE_S = 10.0
 _RETRY_AFTER_S = 1.0
+_ANY_RETENTION = Retention()
 
 
 class Clock(Protocol):
@@ -109,6 +115,7 @@ class Outcome:
 
     response: Mapping[str, Any]
     node: Node | None  # None: it failed, and cannot be continued
+    durable: bool | None = None  # whether the disk took what was to be stored; None: nothing was
 
 
 class Cancellation:
@@ -138,9 +145,14 @@ class Resolved:
     """A request with its past. `before` is the turn that it goes on from, if that is known."""
 
     request: TurnRequest
-    parts: tuple[Part, ...]
+    history: tuple[Part, ...]  # the parent's
+    said: Recalled  # this request's items
     before: Node | None
     after: TokenIds | None  # the parent's exact ids, if the prompt is those and a suffix
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.history + self.said.parts
 
     def conversation(self) -> Conversation:
         return conversation(self.request.instructions, self.request.tools, self.parts)
@@ -156,6 +168,7 @@ async def run_turn(
     emit: Callable[[dict[str, Any]], Awaitable[None]],
     clock: Clock,
     new_id: Callable[[str], str],
+    retention: Retention = _ANY_RETENTION,
     background: trio.Nursery | None = None,
     cancellation: Cancellation | None = None,
 ) -> Outcome:
@@ -164,7 +177,17 @@ async def run_turn(
     Raises BrokerError if nothing was emitted: the transport says it in its own way.
     """
     turn = _Turn(
-        request, engine, sessions, connection, tenant, emit, clock, new_id, background, cancellation
+        request,
+        engine,
+        sessions,
+        connection,
+        tenant,
+        emit,
+        clock,
+        new_id,
+        retention,
+        background,
+        cancellation,
     )
     try:
         outcome = await turn.run()
@@ -186,6 +209,7 @@ class _Turn:
     emit: Callable[[dict[str, Any]], Awaitable[None]]
     clock: Clock
     new_id: Callable[[str], str]
+    retention: Retention
     background: trio.Nursery | None
     cancellation: Cancellation | None
     started: bool = False  # the first event is out: from now on, errors are events
@@ -198,6 +222,7 @@ class _Turn:
             model=self.request.model or self.engine.model_name,
             created_at=int(self.clock.now()),
             new_id=self.new_id,
+            ttl_s=self._keep_s,
         )
         if not self.request.generate:
             return await self._warm_up(resolved, stream)
@@ -218,14 +243,15 @@ class _Turn:
             parent = await continued(recall, self.connection, request.previous_response_id)
             if not request.tools:
                 request = replace(request, tools=parent.tools)
+        self._expect(parent or self._latest())
         history = () if parent is None else parent.history
 
         def prompt(parts: tuple[Part, ...]) -> TokenIds:
-            return self._prompt(Resolved(request, history + parts, None, None))
+            return self._prompt(conversation(request.instructions, request.tools, history + parts))
 
         said = await recall.parts(request.items, prompt=prompt)
-        parts = history + said.parts
-        _check_calls(request.items, parts)
+        self._expect(said.last)
+        _check_calls(request.items, history + said.parts)
         unchanged = (
             parent is not None
             and parent.sampled != ()
@@ -233,11 +259,27 @@ class _Turn:
             and all(part.sampled is None for part in said.parts)
         )
         after = parent.tokens if parent is not None and unchanged else None
-        return Resolved(request, parts, said.last or parent, after)
+        return Resolved(request, history, said, said.last or parent, after)
 
-    def _prompt(self, resolved: Resolved) -> TokenIds:
+    def _expect(self, node: Node | None) -> None:
+        if node is not None:
+            expect(self.engine, self.tenant, node, self.clock.now())
+
+    def _latest(self) -> Node | None:
+        """The newest turn of the session that this request says it belongs to."""
+        for label in self._labels():
+            node = self.sessions.latest(self.tenant.name, label)
+            if node is not None:
+                return node
+        return None
+
+    def _labels(self) -> tuple[str, ...]:
+        key = self.request.prompt_cache_key
+        return self.connection.labels if key is None else (key, *self.connection.labels)
+
+    def _prompt(self, whole: Conversation, after: TokenIds | None = None) -> TokenIds:
         try:
-            return self.engine.text.prompt(resolved.conversation(), after=resolved.after)
+            return self.engine.text.prompt(whole, after=after)
         except UnrenderableError as error:
             raise BadRequest(str(error), code="invalid_prompt", param="input") from error
 
@@ -245,10 +287,13 @@ class _Turn:
 
     async def _generate(self, resolved: Resolved, stream: ResponseStream) -> Outcome:
         request, before = resolved.request, resolved.before
-        prompt = self._prompt(resolved)
+        prompt = self._prompt(resolved.conversation(), resolved.after)
         room = self.engine.max_context - len(prompt)
         if room < 1:
             raise ContextTooLong(limit_tokens=self.engine.max_context, prompt_tokens=len(prompt))
+        divergence = self._divergence(resolved, prompt)
+        if divergence is not None:
+            stream.diverged(divergence.at, divergence.part)
         if before is not None and before.response_id in self.connection.warming:
             # The engine shares what is computed, not what is being computed.
             await self._patiently(stream, self.connection.warming[before.response_id].wait)
@@ -306,17 +351,31 @@ class _Turn:
         )
         node = self._node(resolved, stream, prompt, tuple(speech.sampled), finished)
         if finished.lease is not None:
-            called = any(isinstance(item, FunctionCall) for item in node.output[-1:])
-            waits_for = SessionClass.TOOL_WAIT if called else SessionClass.HUMAN_WAIT
-            self.engine.reclass(finished.lease, waits_for)
+            self.engine.reclass(finished.lease, self._waits_for(node, finished))
             self.connection.leased(finished.lease, superseded)
         if finished.reason is FinishReason.CANCELLED and not speech.stopped:
             self.connection.remember_cut(self.request.stream_id, node)
         else:
             self.connection.remember(self.request.stream_id, node)
-        await self._persist(node)
+        return await self._end(stream, node, events)
+
+    def _waits_for(self, node: Node, finished: Finished) -> SessionClass:
+        """What the protocol shows of the session's next turn."""
+        called = any(isinstance(item, FunctionCall) for item in node.output[-1:])
+        if not called or finished.reason is FinishReason.CANCELLED:
+            return SessionClass.HUMAN_WAIT
+        return SessionClass.BURST if self.connection.socket else SessionClass.TOOL_WAIT
+
+    async def _end(
+        self, stream: ResponseStream, node: Node, events: list[dict[str, Any]]
+    ) -> Outcome:
+        """Make the response durable, then say that it is over. A disk that refuses changes what is said, not that."""
+        durable = await self._persist(node)
+        if durable is False:
+            events = stream.kept_in_memory(events)
+            node.response = stream.response()
         await self._say(events)
-        return Outcome(stream.response(), node)
+        return Outcome(stream.response(), node, durable)
 
     async def _warm_up(self, resolved: Resolved, stream: ResponseStream) -> Outcome:
         """Acknowledge at once, compute the KV behind it: clients give a warm-up 15 s, cold prompts may take more."""
@@ -330,7 +389,6 @@ class _Turn:
         events += stream.finish("completed", None, usage=None, completed_at=int(self.clock.now()))
         node = self._node(resolved, stream, prefix, (), None)
         self.connection.remember(self.request.stream_id, node)
-        await self._persist(node)
         if prefix:
             landed = trio.Event()
             self.connection.warming[node.response_id] = landed
@@ -344,8 +402,7 @@ class _Turn:
                 await self._prefill(submit, node, landed)
             else:
                 self.background.start_soon(self._prefill, submit, node, landed)
-        await self._say(events)
-        return Outcome(stream.response(), node)
+        return await self._end(stream, node, events)
 
     async def _prefill(self, submit: Submit, node: Node, landed: trio.Event) -> None:
         try:
@@ -373,12 +430,40 @@ class _Turn:
             prompt=prompt,
             sampling=sampling,
             supersedes=supersedes,
+            keep_s=self._keep_s,
         )
+
+    @property
+    def _keep_s(self) -> float:
+        return self.retention.grant(self.request.asked_ttl_s)
 
     def _session(self, resolved: Resolved, response_id: str) -> str:
         if resolved.before is not None:
             return resolved.before.session
-        return self.request.prompt_cache_key or response_id
+        return next(iter(self._labels()), response_id)
+
+    def _divergence(self, resolved: Resolved, prompt: TokenIds) -> Divergence | None:
+        """Where this prompt leaves the turn that it should have gone on from."""
+        before = resolved.before or self._latest()
+        if before is None or resolved.after is not None:
+            return None
+        at = diverged_at(before.tokens, prompt)
+        if at is None:
+            return None
+        request = resolved.request
+        if before.history_known and request.instructions != before.instructions:
+            return Divergence(at, "instructions")
+        if before.history_known and request.tools != before.tools:
+            return Divergence(at, "tools")
+
+        def length(parts: tuple[Part, ...]) -> int:
+            cut = conversation(request.instructions, request.tools, parts)
+            return len(self.engine.text.prefix(cut))
+
+        try:
+            return Divergence(at, item_at(at, resolved.said, resolved.history, length))
+        except UnrenderableError:  # a template that takes whole conversations only
+            return Divergence(at, "input")
 
     def _node(
         self,
@@ -391,10 +476,11 @@ class _Turn:
         """The finished response, in the tables."""
         response = stream.response()
         output = parse_items(response["output"], at="output")
+        session = self._session(resolved, stream.response_id)
         node = Node(
             response_id=stream.response_id,
             tenant=self.tenant.name,
-            session=self._session(resolved, stream.response_id),
+            session=session,
             parent=self.request.previous_response_id,
             created_at=response["created_at"],
             stored=self.request.store,
@@ -407,20 +493,25 @@ class _Turn:
             item_ids=tuple(item.id for item in output if item.id is not None),
             content=content_digest(output) if output else b"",
             keys=() if finished is None else tuple(map(BlockKey, finished.keys)),
+            labels=tuple(dict.fromkeys((session, *self._labels()))),
             lease=None if finished is None else finished.lease,
+            expected_at=self.clock.now(),
         )
         self.sessions.add(node)
         return node
 
-    async def _persist(self, node: Node) -> None:
+    async def _persist(self, node: Node) -> bool | None:
+        """Whether the disk took a response that was to be stored; None for one that was not."""
         manifest = to_manifest(node)
         if not node.stored:
             self.engine.persist_later(manifest)
-            return
+            return None
         try:
             await self.engine.persist(manifest)
         except StoreError as error:
-            log.warning("response %s lives in memory only: %s", node.response_id, error)
+            log.debug("response %s lives in memory only: %s", node.response_id, error)
+            return False
+        return True
 
     # events
 

@@ -94,7 +94,9 @@ class WebSocketSide:
             if echo:
                 await _echo(arrival, settings)
             else:
-                await Connection(port, tenant).run(arrival)
+                labels = port.expect(tenant, arrival.headers)
+                scope = ConnectionScope(labels=labels, socket=True)
+                await Connection(port, tenant, scope).run(arrival)
         finally:
             port.websockets -= 1
         await linger(arrival.stream)
@@ -204,7 +206,7 @@ class Connection:
 
     port: Port
     tenant: Tenant
-    scope: ConnectionScope = field(default_factory=ConnectionScope)
+    scope: ConnectionScope
     dialogue: Dialogue = field(default_factory=Dialogue)
     lanes: dict[str | None, Lane] = field(default_factory=dict)
     asked: int = 0  # creates that wait in lanes or run

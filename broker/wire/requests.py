@@ -34,6 +34,7 @@ from broker.wire.fields import (
     unsupported,
 )
 from broker.wire.items import Item, parse_input, spoken_name
+from broker.wire.retention import asked_ttl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -103,6 +104,7 @@ class TurnRequest:
     stream_id: str | None = None  # None is the default lane
     metadata: Mapping[str, str] = field(default_factory=dict)
     prompt_cache_key: str | None = None
+    asked_ttl_s: float | None = None  # how long its KV should be kept at least; None: as ever
     echo: Mapping[str, Json] = field(
         default_factory=dict
     )  # response fields: the client's own words
@@ -141,6 +143,7 @@ def parse_create(body: Mapping[str, Json], *, transport: Transport) -> TurnReque
         stream_id=parse_stream_id(body) if transport is Transport.WEBSOCKET else None,
         metadata=_metadata(body),
         prompt_cache_key=optional_name(body, "prompt_cache_key"),
+        asked_ttl_s=asked_ttl(body),
         echo=_echo(body),
     )
 

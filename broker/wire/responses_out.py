@@ -47,7 +47,10 @@ class _Call:
 
 
 class ResponseStream:
-    """`new_id(prefix)` makes item ids; `created_at` is in seconds since the epoch."""
+    """`new_id(prefix)` makes item ids; `created_at` is in seconds since the epoch.
+
+    `ttl_s` is how long the prompt's KV will be protected: what was granted, whatever was asked.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class ResponseStream:
         model: str,
         created_at: float,
         new_id: Callable[[str], str],
+        ttl_s: float = 0.0,
     ) -> None:
         self.response_id = response_id
         self._request = request
@@ -73,6 +77,8 @@ class ResponseStream:
         self._incomplete: dict[str, str] | None = None
         self._error: dict[str, str] | None = None
         self._usage: dict[str, Any] | None = None
+        self._cache: dict[str, Any] = {"ttl_s": int(ttl_s)}
+        self._stored: str | None = None
 
     @property
     def output_items(self) -> list[dict[str, Any]]:
@@ -83,6 +89,10 @@ class ResponseStream:
     def is_over(self) -> bool:
         """Whether the terminal event was made."""
         return self._status not in ("queued", "in_progress")
+
+    def diverged(self, at: int, part: str) -> None:
+        """Say from now on where the prompt left the one before it."""
+        self._cache |= {"diverged_at": at, "part": part}
 
     def start(self) -> list[Event]:
         assert self._status == "queued", "started twice"
@@ -157,12 +167,20 @@ class ResponseStream:
         assert (incomplete_reason is None) == (status == "completed")
         events = self._close(status)
         self._status = status
+        self._stored = "disk" if self._request.store else None
         self._usage = None if usage is None else usage_json(usage)
         if incomplete_reason is None:
             self._completed_at = int(completed_at)
         else:
             self._incomplete = {"reason": incomplete_reason}
         return [*events, self._response_event(status)]
+
+    def kept_in_memory(self, events: list[Event]) -> list[Event]:
+        """`finish`'s events again, for a response that the disk refused: its id answers until a restart."""
+        assert self.is_over
+        self._stored = "memory"
+        *before, terminal = events
+        return [*before, {**terminal, "response": self.response()}]
 
     def fail(self, code: str, message: str) -> list[Event]:
         """The terminal event of a turn that broke, by our fault."""
@@ -172,8 +190,11 @@ class ResponseStream:
         return [self._response_event("failed")]
 
     def response(self) -> dict[str, Any]:
-        """The response object as it stands: the 31 published fields, and what the client added."""
+        """The response object as it stands: the 31 published fields, what the client added, and our own."""
         request = self._request
+        ours: dict[str, Any] = {"homeport:cache": dict(self._cache)}
+        if self._stored is not None:
+            ours["homeport:stored"] = self._stored
         return {
             "id": self.response_id,
             "object": "response",
@@ -207,6 +228,7 @@ class ResponseStream:
             "safety_identifier": None,
             "prompt_cache_key": request.prompt_cache_key,
             **request.echo,
+            **ours,
         }
 
     def _assert_running(self) -> None:
@@ -298,6 +320,7 @@ def usage_json(usage: Usage) -> dict[str, Any]:
             "disk": cached.disk,
             "remote": cached.remote,
         },
+        "homeport:recomputed": dict(usage.recomputed),
     }
 
 

@@ -23,8 +23,10 @@ TERMINAL = ("response.completed", "response.incomplete", "response.failed", "err
 
 
 class Clock:
+    time = 1_000_000_000.0
+
     def now(self):
-        return 1_000_000_000.0
+        return self.time
 
 
 class Rig:
@@ -39,6 +41,7 @@ class Rig:
             model_name=self.config.model.name,
             **{"reply": saying("Hello there."), **service},
         )
+        self.clock = Clock()
         admission, server = self.config.admission, self.config.server
         self.port = Port(
             config=self.config,
@@ -57,7 +60,7 @@ class Rig:
                 max_queued=admission.max_queued,
                 queue_timeout_s=admission.queue_timeout,
             ),
-            clock=Clock(),
+            clock=self.clock,
             new_id=new_id,
         )
         self.http = HttpSide(self.port)

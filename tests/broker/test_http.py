@@ -385,6 +385,80 @@ async def test_admin_reports_and_demotes():
             assert (await browser.request("POST", "/admin/demote", body)).status == 400
 
 
+async def test_headers_that_name_a_session_have_its_kv_fetched_before_the_body_is_read():
+    async with open_rig() as rig:
+        browser = rig.browser()
+        await browser.request("POST", "/v1/responses", {"input": "Hi."}, session_id="s")
+        (node,) = rig.port.sessions.of_session("", "s")
+        rig.clock.time += 60
+        answer = await browser.request("POST", "/v1/responses", b"no JSON", session_id="s")
+        assert answer.status == 400
+        assert rig.engine.prefetched == [node.tokens]
+
+
+async def test_the_operators_times_are_granted_over_http():
+    async with open_rig("tiers.ttl_default=1m", "tiers.ttl_max=1h") as rig:
+        browser = rig.browser()
+        for body, granted in (({}, 60), ({"prompt_cache_retention": "24h"}, 3600)):
+            answer = await browser.request("POST", "/v1/responses", {"input": "Hi.", **body})
+            assert answer.json["homeport:cache"] == {"ttl_s": granted}
+            assert rig.engine.submitted[-1].keep_s == granted
+        answer = await browser.request(
+            "POST", "/v1/responses", {"input": "Hi.", "prompt_cache_options": {"ttl": "ever"}}
+        )
+        assert (answer.status, answer.code) == (400, "invalid_value")
+        assert answer.json["error"]["param"] == "prompt_cache_options.ttl"
+
+
+async def test_a_disk_that_refuses_is_one_log_line_and_counted_and_comes_back_by_itself(caplog):
+    async with open_rig() as rig:
+        browser = rig.browser()
+        stored = []
+        with caplog.at_level(logging.WARNING):
+            for refuses in (False, True, True, False):
+                rig.engine.faults.persist = refuses
+                answer = await browser.request("POST", "/v1/responses", {"input": "Hi."})
+                assert answer.json["status"] == "completed"
+                stored.append(answer.json["homeport:stored"])
+                path = f"/v1/responses/{answer.json['id']}"
+                assert (await browser.request("GET", path)).json == answer.json
+        assert stored == ["disk", "memory", "memory", "disk"]
+        assert len(caplog.records) == 2
+        metrics = (await browser.request("GET", "/metrics")).body.decode().splitlines()
+        assert 'homeport_responses_stored_total{kept_on="disk"} 2' in metrics
+        assert 'homeport_responses_stored_total{kept_on="memory"} 2' in metrics
+
+
+async def test_every_series_of_a_known_label_is_always_there():
+    async with open_rig() as rig:
+        text = (await rig.browser().request("GET", "/metrics")).body.decode()
+    tiers, causes = (
+        ("device", "host", "disk"),
+        ["capacity", "quota", "demoted", "superseded", "expired"],
+    )
+    reasons = [f"evicted_{tier}_{cause}" for tier in tiers for cause in causes]
+    reasons += [
+        "new",
+        "logits",
+        "deleted",
+        "verify_failed",
+        "io_failed",
+        "slow",
+        "loss",
+        "changed",
+        "unaligned",
+    ]
+    for reason in reasons:
+        assert f'homeport_recomputed_tokens_total{{reason="{reason}"}} 0' in text
+    for state in ("off", "degraded"):
+        assert f'homeport_disk_state{{state="{state}"}} 0' in text
+    assert 'homeport_disk_state{state="ok"} 1' in text
+    for result in ("checked", "mismatched"):
+        assert f'homeport_canary_total{{result="{result}"}} 0' in text
+    for name in ("amplification", "hit_share", "pins", "pinned_bytes", "disk_pending_bytes"):
+        assert f"\nhomeport_{name} " in text
+
+
 async def test_metrics_are_prometheus_text():
     async with open_rig() as rig:
         browser = rig.browser()

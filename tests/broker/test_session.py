@@ -56,6 +56,24 @@ def test_a_response_is_found_by_its_id_its_items_and_what_it_says() -> None:
     assert sessions.find_content("", a.content) == (a,)
 
 
+def test_the_newest_turn_of_a_session_is_found_by_each_of_its_labels() -> None:
+    sessions = Sessions()
+    a, b, old = node("a"), node("b"), node("old")
+    a.labels, b.labels, old.labels = ("s", "thread"), ("s",), ("s",)
+    b.created_at, old.created_at = 2.5, 0.5
+    for one in (a, b, old):  # one from disk may come late
+        sessions.add(one)
+    assert sessions.latest("", "s") is b
+    assert sessions.latest("", "thread") is a
+    assert sessions.latest("other", "s") is None
+    assert sessions.of_session("", "s") == (a, b, old)
+    assert sessions.of_session("other", "s") == ()
+    sessions.forget("", "resp_a")
+    assert sessions.latest("", "thread") is None
+    sessions.forget("", "resp_b")
+    assert sessions.latest("", "s") is None
+
+
 def test_an_unstored_response_is_found_by_its_items_but_not_by_its_id() -> None:
     sessions, a = Sessions(), node("a", stored=False)
     sessions.add(a)
@@ -210,8 +228,9 @@ def test_a_stored_node_survives_as_a_manifest() -> None:
     a.lease = LeaseId(7)
     b = from_manifest(decode(encode(to_manifest(a))))
     assert b.lease is None
+    assert b.labels == ("s",)
     for name in Node.__slots__:
-        if name != "lease":
+        if name not in ("lease", "labels"):
             assert getattr(b, name) == getattr(a, name), name
 
 

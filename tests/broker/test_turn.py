@@ -5,9 +5,8 @@ The fake's model depends on every id of its prompt, so an answer to a wrong prom
 
 import itertools
 import json
-import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import trio
@@ -20,7 +19,9 @@ from broker.errors import BadRequest, ContextTooLong, NotFound, Overloaded, Unkn
 from broker.session import ConnectionScope, Sessions
 from broker.turn import Cancellation, Outcome, run_turn
 from broker.wire.requests import Transport, parse_create
+from broker.wire.retention import Retention
 from engine.api import FinishReason, RefuseReason
+from engine.text import UnrenderableError
 from tests.fakes import END, FakeService, byte_text, echoing_sum, saying
 from tiers.manifest import decode, encode
 from tiers.policy import SessionClass
@@ -31,14 +32,17 @@ CALL = 'Looking.\n<tool_call>\n{"name": "ls", "arguments": {"path": "/"}}\n</too
 
 
 class Ticks:
-    """A wall clock that moves by one second whenever it is read."""
+    """A wall clock that moves by a millisecond whenever it is read."""
 
     def __init__(self) -> None:
         self._now = 1_000.0
 
     def now(self) -> float:
-        self._now += 1
+        self._now += 0.001
         return self._now
+
+    def leap(self) -> None:
+        self._now += 60
 
 
 @dataclass
@@ -50,6 +54,8 @@ class Desk:
     connection: ConnectionScope = field(default_factory=ConnectionScope)
     tenant: Tenant = OPEN
     background: trio.Nursery | None = None
+    retention: Retention = field(default_factory=Retention)
+    clock: Ticks = field(default_factory=Ticks)
     events: list[dict[str, Any]] = field(default_factory=list)  # of the last turn
     ids: Any = field(default_factory=lambda: itertools.count(1))
 
@@ -77,8 +83,9 @@ class Desk:
             connection=self.connection,
             tenant=self.tenant,
             emit=emit,
-            clock=Ticks(),
+            clock=self.clock,
             new_id=lambda prefix: f"{prefix}_{next(self.ids):032x}",
+            retention=self.retention,
             background=self.background,
             cancellation=cancellation,
         )
@@ -156,16 +163,23 @@ async def test_a_stored_response_is_durable_before_it_is_completed(desk: Desk) -
     assert seen_at == [2, 2]
 
 
-async def test_a_disk_that_refuses_costs_durability_and_not_the_turn(
-    desk: Desk, caplog: pytest.LogCaptureFixture
-) -> None:
-    desk.engine.faults.persist = True
-    with caplog.at_level(logging.WARNING):
-        outcome = await desk.turn(input="hi")
-    assert outcome.response["status"] == "completed"
-    assert len(caplog.records) == 1
-    again = await desk.turn(input="more", previous_response_id=outcome.response["id"])
-    assert again.response["status"] == "completed"
+async def test_a_disk_that_refuses_costs_durability_and_not_the_turn(desk: Desk) -> None:
+    for body in ({}, {"generate": False}):
+        desk.engine.faults.persist = False
+        taken = await desk.turn(input="hi", **body)
+        assert (taken.durable, taken.response["homeport:stored"]) == (True, "disk")
+        desk.engine.faults.persist = True
+        outcome = await desk.turn(input="hi", **body)
+        assert outcome.response["status"] == "completed"
+        assert (outcome.durable, outcome.response["homeport:stored"]) == (False, "memory")
+        assert outcome.node is not None
+        assert outcome.node.response == outcome.response
+        desk.reconnect()
+        again = await desk.turn(input="more", previous_response_id=outcome.response["id"])
+        assert again.response["status"] == "completed"
+        unstored = await desk.turn(input="hi", store=False, **body)
+        assert unstored.durable is None
+        assert "homeport:stored" not in unstored.response
 
 
 async def test_length_and_failure_end_as_what_they_are(desk: Desk) -> None:
@@ -250,6 +264,226 @@ async def test_a_stop_string_ends_the_turn_and_is_not_said(desk: Desk) -> None:
     assert desk.engine.cancelled
     assert outcome.node is not None
     assert bytes(outcome.node.sampled) == b"one two three"
+
+
+# --- what is kept, and for how long
+
+
+async def test_the_time_that_is_asked_for_is_granted_up_to_the_most_and_reported(
+    desk: Desk,
+) -> None:
+    desk.retention = Retention(default_s=60, max_s=3600)
+    for body, seconds in (
+        ({}, 60),
+        ({"prompt_cache_options": {"ttl": "30m"}}, 1800),
+        ({"prompt_cache_retention": "24h"}, 3600),
+        ({"prompt_cache_retention": "24h", "generate": False}, 3600),
+    ):
+        outcome = await desk.turn(input="hi", **body)
+        await trio.testing.wait_all_tasks_blocked()
+        assert desk.engine.submitted[-1].keep_s == seconds
+        assert outcome.response["homeport:cache"]["ttl_s"] == seconds
+        assert desk.events[0]["response"]["homeport:cache"]["ttl_s"] == seconds
+        for name in body.keys() - {"generate"}:
+            assert outcome.response[name] == body[name]
+
+
+async def test_every_computed_token_has_its_reason_in_the_usage(desk: Desk) -> None:
+    usage = (await desk.turn(input="hi")).response["usage"]
+    computed = usage["input_tokens"] - usage["input_tokens_details"]["cached_tokens"]
+    assert sum(usage["homeport:recomputed"].values()) == computed
+    assert usage["homeport:recomputed"]["logits"] == 1
+
+
+async def test_a_call_on_an_open_socket_is_a_burst(desk: Desk) -> None:
+    desk.engine.reply = saying(CALL, CALL, "Done.")
+    for socket, waits_for in ((True, SessionClass.BURST), (False, SessionClass.TOOL_WAIT)):
+        desk.connection = ConnectionScope(socket=socket)
+        await desk.turn(input="look", tools=TOOLS)
+        assert desk.engine.leases[desk.engine.finished[-1].lease] is waits_for
+    desk.connection = ConnectionScope(socket=True)
+    await desk.turn(input="look", tools=TOOLS)
+    assert desk.engine.leases[desk.engine.finished[-1].lease] is SessionClass.HUMAN_WAIT
+
+
+async def test_who_cancels_in_the_middle_of_a_call_is_a_human(desk: Desk) -> None:
+    desk.engine.reply = saying('<tool_call>\n{"name": "ls", "arguments": {"path": "' + "a" * 500)
+    cancellation = Cancellation()
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def _() -> None:
+            while len(desk.events) < 20:
+                await trio.lowlevel.checkpoint()
+            cancellation.request()
+
+        cut = await desk.turn(cancellation, input="look", tools=TOOLS)
+    assert cut.response["output"][-1]["type"] == "function_call"
+    assert desk.engine.leases[desk.engine.finished[-1].lease] is SessionClass.HUMAN_WAIT
+
+
+# --- KV on its way before it is asked for
+
+
+class Watching(FakeService):
+    """Notes the order of looking, fetching and rendering."""
+
+    order: ClassVar[list[str]] = []
+
+    def prefetch(self, salt: bytes, prompt: tuple[int, ...]) -> None:
+        self.order.append("prefetch")
+        FakeService.prefetch(self, salt, prompt)
+
+
+@pytest.fixture
+async def watched(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """A desk whose engine notes when it is told to fetch and when a prompt is rendered."""
+    Watching.order.clear()
+    desk.engine = Watching(desk.engine.nursery)
+    render = type(desk.engine.text).prompt
+
+    def watching(text: Any, *args: Any, **kwargs: Any) -> tuple[int, ...]:
+        Watching.order.append("render")
+        return render(text, *args, **kwargs)
+
+    monkeypatch.setattr(type(desk.engine.text), "prompt", watching)
+    return desk
+
+
+@pytest.mark.parametrize("again", ["reconnect", "restart"])
+async def test_the_kv_of_a_named_response_is_on_its_way_before_anything_is_rendered(
+    watched: Desk, again: str
+) -> None:
+    first = await watched.turn(input="hi")
+    assert first.node is not None
+    getattr(watched, again)()
+    watched.clock.leap()
+    Watching.order.clear()
+    await watched.turn(input="more", previous_response_id=first.response["id"])
+    assert Watching.order == ["prefetch", "render"]
+    assert watched.engine.prefetched == [first.node.tokens]
+
+
+async def test_the_kv_of_a_prompt_cache_key_is_on_its_way_before_anything_is_rendered(
+    watched: Desk,
+) -> None:
+    first = await watched.turn(input="hi", prompt_cache_key="thread")
+    watched.clock.leap()
+    second = await watched.turn(input="ho", prompt_cache_key="thread")
+    assert first.node is not None
+    assert second.node is not None
+    watched.reconnect()
+    watched.clock.leap()
+    Watching.order.clear()
+    history = [user("ho"), *second.response["output"], user("so?")]
+    await watched.turn(input=history, prompt_cache_key="thread")
+    assert Watching.order == ["prefetch", "render"]
+    # That of the second turn alone, though the key and the history both name it.
+    assert watched.engine.prefetched == [first.node.tokens, second.node.tokens]
+
+
+async def test_a_history_without_any_name_fetches_what_it_is_recognised_by(watched: Desk) -> None:
+    first = await watched.turn(input="hi")
+    assert first.node is not None
+    watched.restart()
+    Watching.order.clear()
+    history = [user("hi"), *map(stripped, first.response["output"]), user("more")]
+    await watched.turn(input=history)
+    assert Watching.order == ["prefetch", "render"]
+    assert watched.engine.prefetched == [first.node.tokens]
+
+
+async def test_an_agent_in_a_loop_asks_for_nothing_ahead(desk: Desk) -> None:
+    first = await desk.turn(input="hi", prompt_cache_key="thread")
+    await desk.turn(
+        input="more", prompt_cache_key="thread", previous_response_id=first.response["id"]
+    )
+    assert desk.engine.prefetched == []
+
+
+async def test_another_tenants_key_fetches_nothing(watched: Desk) -> None:
+    await watched.turn(input="hi", prompt_cache_key="thread")
+    watched.clock.leap()
+    watched.tenant = Tenant("t2", b"salt2")
+    await watched.turn(input="hi", prompt_cache_key="thread")
+    assert watched.engine.prefetched == []
+
+
+# --- where a prompt left its session's
+
+
+async def test_a_prompt_that_goes_on_does_not_diverge(desk: Desk) -> None:
+    first = await desk.turn(input="hi", instructions="be brief", tools=TOOLS)
+    same = {"instructions": "be brief", "tools": TOOLS}
+    by_id = await desk.turn(input="a", previous_response_id=first.response["id"], **same)
+    history = [user("hi"), *first.response["output"], user("b")]
+    replayed = await desk.turn(input=history, **same)
+    for outcome in (first, by_id, replayed):
+        assert outcome.response["homeport:cache"] == {"ttl_s": 0}
+
+
+@pytest.mark.parametrize("way", ["id", "replay"])
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        ({"instructions": "It is 12:05."}, "instructions"),
+        ({"tools": [{"type": "function", "name": "rm"}]}, "tools"),
+        ({"instructions": "x", "tools": [{"type": "function", "name": "rm"}]}, "instructions"),
+    ],
+)
+async def test_changed_instructions_and_tools_are_named(
+    desk: Desk, way: str, changed: dict[str, Any], part: str
+) -> None:
+    same = {"instructions": "It is 12:04.", "tools": TOOLS}
+    first = await desk.turn(input="hi", **same)
+    assert first.node is not None
+    if way == "id":
+        body = {"input": "more", "previous_response_id": first.response["id"]}
+    else:
+        body = {"input": [user("hi"), *first.response["output"], user("more")]}
+    second = await desk.turn(**body, **(same | changed))
+    cache = second.response["homeport:cache"]
+    assert cache["part"] == part
+    at = cache["diverged_at"]
+    assert desk.prompt[:at] == first.node.tokens[:at]
+    assert desk.prompt[at] != first.node.tokens[at]
+    assert desk.events[0]["response"]["homeport:cache"] == cache
+
+
+async def test_a_rewritten_item_is_named_by_its_place(desk: Desk) -> None:
+    asked = [user("one"), user("two")]
+    first = await desk.turn(input=asked, prompt_cache_key="thread")
+    answer = {"role": "assistant", "content": "something else"}
+    second = await desk.turn(input=[*asked, answer, user("three")], prompt_cache_key="thread")
+    assert second.response["homeport:cache"]["part"] == "input[2]"
+    rewritten = [user("one"), user("TWO"), *first.response["output"], user("three")]
+    third = await desk.turn(input=rewritten)
+    assert third.response["homeport:cache"]["part"] == "input[1]"
+
+
+async def test_a_compacted_history_is_compared_with_its_sessions_last_turn(desk: Desk) -> None:
+    first = await desk.turn(
+        input=[{"role": "developer", "content": "base"}, user("hi")], prompt_cache_key="thread"
+    )
+    assert first.node is not None
+    desk.reconnect()
+    compacted = [{"role": "developer", "content": "base"}, user("Summary: we said hi.")]
+    second = await desk.turn(input=compacted, prompt_cache_key="thread")
+    assert second.response["homeport:cache"]["part"] == "input[1]"
+    other = await desk.turn(input=compacted, prompt_cache_key="another")
+    assert other.response["homeport:cache"] == {"ttl_s": 0}
+
+
+async def test_a_template_that_takes_whole_conversations_only_names_the_input(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise UnrenderableError("roles must alternate")
+
+    await desk.turn(input="hi", prompt_cache_key="thread")
+    monkeypatch.setattr(type(desk.engine.text), "prefix", refuse)
+    second = await desk.turn(input="ho", prompt_cache_key="thread")
+    assert second.response["homeport:cache"]["part"] == "input"
 
 
 # --- continuing

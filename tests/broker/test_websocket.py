@@ -50,6 +50,30 @@ async def test_a_store_false_response_is_continued_on_its_connection_and_dead_on
             check_events(await client.turn(previous_response_id=response_id(stored)))
 
 
+async def test_a_handshake_that_names_a_session_has_its_kv_fetched_before_any_frame():
+    async with open_rig() as rig:
+        async with rig.websocket(thread_id="thread", session_id="session") as client:
+            check_events(await client.turn(store=False))
+        (node,) = rig.port.sessions.of_session("", "thread")
+        async with rig.websocket(thread_id="thread"):
+            assert rig.engine.prefetched == []  # it has just been there
+        rig.clock.time += 60
+        async with rig.websocket(thread_id="nobody", session_id="session"):
+            assert rig.engine.prefetched == [node.tokens]
+        async with rig.websocket(thread_id="thread") as client:
+            check_events(await client.turn(prompt_cache_key="thread"))
+        assert len(rig.engine.prefetched) == 1
+
+
+async def test_a_handshake_that_names_another_tenants_session_fetches_nothing():
+    async with open_rig("auth.keys=['a', 'b']") as rig:
+        async with rig.websocket(thread_id="thread", x_api_key="a") as client:
+            check_events(await client.turn())
+        rig.clock.time += 60
+        async with rig.websocket(thread_id="thread", x_api_key="b"):
+            assert rig.engine.prefetched == []
+
+
 async def test_creates_on_a_busy_lane_are_queued_and_answered_in_order():
     async with open_rig(reply=saying("one", "two", "three")) as rig, rig.websocket() as client:
         for name in "abc":

@@ -362,10 +362,17 @@ def test_a_tool_is_found_by_what_the_model_calls_it():
     assert both.tool("bag.f") is both.tools[1]
 
 
-@pytest.mark.parametrize("key", ["user", "prompt_cache_retention"])
-def test_some_words_are_repeated_only_if_said(key):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("user", "x"),
+        ("prompt_cache_retention", "24h"),
+        ("prompt_cache_options", {"ttl": "30m", "mode": "implicit"}),
+    ],
+)
+def test_some_words_are_repeated_only_if_said(key, value):
     assert key not in parse({}).echo
-    assert parse({key: "x"}).echo[key] == "x"
+    assert parse({key: value}).echo[key] == value
 
 
 def test_input_is_a_user_message_when_it_is_a_string():

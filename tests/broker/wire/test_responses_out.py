@@ -30,6 +30,7 @@ USAGE = Usage(
     cached=CachedTokens(device=1, host=2, disk=3, remote=0),
     computed_tokens=4,
     output_tokens=5,
+    recomputed={"new": 3, "logits": 1},
 )
 
 
@@ -299,7 +300,39 @@ def test_the_response_repeats_what_the_client_said():
 
 def test_a_response_for_a_request_that_was_not_parsed_is_whole():
     check_response(new_stream().response() | {"status": "in_progress"})
-    assert len(new_stream().response()) == 31
+    fields = new_stream().response().keys()
+    assert len(fields) == 32
+    assert [name for name in fields if ":" in name] == ["homeport:cache"]
+
+
+def test_where_a_stored_response_is_kept_is_said_once_it_is_over():
+    for store, said in ((True, "disk"), (False, None)):
+        stream = new_stream(store=store)
+        run(stream, [])
+        assert "homeport:stored" not in stream.response()
+        events = stream.finish("completed", None, USAGE, 1)
+        assert events[-1]["response"].get("homeport:stored") == said
+    events = (stream := new_stream()).start()
+    events += [*stream.text("hi"), *stream.finish("completed", None, USAGE, 1)]
+    again = stream.kept_in_memory(events)
+    assert again[:-1] == events[:-1]
+    assert again[-1]["response"] == events[-1]["response"] | {"homeport:stored": "memory"}
+    check_events(again)
+    failed = new_stream()
+    failed.start()
+    assert "homeport:stored" not in failed.fail("server_error", "x")[-1]["response"]
+
+
+def test_a_response_says_what_was_granted_and_where_its_prompt_diverged():
+    stream = new_stream(prompt_cache_retention="24h")
+    assert stream.response()["homeport:cache"] == {"ttl_s": 0}
+    stream.diverged(7, "input[1]")
+    events = stream.start()
+    assert events[0]["response"]["homeport:cache"] == {
+        "ttl_s": 0,
+        "diverged_at": 7,
+        "part": "input[1]",
+    }
 
 
 def test_usage_counts_cached_tokens_as_input_and_by_tier():
@@ -310,6 +343,7 @@ def test_usage_counts_cached_tokens_as_input_and_by_tier():
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": 15,
         "homeport:cached_by_tier": {"device": 1, "host": 2, "disk": 3, "remote": 0},
+        "homeport:recomputed": {"new": 3, "logits": 1},
     }
 
 
