@@ -163,14 +163,14 @@ class EngineService:
 
     async def persist(self, manifest: Manifest) -> None:
         """Return once the manifest is on disk. Raises StoreError if the disk refused it."""
-        reason = await self._ask(lambda ticket: Persist(ticket, manifest))
+        reason = await self._ask(lambda ticket: Persist(ticket, self._stamped(manifest)))
         if reason is not None:
             raise StoreError(
                 str(reason), f"manifest {manifest.response_id} was not stored: {reason}"
             )
 
     def persist_later(self, manifest: Manifest) -> None:
-        self._inbox.put(Persist(None, manifest))
+        self._inbox.put(Persist(None, self._stamped(manifest)))
 
     async def forget_response(self, tenant: str, response_id: str) -> bool:
         """Delete a stored response, and its KV from every tier; False if there was none."""
@@ -216,12 +216,16 @@ class EngineService:
             self._replies.pop(ticket, None)
 
     async def _look_up(self, find: Callable[..., Manifest | None], *key: object) -> Manifest | None:
-        """A damaged manifest is a forgotten one."""
+        """A damaged manifest is a forgotten one, and so is one whose tokens are another tokenizer's."""
         try:
-            return await trio.to_thread.run_sync(find, *key, limiter=self._lookups)
+            found = await trio.to_thread.run_sync(find, *key, limiter=self._lookups)
         except StoreError as error:
             log.warning("a manifest is not used: %s: %s", error.reason, error)
             return None
+        return found if found is not None and found.text == self.text.digest else None
+
+    def _stamped(self, manifest: Manifest) -> Manifest:
+        return replace(manifest, text=self.text.digest)
 
 
 def _seeded(submit: Submit) -> Submit:

@@ -33,15 +33,19 @@ import re
 import secrets
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2 import TemplateError
+
+from tiers.canonical import digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from tiers.block import TokenIds
+    from tiers.canonical import Value
 
 _TOOLS_HEADER = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -133,8 +137,15 @@ class Text:
     """One model's tokenizer and template. Encoded pieces are kept, because agents resend the same long prefix."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, stop_ids: Iterable[int] = (), cache_bytes: int = 32 << 20
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop_ids: Iterable[int] = (),
+        digest: bytes = b"",
+        cache_bytes: int = 32 << 20,
     ) -> None:
+        # Names the tokenizer and the templates: what ids mean, and which of them a conversation becomes.
+        self.digest = digest
         eos = tokenizer.eos_token_id
         self.stop_ids = frozenset(stop_ids) | (frozenset() if eos is None else {eos})
         self._tokenizer = tokenizer
@@ -171,7 +182,7 @@ class Text:
         if (path / "generation_config.json").is_file():
             eos = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
             stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        return cls(tokenizer, stop_ids=stops)
+        return cls(tokenizer, stop_ids=stops, digest=_digest(path, stops))
 
     def encode(self, text: str) -> TokenIds:
         """The ids of trusted text: control-token strings in it become control tokens."""
@@ -297,6 +308,34 @@ class Text:
         while self._encoded_bytes > self._cache_bytes:
             self._encoded_bytes -= _cost(*self._encoded.popitem(last=False))
         return tokens
+
+
+# What transformers reads a tokenizer and its templates from. One file too many forgets stored responses when it
+# changes; one too few would read them as other words.
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "additional_chat_templates/*",
+)
+_RENDERING = 1  # raise it when this file renders the same conversation to other text
+
+
+def _digest(path: Path, stop_ids: Iterable[int]) -> bytes:
+    files = {file for pattern in _TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()}
+    named: dict[str, Value] = {
+        "files": {
+            file.relative_to(path).as_posix(): blake2b(file.read_bytes()).digest() for file in files
+        },
+        "stop_ids": sorted(stop_ids),
+        "rendering": _RENDERING,
+    }
+    return digest(b"homeport-text-1", named)
 
 
 class Detokenizer:

@@ -2,6 +2,8 @@
 
 A manifest names block keys but does not depend on them: a key that is gone is recomputed from `tokens`.
 `body` is the broker's own JSON (the response object and the history items); this package never looks inside.
+`text` names the tokenizer and the chat template whose ids `tokens` are: to another one they are other words, so
+whoever finds a manifest compares it (engine/service.py) before the tokens are believed.
 
 On disk: xxh3-128 of what follows (16 bytes), then one msgpack map with exactly the fields below and "v", the format
 version. Tokens are one blob of little-endian u32; keys are one blob, 32 bytes each.
@@ -26,7 +28,7 @@ from tiers.block import BlockKey, StoreError
 if TYPE_CHECKING:
     from tiers.block import TokenIds
 
-VERSION = 1
+VERSION = 2
 CHECKSUM_BYTES = 16
 # Guesses with room: a context of 4 million tokens, a history of 32 MiB, a turn of 4096 output items.
 MAX_NAME_CHARS = 512
@@ -56,6 +58,7 @@ class Manifest:
     content_digest: bytes  # of the output's normalised contents: finds a replay that carries no ids
     keys: tuple[BlockKey, ...]
     body: bytes
+    text: bytes = b""  # stamped on its way to the disk
 
 
 _FIELDS = frozenset({"v", *Manifest.__slots__})
@@ -78,6 +81,7 @@ def encode(manifest: Manifest) -> bytes:
         "content_digest": manifest.content_digest,
         "keys": b"".join(manifest.keys),
         "body": manifest.body,
+        "text": manifest.text,
     }
     try:
         packed: bytes = msgpack.packb(fields)
@@ -153,11 +157,9 @@ def _check(manifest: Manifest) -> None:
         raise _bad("sampled_from lies outside the tokens")
     if len(manifest.item_ids) > MAX_ITEMS:
         raise _bad(f"{len(manifest.item_ids)} items")
-    if (
-        type(manifest.content_digest) is not bytes
-        or len(manifest.content_digest) > MAX_DIGEST_BYTES
-    ):
-        raise _bad("content_digest")
+    digests = (manifest.content_digest, manifest.text)
+    if not all(type(one) is bytes and len(one) <= MAX_DIGEST_BYTES for one in digests):
+        raise _bad("content_digest or text")
     if len(manifest.keys) > MAX_KEYS or not all(len(key) == 32 for key in manifest.keys):
         raise _bad("keys")
     if type(manifest.body) is not bytes or len(manifest.body) > MAX_BODY_BYTES:

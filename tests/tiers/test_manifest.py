@@ -33,6 +33,7 @@ def manifests(draw):
         content_digest=draw(st.binary(max_size=32)),
         keys=tuple(draw(st.lists(keys, max_size=5))),
         body=draw(st.binary(max_size=100)),
+        text=draw(st.binary(max_size=32)),
     )
 
 
@@ -99,7 +100,8 @@ def test_a_field_of_another_kind_is_refused_or_legal(name, value):
 @pytest.mark.parametrize(
     "change",
     [
-        {"v": 2},
+        {"v": 1},
+        {"v": 3},
         {"v": True},
         {"response_id": ""},
         {"response_id": "x" * (format_.MAX_NAME_CHARS + 1)},
@@ -118,6 +120,8 @@ def test_a_field_of_another_kind_is_refused_or_legal(name, value):
         {"keys": b"k" * 33},
         {"content_digest": b"d" * (format_.MAX_DIGEST_BYTES + 1)},
         {"body": "{}"},
+        {"text": ""},
+        {"text": b"d" * (format_.MAX_DIGEST_BYTES + 1)},
         {"more": 1},
     ],
     ids=lambda change: next(iter(change)),
