@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP_TORCH ?= torch==2.13.0
 ARGS ?=
 
-.PHONY: serve test check bench acceptance mutants fmt gpu size clean
+.PHONY: serve test check bench acceptance campaign mutants fmt gpu size clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "homeport needs Python 3.11 or newer; set PYTHON=")'
@@ -49,6 +49,9 @@ bench: $(VENV)/.runtime
 
 acceptance: $(VENV)/.dev
 	@$(BIN)/python -m tests.e2e.acceptance $(ARGS)
+
+campaign: $(VENV)/.dev
+	@$(BIN)/python -m tests.campaign $(ARGS)
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants.py $(ARGS)

@@ -1,0 +1,23 @@
+"""`make campaign`: all campaigns at full size, or the one that is named, with its own options."""
+
+from __future__ import annotations
+
+import sys
+
+from tests.campaign import kills
+
+CAMPAIGNS = {"kills": kills.main}
+
+
+def main(argv: list[str]) -> int:
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in CAMPAIGNS:
+            print(f"no campaign {argv[0]!r}; there are {', '.join(CAMPAIGNS)}", file=sys.stderr)
+            return 2
+        return CAMPAIGNS[argv[0]](argv[1:])
+    # Each one to its end, whatever came out of the others.
+    return max([campaign(argv) for campaign in CAMPAIGNS.values()])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,39 @@
+"""`homeport serve` with a stub model: the real broker, command line, engine thread, tiers and LMDB.
+
+    python -m tests.campaign.stub_daemon --state-dir DIR --set key.path=value ... [--fail-call N --error ENOSPC]
+
+Started like this it takes the seconds that importing torch takes; `zygote.py` starts it in a few hundredths of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+
+from broker.__main__ import main as homeport
+from tests.campaign import stub
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--state-dir", required=True)
+    parser.add_argument("--set", action="append", default=[], dest="assignments")
+    parser.add_argument("--fail-call", type=int, help="the store's call, from 1, that fails")
+    parser.add_argument("--fail-calls", type=int, default=1, help="so many in a row fail")
+    parser.add_argument("--error", choices=("ENOSPC", "EIO"), default="EIO")
+    arguments = parser.parse_args(argv)
+    serve = ["serve", "--port", "0", "--state-dir", arguments.state_dir]
+    for one in stub.settings() if not arguments.assignments else arguments.assignments:
+        serve += ["--set", one]
+    failing = nullcontext()
+    if arguments.fail_call is not None:
+        from tests.campaign.failing import failing_store
+
+        failing = failing_store(arguments.fail_call, arguments.fail_calls, arguments.error)
+    with stub.stubbed(), failing:
+        return homeport(serve)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
