@@ -1,6 +1,8 @@
-"""The command line. `homeport serve` is the daemon; `sessions`, `tiers` and `demote` ask a running one over HTTP.
+"""The command line. `homeport serve` is the daemon; `sessions`, `tiers`, `demote`, `pin`, `unpin` and `forget` ask a running
+one over HTTP; `config check` and `verify` read files.
 
-Exit status: 0 done, 1 failed (the reason is one line on stderr), 2 wrong usage or configuration.
+Exit status: 0 done, 1 failed (the reason is one line on stderr), 2 wrong usage or configuration. `verify`: 1 for a
+damaged store, 2 for one that cannot be read.
 """
 
 from __future__ import annotations
@@ -19,14 +21,22 @@ from typing import TYPE_CHECKING, Any
 from broker.config import Config, ConfigError, load
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _DEFAULT_URL = "http://127.0.0.1:8321"
 _ASK_TIMEOUT_S = 60.0
 
 
 class CommandFailed(Exception):
-    """What to say on stderr before leaving with status 1."""
+    """What to say on stderr before leaving with `status`."""
+
+    status = 1
+
+
+class CannotRead(CommandFailed):
+    """`verify` found nothing out: neither good nor damaged."""
+
+    status = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except CommandFailed as error:
         print(f"homeport: {error}", file=sys.stderr)
-        return 1
+        return error.status
     return status
 
 
@@ -76,6 +86,24 @@ def _parser() -> argparse.ArgumentParser:
     demote.add_argument("--tier", choices=("host", "disk"), required=True)
     demote.add_argument("--session", metavar="ID", help="one session; all of them without it")
     demote.set_defaults(run=_demote)
+
+    pin = commands.add_parser("pin", help="keep a session's KV for a time, whatever else happens")
+    _add_daemon(pin)
+    named = pin.add_mutually_exclusive_group(required=True)
+    named.add_argument("--session", metavar="ID")
+    named.add_argument("--response", metavar="ID", help="any stored response of the session")
+    pin.add_argument("--ttl", required=True, metavar="TIME", help='such as "30m" or "1h"')
+    pin.set_defaults(run=_pin)
+
+    unpin = commands.add_parser("unpin", help="end a session's pin")
+    _add_daemon(unpin)
+    unpin.add_argument("--session", metavar="ID", required=True)
+    unpin.set_defaults(run=_unpin)
+
+    forget = commands.add_parser("forget", help="delete a session: its responses, and its KV")
+    _add_daemon(forget)
+    forget.add_argument("--session", metavar="ID", required=True)
+    forget.set_defaults(run=_forget)
 
     verify = commands.add_parser(
         "verify", help="check every record of a state directory (daemon stopped)"
@@ -194,10 +222,12 @@ def _sessions(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(answer, indent=2))
         return 0
-    rows = [("SESSION", "CLASS", "TOKENS", "IDLE", "DEVICE", "HOST", "DISK")]
+    pins = {one["session"]: one for one in _ask(arguments, "GET", "/admin/pins")["pins"]}
+    rows = [("SESSION", "CLASS", "TOKENS", "IDLE", "DEVICE", "HOST", "DISK", "PINNED")]
     for one in answer["sessions"]:
         on = one["tokens_on"]
         where = [str(on.get(tier, 0)) for tier in ("device", "host", "disk")]
+        pin = pins.get(one["session"])
         rows.append(
             (
                 one["session"],
@@ -205,6 +235,7 @@ def _sessions(arguments: argparse.Namespace) -> int:
                 str(one["tokens"]),
                 f"{one['idle_s']:.0f}s",
                 *where,
+                "-" if pin is None else f"{pin['expires_s']:.0f}s",
             )
         )
     print(_table(rows))
@@ -222,9 +253,32 @@ def _tiers(arguments: argparse.Namespace) -> int:
         counts = [str(tier[name]) for name in ("blocks", "leased_blocks", "held_refs")]
         rows.append((tier["tier"], used, capacity, *counts))
     print(_table(rows))
+    print(_disk_line(answer["disk"]))
+    print(
+        f"amplification {answer['amplification']:.3f}  hit share {answer['hit_share']:.1%}"
+        f"  pins {len(answer['pins'])}"
+    )
     state = {name: answer[name] for name in ("running", "waiting", "loading", "leases", "refs")}
     print("  ".join(f"{name} {value}" for name, value in state.items()))
+    reasons = {reason: n for reason, n in answer["recomputed_total"].items() if n}
+    if reasons:
+        table = [("COMPUTED BECAUSE", "TOKENS")]
+        table += [(why, str(n)) for why, n in sorted(reasons.items(), key=lambda one: -one[1])]
+        print("\n" + _table(table))
     return 0
+
+
+def _disk_line(disk: Mapping[str, Any]) -> str:
+    """How the disk tier is, in words."""
+    if disk["state"] == "off":
+        return "disk off"
+    said = f"disk {disk['state']}"
+    if disk["reason"] is not None:
+        said += f" ({disk['reason']}): nothing new is spilled, turns go on"
+    said += f"  {disk['records']} records, {_mib(disk['pending_bytes'])} to write"
+    if not disk["index_complete"]:
+        said += ", index being read"
+    return said
 
 
 def _demote(arguments: argparse.Namespace) -> int:
@@ -237,6 +291,38 @@ def _demote(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _pin(arguments: argparse.Namespace) -> int:
+    body = {"session": arguments.session, "response_id": arguments.response, "ttl": arguments.ttl}
+    answer = _ask(arguments, "POST", "/admin/pins", body)
+    if arguments.json:
+        print(json.dumps(answer, indent=2))
+    else:
+        print(
+            f"{answer['session']}: {answer['tokens']} tokens, {_mib(answer['held_bytes'])},"
+            f" pinned for {answer['ttl_s']} s"
+        )
+    return 0
+
+
+def _unpin(arguments: argparse.Namespace) -> int:
+    answer = _ask(arguments, "DELETE", f"/admin/pins/{_quoted(arguments.session)}")
+    print(json.dumps(answer, indent=2) if arguments.json else f"{answer['session']}: not pinned")
+    return 0
+
+
+def _forget(arguments: argparse.Namespace) -> int:
+    answer = _ask(arguments, "DELETE", f"/admin/sessions/{_quoted(arguments.session)}")
+    if arguments.json:
+        print(json.dumps(answer, indent=2))
+    else:
+        print(f"{answer['session']}: {answer['deleted_responses']} responses deleted")
+    return 0
+
+
+def _quoted(name: str) -> str:
+    return urllib.parse.quote(name, safe="")
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
@@ -246,12 +332,13 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     directory = _config(arguments).server.state_dir
     if not directory.is_dir():
-        raise CommandFailed(f"{directory}: no such state directory")
+        raise CannotRead(f"{directory}: no such state directory")
     records, bad = 0, 0
     try:
         state = StateDir.open(directory)
         try:
-            with tqdm(unit=" records", file=sys.stderr) as bar:
+            # A small store is done before there is anything to show.
+            with tqdm(unit=" records", file=sys.stderr, delay=1) as bar:
                 for step in scrub(state):
                     records = bar.total = step.total
                     bar.update()
@@ -261,7 +348,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         finally:
             state.close()
     except (StateDirRefused, StoreError) as error:
-        raise CommandFailed(str(error)) from error
+        raise CannotRead(str(error)) from error
     print(f"{records} records, {bad} bad")
     return 1 if bad else 0
 

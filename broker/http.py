@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from typing import TYPE_CHECKING, Any, assert_never
 
 import trio
@@ -28,6 +29,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from broker import keeping
+from broker.config import duration
 from broker.errors import (
     BadRequest,
     BrokerError,
@@ -40,6 +43,7 @@ from broker.errors import (
 from broker.metrics import render
 from broker.recall import Recall
 from broker.session import ConnectionScope
+from broker.wire.fields import optional_name
 from broker.wire.items import FunctionCall, FunctionCallOutput, ItemReference, Message, Reasoning
 from broker.wire.json_in import parse_object
 from broker.wire.requests import Transport, parse_create
@@ -121,6 +125,10 @@ def build_app(port: Port) -> ASGIApp:
         Route("/admin/sessions", routes.admin_sessions, methods=["GET"]),
         Route("/admin/tiers", routes.admin_tiers, methods=["GET"]),
         Route("/admin/demote", routes.admin_demote, methods=["POST"]),
+        Route("/admin/pins", routes.admin_pins, methods=["GET"]),
+        Route("/admin/pins", routes.admin_pin, methods=["POST"]),
+        Route("/admin/pins/{session:path}", routes.admin_unpin, methods=["DELETE"]),
+        Route("/admin/sessions/{session:path}", routes.admin_forget, methods=["DELETE"]),
     ]
     app = Starlette(
         routes=table,
@@ -181,9 +189,8 @@ class _Routes:
         return JSONResponse(node.response)
 
     async def delete(self, request: Request) -> Response:
-        tenant, node = _tenant(request).name, await self._stored(request)
-        self._port.sessions.forget(tenant, node.response_id)
-        await self._port.engine.forget_response(tenant, node.response_id)
+        tenant, node = _tenant(request), await self._stored(request)
+        await keeping.forget_response(self._port, tenant, node.response_id)
         return JSONResponse({"id": node.response_id, "object": "response", "deleted": True})
 
     async def input_items(self, request: Request) -> Response:
@@ -237,6 +244,36 @@ class _Routes:
                 "'session' must be a string or null.", code="invalid_type", param="session"
             )
         return JSONResponse({"moved_blocks": await self._port.engine.demote(tiers[tier], session)})
+
+    async def admin_pins(self, request: Request) -> Response:
+        report = await self._port.engine.inspect()
+        return JSONResponse({"pins": [dataclasses.asdict(one) for one in report.pins]})
+
+    async def admin_pin(self, request: Request) -> Response:
+        tenant, body = _tenant(request), parse_object(await _read_body(request, self._port))
+        session, response_id = optional_name(body, "session"), optional_name(body, "response_id")
+        if (session is None) == (response_id is None):
+            raise BadRequest(
+                "Name the 'session' or a 'response_id' of it, and not both.",
+                code="invalid_value",
+                param="session",
+            )
+        seconds = _ttl(body.get("ttl"))
+        if response_id is not None:
+            session = await keeping.session_of(self._port, tenant, response_id)
+        assert session is not None
+        pinned = await keeping.pin(self._port, tenant, session, seconds)
+        return JSONResponse(dataclasses.asdict(pinned))
+
+    async def admin_unpin(self, request: Request) -> Response:
+        session = request.path_params["session"]
+        await keeping.unpin(self._port, _tenant(request), session)
+        return JSONResponse({"session": session, "deleted": True})
+
+    async def admin_forget(self, request: Request) -> Response:
+        session = request.path_params["session"]
+        forgotten = await keeping.forget(self._port, _tenant(request), session)
+        return JSONResponse(dataclasses.asdict(forgotten))
 
     def _model(self, name: str) -> dict[str, Any]:
         return {
@@ -365,6 +402,22 @@ async def _read_body(request: Request, port: Port) -> bytes:
     if len(body) > http.max_body:
         raise too_large
     return bytes(body)
+
+
+def _ttl(value: Any) -> float:
+    """A pin's time: "90s", "1h", or a number of seconds. Raises BadRequest."""
+    seconds: float | None = None
+    if isinstance(value, str):
+        seconds = duration(value)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = value
+    if seconds is None or not 0 < seconds < math.inf:
+        raise BadRequest(
+            "'ttl' must be a time such as '30m' or '1h', or a number of seconds.",
+            code="invalid_value",
+            param="ttl",
+        )
+    return seconds
 
 
 def _page(items: list[Any], response_id: str, query: Mapping[str, str]) -> dict[str, Any]:

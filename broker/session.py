@@ -79,6 +79,7 @@ class Node:
     ] = ()  # under which clients ask for the session before they name a response
     # What changes:
     lease: LeaseId | None = None  # None once another turn superseded it
+    deleted: bool = False  # by its owner: not even its own connection may go on from it
     expected_at: float = -math.inf  # when its KV was last on the device, or asked to go there
 
     @property
@@ -222,7 +223,7 @@ class ConnectionScope:
         for nodes in self._lanes.values():
             for node in nodes:
                 if (node.tenant, node.response_id) == (tenant, response_id):
-                    return node
+                    return None if node.deleted else node
         return None
 
     def remember(self, lane: str | None, node: Node) -> None:

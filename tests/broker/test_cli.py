@@ -2,6 +2,8 @@
 
 import http.server
 import json
+import os
+import urllib.request
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -11,11 +13,18 @@ import trio
 from broker.__main__ import main
 from broker.app import serve
 from broker.config import load
-from engine.api import SessionReport, TierReport
+from engine.api import DiskReport, SessionReport, TierReport
 from tests.fakes import FakeService
+from tiers.block import StoreError
+from tiers.lmdb_store import ScrubStep
+from tiers.state_dir import StateDir
 
 
 class Reporting(FakeService):
+    def __init__(self, nursery):
+        super().__init__(nursery, disk=DiskReport("ok", records=7))
+        self.why = {"evicted_disk_capacity": 3, "new": 40, "slow": 0}
+
     async def inspect(self):
         from dataclasses import replace
 
@@ -23,10 +32,19 @@ class Reporting(FakeService):
             TierReport("device", 2 << 30, 512 << 20, 364, 10, 3),
             TierReport("disk", 40 << 30, 0, 0, 0, 0),
         )
-        sessions = (
-            SessionReport("resp_abc", "TOOL_WAIT", 1500, 12.4, {"device": 1500, "disk": 1472}),
+        on = {"device": 1500, "disk": 1472}
+        sessions = tuple(
+            SessionReport(name, "TOOL_WAIT", 1500, 12.4, on) for name in ("resp_abc", "my/thread")
         )
-        return replace(await super().inspect(), tiers=tiers, sessions=sessions, running=2)
+        return replace(
+            await super().inspect(),
+            tiers=tiers,
+            sessions=sessions,
+            running=2,
+            recomputed_total=self.why,
+            amplification=1.25,
+            hit_share=0.975,
+        )
 
 
 @asynccontextmanager
@@ -61,12 +79,88 @@ async def test_tiers_and_sessions_are_tables_and_json(tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].split() == ["TIER", "USED", "CAPACITY", "BLOCKS", "LEASED", "REFS"]
         assert lines[1].split() == ["device", "512MiB", "2048MiB", "364", "10", "3"]
-        assert "running 2" in lines[-1]
+        assert any(line.startswith("running 2  waiting 0") for line in lines)
         assert await run("sessions", "--url", url) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[1].split() == ["resp_abc", "TOOL_WAIT", "1500", "12s", "1500", "0", "1472"]
+        assert lines[1].split() == [
+            *("resp_abc", "TOOL_WAIT", "1500", "12s", "1500", "0", "1472", "-")
+        ]
         assert await run("sessions", "--url", url, "--json") == 0
         assert json.loads(capsys.readouterr().out)["sessions"][0]["tokens"] == 1500
+
+
+async def test_tiers_says_how_the_disk_is_and_why_tokens_were_computed(tmp_path, capsys):
+    async with daemon(tmp_path) as (url, engine):
+        assert await run("tiers", "--url", url) == 0
+        out = capsys.readouterr().out
+        assert "disk ok  7 records, 0MiB to write\n" in out
+        assert "amplification 1.250  hit share 97.5%  pins 0\n" in out
+        assert [line.split() for line in out.splitlines()[-3:]] == [
+            ["COMPUTED", "BECAUSE", "TOKENS"],
+            ["new", "40"],
+            ["evicted_disk_capacity", "3"],
+        ]
+        engine.disk = DiskReport("degraded", "full", index_complete=False, pending_bytes=3 << 20)
+        engine.why = {}
+        assert await run("tiers", "--url", url) == 0
+        out = capsys.readouterr().out
+        assert "disk degraded (full): nothing new is spilled, turns go on" in out
+        assert "3MiB to write, index being read\n" in out
+        assert "BECAUSE" not in out
+        engine.disk = DiskReport()
+        assert await run("tiers", "--url", url) == 0
+        assert "disk off\n" in capsys.readouterr().out
+
+
+async def test_a_session_is_pinned_seen_unpinned_and_forgotten(tmp_path, capsys):
+    async with daemon(tmp_path) as (url, _):
+
+        async def ask(*argv):
+            status = await run(*argv, "--url", url)
+            said = capsys.readouterr()
+            return status, said.out + said.err
+
+        response_id = await turn(url, prompt_cache_key="my/thread")
+        assert await ask("pin", "--session", "my/thread", "--ttl", "1h") == (
+            0,
+            "my/thread: 1500 tokens, 0MiB, pinned for 3600 s\n",
+        )
+        assert (await ask("sessions"))[1].splitlines()[2].split()[-1] == "3600s"
+        assert await ask("unpin", "--session", "my/thread") == (0, "my/thread: not pinned\n")
+        assert await ask("unpin", "--session", "my/thread") == (
+            1,
+            f"homeport: {url}: No pin of session 'my/thread'.\n",
+        )
+        status, said = await ask("pin", "--response", response_id, "--ttl", "30s", "--json")
+        assert (status, json.loads(said)["session"], json.loads(said)["ttl_s"]) == (
+            0,
+            "my/thread",
+            30,
+        )
+        status, said = await ask("pin", "--session", "nobody", "--ttl", "1h")
+        assert (status, "No session 'nobody'" in said) == (1, True)
+        status, said = await ask("pin", "--session", "my/thread", "--ttl", "soon")
+        assert (status, "'ttl' must be a time" in said) == (1, True)
+        assert await ask("forget", "--session", "my/thread") == (
+            0,
+            "my/thread: 1 responses deleted\n",
+        )
+        assert (await ask("forget", "--session", "my/thread"))[0] == 1
+
+
+async def turn(url, **body):
+    """One turn over HTTP; its response id."""
+
+    def post():
+        request = urllib.request.Request(
+            f"{url}/v1/responses",
+            json.dumps({"input": "Hi.", **body}).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)["id"]
+
+    return await trio.to_thread.run_sync(post)
 
 
 async def test_demote_says_how_much_moved(tmp_path, capsys):
@@ -144,8 +238,35 @@ def test_wrong_usage_is_status_2(argv, capsys):
 
 
 def test_verify_counts_the_records_of_a_state_directory(tmp_path, capsys):
-    assert main(["verify", "--state-dir", str(tmp_path / "absent")]) == 1
-    assert "no such state directory" in capsys.readouterr().err
     tmp_path.chmod(0o700)
     assert main(["verify", "--state-dir", str(tmp_path)]) == 0
-    assert "0 records, 0 bad" in capsys.readouterr().out
+    assert capsys.readouterr() == ("0 records, 0 bad\n", "")
+
+
+def test_verify_tells_damaged_from_unreadable(tmp_path, capsys, monkeypatch):
+    assert main(["verify", "--state-dir", str(tmp_path / "absent")]) == 2
+    assert "no such state directory" in capsys.readouterr().err
+    tmp_path.chmod(0o700)
+    steps = [ScrubStep(1, 2, "aa", None), ScrubStep(2, 2, "bb", "checksum")]
+    monkeypatch.setattr("tiers.lmdb_store.scrub", lambda state: iter(steps))
+    assert main(["verify", "--state-dir", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "bb: checksum\n2 records, 1 bad\n"
+
+    def unreadable(state):
+        raise StoreError("io", "cannot be walked")
+
+    monkeypatch.setattr("tiers.lmdb_store.scrub", unreadable)
+    assert main(["verify", "--state-dir", str(tmp_path)]) == 2
+    assert "homeport: cannot be walked" in capsys.readouterr().err
+
+
+def test_verify_refuses_a_directory_that_a_daemon_holds(tmp_path, capsys):
+    tmp_path.chmod(0o700)
+    held = StateDir.open(tmp_path)
+    try:
+        assert main(["verify", "--state-dir", str(tmp_path)]) == 2
+    finally:
+        held.close()
+    said = capsys.readouterr().err
+    assert f"in use by the homeport process with pid {os.getpid()}" in said
+    assert said.count("\n") == 1

@@ -1,17 +1,19 @@
 """The HTTP side against a fake engine, over socket pairs."""
 
+import dataclasses
 import json
 import logging
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
 
 from broker.admission import AdmissionStatistics
 from broker.metrics import EdgeReport, render
-from engine.api import EngineReport, RefuseReason, TierReport
+from engine.api import EngineReport, RefuseReason, SessionReport, TierReport
 from tests.broker.rig import open_rig
 from tests.broker.wire.grammar import check_events, check_response
-from tests.fakes import saying
+from tests.fakes import FakeService, saying
 from tiers.block import Tier
 
 ROUTES = [
@@ -25,6 +27,10 @@ ROUTES = [
     ("GET", "/admin/sessions"),
     ("GET", "/admin/tiers"),
     ("POST", "/admin/demote"),
+    ("GET", "/admin/pins"),
+    ("POST", "/admin/pins"),
+    ("DELETE", "/admin/pins/s"),
+    ("DELETE", "/admin/sessions/s"),
     ("GET", "/nowhere"),
     ("PUT", "/v1/models"),
 ]
@@ -394,6 +400,117 @@ async def test_headers_that_name_a_session_have_its_kv_fetched_before_the_body_i
         answer = await browser.request("POST", "/v1/responses", b"no JSON", session_id="s")
         assert answer.status == 400
         assert rig.engine.prefetched == [node.tokens]
+
+
+class Warm(FakeService):
+    """A fake that lists what it was submitted as warm, as the engine does."""
+
+    async def inspect(self):
+        names = dict.fromkeys(submit.session for submit in self.submitted)
+        sessions = tuple(SessionReport(name, "HUMAN_WAIT", 100, 0.0) for name in names)
+        return dataclasses.replace(await super().inspect(), sessions=sessions)
+
+
+@asynccontextmanager
+async def warm_rig(*sets):
+    async with open_rig(*sets) as rig:
+        rig.engine = rig.port.engine = Warm(rig.nursery, reply=saying("Hello there."))
+        yield rig
+
+
+async def test_a_pin_is_granted_for_no_longer_than_the_most_and_is_listed():
+    async with warm_rig("tiers.ttl_max=2h") as rig:
+        browser = rig.browser()
+        body = {"input": "Hi.", "prompt_cache_key": "a/b"}
+        response_id = (await browser.request("POST", "/v1/responses", body)).json["id"]
+        for named in ({"session": "a/b"}, {"response_id": response_id}):
+            for asked, granted in (("1h", 3600), (90, 90), ("30d", 7200)):
+                answer = await browser.request("POST", "/admin/pins", {**named, "ttl": asked})
+                assert answer.json == {
+                    "session": "a/b",
+                    "held_bytes": 1024,
+                    "tokens": 100,
+                    "ttl_s": granted,
+                    "expires_at": 1_000_000_000 + granted,
+                }
+                assert rig.engine.pinned == {(b"", "a/b"): granted}
+        assert (await browser.request("GET", "/admin/pins")).json == {
+            "pins": [{"session": "a/b", "held_bytes": 1024, "expires_s": 7200}]
+        }
+        metrics = (await browser.request("GET", "/metrics")).body.decode().splitlines()
+        assert "homeport_pins 1" in metrics
+        assert "homeport_pinned_bytes 1024" in metrics
+        answer = await browser.request("DELETE", "/admin/pins/a%2Fb")
+        assert answer.json == {"session": "a/b", "deleted": True}
+        assert rig.engine.pinned == {}
+        answer = await browser.request("DELETE", "/admin/pins/a%2Fb")
+        assert (answer.status, answer.code) == (404, "pin_not_found")
+
+
+async def test_a_pin_over_the_quota_is_a_conflict_and_one_of_nothing_is_not_found():
+    async with warm_rig() as rig:
+        browser = rig.browser()
+        body = {"input": "Hi.", "prompt_cache_key": "s"}
+        await browser.request("POST", "/v1/responses", body)
+        rig.engine.faults.pin = True
+        answer = await browser.request("POST", "/admin/pins", {"session": "s", "ttl": "1h"})
+        assert (answer.status, answer.code) == (409, "pin_quota_exceeded")
+        assert "25%" in answer.json["error"]["message"]
+        for named, code in (
+            ({"session": "t"}, "session_not_found"),
+            ({"response_id": "resp_x"}, "not_found"),
+        ):
+            answer = await browser.request("POST", "/admin/pins", {**named, "ttl": "1h"})
+            assert (answer.status, answer.code) == (404, code)
+        for wrong, param in (
+            ({}, "session"),
+            ({"session": "s", "response_id": "r", "ttl": 1}, "session"),
+            ({"session": 3, "ttl": 1}, "session"),
+            ({"session": "s"}, "ttl"),
+            ({"session": "s", "ttl": "soon"}, "ttl"),
+            ({"session": "s", "ttl": 0}, "ttl"),
+            ({"session": "s", "ttl": "0s"}, "ttl"),
+            ({"session": "s", "ttl": True}, "ttl"),
+        ):
+            answer = await browser.request("POST", "/admin/pins", wrong)
+            assert (answer.status, answer.json["error"]["param"]) == (400, param)
+
+
+async def test_a_deleted_response_is_gone_from_memory_and_from_the_engine():
+    async with open_rig() as rig:
+        browser = rig.browser()
+        response_id = (await browser.request("POST", "/v1/responses", {"input": "Hi."})).json["id"]
+        assert (await browser.request("DELETE", f"/v1/responses/{response_id}")).status == 200
+        assert rig.engine.forgotten == [("", response_id)]
+        assert rig.engine.manifests == []
+        for method in ("GET", "DELETE"):
+            assert (await browser.request(method, f"/v1/responses/{response_id}")).status == 404
+
+
+async def test_a_deleted_session_takes_its_responses_and_its_pin_and_nobody_elses():
+    async with open_rig("auth.keys=['a', 'b']") as rig:
+        browser = rig.browser()
+
+        async def turn(key, **body):
+            body = {"input": "Hi.", "prompt_cache_key": "s", **body}
+            return (await browser.request("POST", "/v1/responses", body, x_api_key=key)).json["id"]
+
+        gone = [await turn("a"), await turn("a", store=False)]
+        gone.append(await turn("a", previous_response_id=gone[0]))
+        kept = [await turn("b"), await turn("a", prompt_cache_key="other")]
+        for key in "ab":
+            pin = {"session": "s", "ttl": "1h"}
+            await browser.request("POST", "/admin/pins", pin, x_api_key=key)
+        answer = await browser.request("DELETE", "/admin/sessions/s", x_api_key="a")
+        assert answer.json == {"session": "s", "deleted_responses": 3}
+        assert sorted(one for _, one in rig.engine.forgotten) == sorted(gone)
+        assert [m.response_id for m in rig.engine.manifests] == kept
+        assert len(rig.engine.pinned) == 1
+        for key, response_id, status in (("a", gone[0], 404), ("b", kept[0], 200)):
+            path = f"/v1/responses/{response_id}"
+            assert (await browser.request("GET", path, x_api_key=key)).status == status
+        answer = await browser.request("DELETE", "/admin/sessions/s", x_api_key="a")
+        assert (answer.status, answer.code) == (404, "session_not_found")
 
 
 async def test_the_operators_times_are_granted_over_http():

@@ -74,6 +74,14 @@ async def test_a_handshake_that_names_another_tenants_session_fetches_nothing():
             assert rig.engine.prefetched == []
 
 
+async def test_a_deleted_response_cannot_be_continued_even_on_its_own_connection():
+    async with open_rig() as rig, rig.websocket() as client:
+        named = response_id(await client.turn())
+        assert (await rig.browser().request("DELETE", f"/v1/responses/{named}")).status == 200
+        (error,) = await client.turn(previous_response_id=named)
+        assert error["error"]["code"] == NOT_FOUND
+
+
 async def test_creates_on_a_busy_lane_are_queued_and_answered_in_order():
     async with open_rig(reply=saying("one", "two", "three")) as rig, rig.websocket() as client:
         for name in "abc":

@@ -1,0 +1,102 @@
+"""What an operator decides about one session: keep it whatever the policy says, or delete all of it.
+
+Laws
+    A session belongs to the tenant that the key proves; another tenant's and an unknown one are the same answer.
+    A pin is leased: it ends by itself, is never longer than `tiers.ttl_max`, and all of them together never cover more
+    than `tiers.pins` of the host tier. It protects the session's KV as it is now; turns to come are covered as they end.
+    Deleting a session deletes its responses, stored or not, and their KV from every tier, except the blocks that others
+    need: a shared head stays with whoever shares it. Bytes freed inside LMDB's file are reused by later writes, not wiped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from broker.errors import ClientError, NotFound
+from broker.recall import Recall
+
+if TYPE_CHECKING:
+    from broker.access import Tenant
+    from broker.port import Port
+    from engine.api import EngineReport
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """What was granted."""
+
+    session: str
+    held_bytes: int
+    tokens: int  # of the session's KV that leases know
+    ttl_s: int
+    expires_at: int  # seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    session: str
+    deleted_responses: int
+
+
+async def session_of(port: Port, tenant: Tenant, response_id: str) -> str:
+    """The session that a stored response belongs to. Raises NotFound."""
+    node = await Recall(port.engine, port.sessions, tenant).response(response_id)
+    if node is None:
+        raise NotFound(f"Response with id '{response_id}' not found.", param="response_id")
+    return node.session
+
+
+async def pin(port: Port, tenant: Tenant, session: str, asked_s: float) -> Pinned:
+    """Keep a session's KV for a time. Raises NotFound, or ClientError 409 over the quota."""
+    seconds = min(asked_s, port.config.tiers.ttl_max)
+    held = await port.engine.pin(tenant.salt, session, seconds)
+    report = await port.engine.inspect()
+    tokens = _tokens(report, session)
+    if held is None:
+        if port.sessions.of_session(tenant.name, session) and tokens:
+            raise ClientError(
+                f"Pins may cover at most {port.config.tiers.pins:.0%} of the host tier, and '{session}'"
+                " does not fit in what is left. End another pin, or raise tiers.pins.",
+                code="pin_quota_exceeded",
+                status=409,
+            )
+        raise NotFound(
+            f"No session '{session}' is kept warm. A turn of it makes it so.",
+            code="session_not_found",
+            param="session",
+        )
+    expires_at = int(port.clock.now() + seconds)
+    return Pinned(session, held, tokens, int(seconds), expires_at)
+
+
+async def unpin(port: Port, tenant: Tenant, session: str) -> None:
+    """End a pin. Raises NotFound if there is none."""
+    report = await port.engine.inspect()
+    if session not in {one.session for one in report.pins}:
+        raise NotFound(f"No pin of session '{session}'.", code="pin_not_found", param="session")
+    await port.engine.unpin(tenant.salt, session)
+
+
+async def forget(port: Port, tenant: Tenant, session: str) -> Forgotten:
+    """Delete every response of a session and its KV. Raises NotFound for a session of which nothing is known."""
+    responses = {node.response_id for node in port.sessions.of_session(tenant.name, session)}
+    if not responses:
+        raise NotFound(f"No session '{session}'.", code="session_not_found", param="session")
+    await port.engine.unpin(tenant.salt, session)
+    for response_id in sorted(responses):
+        await forget_response(port, tenant, response_id)
+    return Forgotten(session, len(responses))
+
+
+async def forget_response(port: Port, tenant: Tenant, response_id: str) -> None:
+    """Delete one response and its KV."""
+    node = port.sessions.known(tenant.name, response_id)
+    if node is not None:
+        node.deleted = True
+        port.sessions.forget(tenant.name, response_id)
+    await port.engine.forget_response(tenant.name, response_id)
+
+
+def _tokens(report: EngineReport, session: str) -> int:
+    return max((one.tokens for one in report.sessions if one.session == session), default=0)
