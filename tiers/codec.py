@@ -68,63 +68,72 @@ class Codec(Protocol):
         """For the fingerprint: changes whenever a decoded bit could."""
         ...
 
-    @property
-    def payload_bytes(self) -> int: ...
+    def payload_bytes(self, geometry: Geometry) -> int: ...
 
     def encode(self, block: memoryview) -> memoryview:
         """The payload to store: `block` itself, or fresh memory. `block` must stay put meanwhile."""
         ...
 
+    def room(self, into: memoryview) -> memoryview:
+        """Where to read the payload of a block that goes into `into`: there itself, or fresh memory."""
+        ...
+
     def decode(self, payload: memoryview, into: memoryview) -> None:
-        """Fill a block from a verified payload."""
+        """Fill a block from its verified payload in `room`."""
         ...
 
 
 def codec(name: str, geometry: Geometry) -> Codec:
-    """The codec of `tiers.disk.compact` for blocks of this shape. Raises `ValueError` if there is none."""
+    """The codec that the configuration calls `name`, for such blocks. Raises `ValueError` if there is none."""
     elements = geometry.dtype_name
     if name == "off" or (name, elements) == ("bf16", "bfloat16"):
-        return Exact(geometry.block_bytes)
-    if name not in NAMES:
-        raise ValueError(f"{name} is no compact storage; use one of {', '.join(NAMES)}")
-    if name == "bf16" and elements == "float32":
-        return Bfloat16(geometry.block_bytes // 4)
+        return AS_IT_IS
+    if (name, elements) == ("bf16", "float32"):
+        return Bfloat16()
     if name == "int8" and elements in ("float32", "bfloat16"):
-        row_count = geometry.layers * 2 * geometry.kv_heads * geometry.block_tokens
-        return Int8Rows(row_count, geometry.head_dim, elements)
+        return Int8Rows(geometry.head_dim, elements)
     raise ValueError(
-        f"{name} storage of {elements} blocks: only float32 and bfloat16 can be made compact"
+        f"no {name} storage of {elements} blocks: {', '.join(NAMES)} of float32 or bfloat16"
     )
 
 
 class Exact:
-    """The block's own bytes; the writer reads them in place."""
+    """The block's own bytes, written from its slot and read into it."""
 
-    __slots__ = ("payload_bytes",)
+    __slots__ = ()
     scheme = "exact"
 
-    def __init__(self, block_bytes: int) -> None:
-        self.payload_bytes = block_bytes
+    def payload_bytes(self, geometry: Geometry) -> int:
+        return geometry.block_bytes
 
     def encode(self, block: memoryview) -> memoryview:
         return block
 
+    def room(self, into: memoryview) -> memoryview:
+        return into
+
     def decode(self, payload: memoryview, into: memoryview) -> None:
-        into[:] = payload
+        assert payload is into, "read in place"
+
+
+AS_IT_IS = Exact()
 
 
 class Bfloat16:
     """Half of float32: the same range, eight significant bits."""
 
-    __slots__ = ("payload_bytes",)
+    __slots__ = ()
     scheme = "bf16-v1"
 
-    def __init__(self, elements: int) -> None:
-        self.payload_bytes = 2 * elements
+    def payload_bytes(self, geometry: Geometry) -> int:
+        return geometry.block_bytes // 2
 
     def encode(self, block: memoryview) -> memoryview:
         payload: memoryview = _upper_halves(np.frombuffer(block, "<u4")).view(np.uint8).data
         return payload
+
+    def room(self, into: memoryview) -> memoryview:
+        return np.empty(into.nbytes // 2, np.uint8).data
 
     def decode(self, payload: memoryview, into: memoryview) -> None:
         halves = np.frombuffer(payload, "<u2")
@@ -134,41 +143,50 @@ class Bfloat16:
 class Int8Rows:
     """One scale a row: 66/256 of float32 at 64 elements a row, 66/128 of bfloat16."""
 
-    __slots__ = ("_elements", "_head_dim", "_rows", "payload_bytes")
+    __slots__ = ("_elements", "_head_dim", "_row_bytes")
     scheme = "int8-row-v1"
 
-    def __init__(self, rows: int, head_dim: int, elements: str) -> None:
-        self._rows = rows
+    def __init__(self, head_dim: int, elements: str) -> None:
         self._head_dim = head_dim
         self._elements = elements
-        self.payload_bytes = rows * (2 + head_dim)
+        self._row_bytes = head_dim * (4 if elements == "float32" else 2)  # of the block
+
+    def payload_bytes(self, geometry: Geometry) -> int:
+        return self._payload_bytes(geometry.block_bytes)
 
     def encode(self, block: memoryview) -> memoryview:
         values = self._values(block)
-        payload = np.empty(self.payload_bytes, np.uint8)
-        peaks = payload[: 2 * self._rows].view("<u2")
+        rows = len(values)
+        payload = np.empty(self._payload_bytes(block.nbytes), np.uint8)
+        peaks = payload[: 2 * rows].view("<u2")
         with np.errstate(invalid="ignore"):  # NaN is a value like any other here
             peaks[:] = _peaks(np.maximum(values.max(axis=1), -values.min(axis=1)))
             usable = (peaks > 0) & (peaks < _NAN_PEAK)
-            inverse = np.zeros(self._rows, np.float32)
+            inverse = np.zeros(rows, np.float32)
             np.divide(np.float32(127), _widened(peaks), out=inverse, where=usable)
             scaled = values * inverse[:, None]
         scaled[~usable] = 0
         np.rint(scaled, out=scaled)
-        codes = payload[2 * self._rows :].view(np.int8).reshape(scaled.shape)
+        codes = payload[2 * rows :].view(np.int8).reshape(scaled.shape)
         np.copyto(codes, scaled, casting="unsafe")
         return payload.data
 
+    def room(self, into: memoryview) -> memoryview:
+        return np.empty(self._payload_bytes(into.nbytes), np.uint8).data
+
     def decode(self, payload: memoryview, into: memoryview) -> None:
-        peaks = np.frombuffer(payload, "<u2", self._rows)
-        codes = np.frombuffer(payload, np.int8, offset=2 * self._rows)
-        codes = codes.reshape(self._rows, self._head_dim)
+        rows = into.nbytes // self._row_bytes
+        peaks = np.frombuffer(payload, "<u2", rows)
+        codes = np.frombuffer(payload, np.int8, offset=2 * rows).reshape(rows, self._head_dim)
         steps = (_widened(peaks) / np.float32(127))[:, None]
         if self._elements == "float32":
             np.multiply(codes, steps, out=np.frombuffer(into, "<f4").reshape(codes.shape))
         else:
             values = np.multiply(codes, steps, dtype=np.float32).view(np.uint32).ravel()
             np.frombuffer(into, "<u2")[:] = _upper_halves(values)
+
+    def _payload_bytes(self, block_bytes: int) -> int:
+        return block_bytes // self._row_bytes * (2 + self._head_dim)
 
     def _values(self, block: memoryview) -> Floats:
         """[rows, head_dim]"""
@@ -178,7 +196,7 @@ class Int8Rows:
         else:
             halves = np.frombuffer(block, "<u2")
             values = np.left_shift(halves, 16, dtype=np.uint32).view(np.float32)
-        return values.reshape(self._rows, self._head_dim)
+        return values.reshape(-1, self._head_dim)
 
 
 def _upper_halves(bits: Words) -> Halves:
