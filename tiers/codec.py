@@ -7,11 +7,11 @@ rows = layers * 2 * kv_heads * block_tokens, in the order of arena.py. All paylo
     bf16    rows * head_dim times bfloat16: the upper half of the float32, rounded to nearest, ties to even.
             A block that is bfloat16 already is stored as it is: this is `off`.
     int8    offset      size             field
-            0           2 * rows         each row's peak: the magnitude of its largest element, rounded to nine
-                                         significant bits: bits 15 to 30 of the float32 (its sign is always 0)
+            0           2 * rows         each row's peak: the magnitude of its largest element, cut to nine
+                                         significant bits: bits 15 to 30 of the float32 (bit 31, its sign, is 0)
             2 * rows    rows * head_dim  i8, -127 to 127: element = i8 * peak / 127
-            A row whose peak is no number, or rounds to infinity, has peak NaN and zeros, and decodes as NaN throughout:
-            what was broken stays visibly broken. A row whose peak is below 2^-100 has peak zero and zeros.
+            A row with a NaN or an infinity has peak NaN and zeros, and decodes as NaN throughout: what was broken
+            stays visibly broken. A row whose peak is below 2^-100 has peak zero and zeros.
 
 Laws
     A payload is `payload_bytes` long, whatever the block holds: records of one size keep LMDB's free list whole.
@@ -22,11 +22,11 @@ Laws
     A row is coded from its own elements alone. So a restored tail that grows keeps its old rows bit by bit, and a
     private copy of half a block does, too. (Scales over several tokens would break this.)
 
-Why int8 has a fixed point. An element of the peak's magnitude p is coded as +-127, because p is off by less than
-2^-9 and 127 * 2^-9 < 1/2. It decodes to p within one unit of the 24th bit, which rounds to p again; so the second
-peak is the first. Any element decodes to i * p / 127 with a relative error below 2^-22, or 2^-8.9 when a bfloat16
-block rounds it; times 127 / p this is i with an error below 127 * 2^-8.9 < 1/2, which rounds to i. bfloat16 keeps
-nine-bit peaks because a peak of bfloat16 elements has only eight bits. tests/tiers/test_codec.py tries every peak.
+Why int8 has a fixed point. The largest element lies in [p, p * (1 + 2^-8)) of its peak p, so it is coded as +-127. That
+decodes to p or just above it, never below, so the second peak is the first: tests/tiers/test_codec.py tries all of
+them. Any element decodes to i * p / 127 with a relative error below 2^-22, or 2^-8 where a bfloat16 block rounds it;
+times 127 / p this is i with an error below 127 * 2^-8 < 1/2, which rounds to i. (A bfloat16 has eight significant
+bits, so there p is the largest element itself.)
 
 Keys name tokens, not bytes: with a lossy codec a key's bytes depend on whether it came from disk. Therefore `scheme`
 must be part of the model's fingerprint: a store, and a daemon, is either exact or compact, and never finds the other.
@@ -212,12 +212,11 @@ def _upper_halves(bits: Words) -> Halves:
 
 
 def _peaks(highest: Floats) -> Halves:
-    """Nine significant bits of each row's largest magnitude, to nearest, ties to even."""
-    bits = highest.view(np.uint32) & _MAGNITUDE
-    rounded = (bits + 0x3FFF + ((bits >> 15) & 1)) >> 15
-    rounded[rounded >= _INFINITY >> 15] = _NAN_PEAK
-    rounded[rounded < _LEAST_PEAK >> 15] = 0
-    return rounded.astype("<u2")
+    """Nine significant bits of each row's largest magnitude."""
+    peaks = (highest.view(np.uint32) & _MAGNITUDE) >> 15
+    peaks[peaks >= _INFINITY >> 15] = _NAN_PEAK
+    peaks[peaks < _LEAST_PEAK >> 15] = 0
+    return peaks.astype("<u2")
 
 
 def _widened(peaks: Halves) -> Floats:
