@@ -10,7 +10,7 @@ import torch
 from engine.text import Text
 from tests.engine.quality import Quality, measure
 
-# Bounds are two to four times what tiers/COMPACT.md reports for windows of this size, so that other words in the
+# Bounds are about four times what tiers/COMPACT.md reports, or two more changed choices than this window shows, so that other words in the
 # README do not matter, and a scale in the wrong place does.
 BOUNDS = {
     "bf16-v1": {"change": 0.001, "top1": 0.985, "divergence": 3e-5},
