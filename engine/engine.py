@@ -350,7 +350,7 @@ class Engine:
                 self._counters.spill_failures += 1
             case Copy() | Drop():
                 pass
-        self._perform(self._cache.failed(action, now))
+        self._perform(self._cache.failed(action, now, reason))
 
     def _answer_disk(self, ticket: int | None, value: object) -> None:
         self._waiting_for_disk -= 1
@@ -389,7 +389,7 @@ class Engine:
             _,
         ) in spills:  # the writer is behind: these blocks stay dirty, or are forgotten when their slot is needed
             self._counters.spill_failures += 1
-            self._cache.failed(spill, self._clock())
+            self._cache.failed(spill, self._clock(), "full")
         if manifest is not None:
             self._writer.persist(manifest, ticket)
 
@@ -422,6 +422,12 @@ class Engine:
             assert hold is not None
             if not self._cache.ready(hold):
                 continue
+            if hold.todo:  # start over without what did not come
+                self._cache.release(hold, now)
+                sequence.hold = None
+                self._scheduler.start_running(sequence)
+                self._scheduler.preempt(sequence)
+                continue
             self._scheduler.start_running(sequence)
             sequence.computed = hold.cached_tokens
             if sequence.began:
@@ -452,10 +458,9 @@ class Engine:
     def _lend(self, sequence: Sequence, tokens: int, now: float) -> bool:
         hold = sequence.hold
         assert hold is not None
-        needed = -(-tokens // self._cache.block_tokens) - len(hold.table)
-        while needed > 0 and not self._cache.lend(hold, needed, now):
-            self._make_room(needed, now)
-            if self._cache.lend(hold, needed, now):
+        while not self._cache.lend(hold, tokens, now):
+            self._make_room(self._cache.missing_slots(hold, tokens), now)
+            if self._cache.lend(hold, tokens, now):
                 break
             victim = self._scheduler.victim(sequence)
             if (

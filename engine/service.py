@@ -49,7 +49,7 @@ from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.text import Text
 from tiers.arena import Arena
-from tiers.block import StoreError, Tier, root_key
+from tiers.block import Drop, StoreError, Tier, root_key
 from tiers.cache import TieredCache
 from tiers.disk import DiskReader, DiskWriter
 from tiers.lmdb_store import LmdbStore
@@ -349,10 +349,11 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         clock=time.monotonic,
         inbox=inbox,
     )
-    known = ((e.key, e.parent, e.tokens, e.last_used) for e in whole_index(store))
-    if rejected := cache.restore(known):
+    cache.begin_adopting(store.statistics().blocks)
+    if rejected := cache.adopt(whole_index(store), time.monotonic()):
         log.info("dropping %d records that no longer fit", len(rejected))
-        store.write(drops=rejected)
+        store.write(drops=[action.key for action in rejected if isinstance(action, Drop)])
+    cache.end_adopting()
     log.info(
         "%s on %s: device %d, host %d, disk %d blocks of %d tokens (%.2f MiB each); %d on disk",
         loaded.name,

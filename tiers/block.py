@@ -127,7 +127,6 @@ class Drop:
     """Delete a record from disk. Performed in issue order with the spills, so its disk slot is free at once."""
 
     key: BlockKey
-    disk_slot: Slot
 
 
 Action = Copy | Spill | Fetch | Drop

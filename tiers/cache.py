@@ -12,7 +12,7 @@ Laws, asserted by `check` and by the state machine in the tests
     Nothing with refs or busy is evicted. A running hold's blocks stay where they are until it is released.
     A place holds its own key's bytes: a slot is written only while it is lent, or arriving for one copy.
     A block's last place is given up only when no block that continues it is kept. The one exception is not a
-    choice: a record that fails to load. Its children stay, unreachable until the block is computed again.
+    choice: bytes that fail to load. The children stay, out of reach until the block is computed again.
     A block is loaded once, whoever else asks for it meanwhile.
     Dropping a block is always legal; a block is offered to `match` only if its bytes have landed somewhere.
 
@@ -24,6 +24,12 @@ How it works
     match -> acquire (refs; nothing can vanish now) -> load (actions) -> ready -> lend / commit ... -> release | lease.
     `commit` turns each private slot that is full into a block, or adopts the block that somebody else made of the
     same tokens. `release` does the same with the partial rest, the tail.
+
+    A matched block whose bytes do not come, because its record is bad or it takes too long (`give_up`), is a hole: the
+    hold's own sequence computes it, and only it. Until then it is in the index without a place, and nobody finds it.
+
+    What a disk holds from before the start becomes known in slices, in any order (`adopt`); until all is read, the
+    slots of the rest are set aside.
 
     A matched tail is taken over in place when nobody else needs it, else copied to a private slot. A lease keeps
     no refs: it raises the class of its blocks, and moves them down as it idles. Eviction is asked for by `make_room`,
@@ -41,9 +47,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tiers import policy
-from tiers.block import Copy, Drop, Fetch, Spill, Tier
+from tiers.block import Copy, Drop, Fetch, Spill, Tier, chain_key
 from tiers.hold import Flight, Hold, HoldState
-from tiers.index import Index, Match, in_chains
+from tiers.index import Index, Match
 from tiers.lease import Lease, Leases
 from tiers.policy import SessionClass, Victims
 from tiers.pool import Pool, PoolStatistics, SlotState
@@ -52,6 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from tiers.block import Action, Block, BlockKey, Slot, TokenIds
+    from tiers.index import Adoptable
     from tiers.policy import Limits
 
 __all__ = [
@@ -64,6 +71,8 @@ __all__ = [
     "TieredCache",
 ]
 
+_DISK_FAULTS = ("io", "full")  # a disk that failed, not bytes that are wrong
+_LONG_AGO_S = 1e10  # seconds; puts any time since the epoch before the process's own clock
 RETRY_S = 0.5  # how soon to look again at a lease whose blocks are still on their way down; guessed
 # A full disk gives up this part of its slots at once, so that the scan for victims is not paid for every turn:
 # 0.2 s at 70,000 blocks on one slow core.
@@ -91,7 +100,7 @@ class CacheStatistics:
     evictions: dict[Tier, int]  # places given up, by tier
     forgotten: int  # blocks that left their last place
     spill_failures: int
-    fetch_failures: int
+    load_failures: int  # copies and fetches whose bytes did not come, or were refused
 
 
 class TieredCache:
@@ -103,8 +112,11 @@ class TieredCache:
         self._pools = {tier: Pool(slots.get(tier, 0)) for tier in Tier}
         self._residents: dict[Tier, dict[Slot, Block]] = {tier: {} for tier in Tier}
         self._index = Index(block_tokens)
+        self._unread: list[Slot] = []  # disk slots of records that are not known yet
+        # keys dropped while the index is being read: a slice may be older than that; None: it is not being read
+        self._gone: set[BlockKey] | None = None
         self._dirty: dict[Block, float] = {}  # {neither on disk nor on the way: since when}
-        self._flights: dict[Action, Flight] = {}
+        self._flights: dict[Copy | Spill | Fetch, Flight] = {}
         self._holds: set[Hold] = set()
         self._leases = Leases()
         # {tier: order of the current call}: each tier is scanned at most once
@@ -112,7 +124,7 @@ class TieredCache:
         self._evictions: Counter[Tier] = Counter()
         self._forgotten = 0
         self._spill_failures = 0
-        self._fetch_failures = 0
+        self._load_failures = 0
 
     # -- finding -----------------------------------------------------------------------------------------------------
 
@@ -131,6 +143,7 @@ class TieredCache:
             partial=match.partial,
             partial_rows=match.partial_rows,
             found=[(min(block.places), self.block_tokens) for block in match.blocks],
+            block_tokens=self.block_tokens,
             supersedes=supersedes,
         )
         if match.partial is not None:
@@ -146,11 +159,10 @@ class TieredCache:
 
     def slots_to_load(self, hold: Hold) -> int:
         """Free device slots that `load` needs now."""
-        absent = sum(
-            Tier.DEVICE not in block.places and Tier.DEVICE not in block.arriving
-            for block in hold.blocks
-        )
-        return absent + (hold.partial is not None and not self._may_take_over(hold, hold.partial))
+        absent = sum(map(_is_to_be_brought, hold.blocks))
+        tail = hold.partial
+        copied = tail is not None and bool(tail.places) and not self._may_take_over(hold, tail)
+        return absent + copied
 
     def load(self, hold: Hold, now: float) -> list[Action] | None:
         """Bring everything matched to the device. None: too few free slots, and nothing has changed."""
@@ -159,13 +171,15 @@ class TieredCache:
             return None
         hold.state = HoldState.LOADING
         actions: list[Action] = []
-        for block in hold.blocks:
-            if Tier.DEVICE not in block.places and Tier.DEVICE not in block.arriving:
-                slot = self._take(Tier.DEVICE)
-                block.arriving[Tier.DEVICE] = slot
-                self._issue(actions, _bring(block, slot), Flight(block))
+        for block in filter(_is_to_be_brought, hold.blocks):
+            slot = self._take(Tier.DEVICE)
+            block.arriving[Tier.DEVICE] = slot
+            self._issue(actions, _bring(block, slot), Flight(block))
         if hold.partial is not None:
-            self._load_partial(hold, hold.partial, actions)
+            if hold.partial.places:
+                self._load_partial(hold, hold.partial, actions)
+            else:
+                self._truncate(hold, len(hold.blocks), self._why_lost(hold, hold.partial))
         return actions
 
     def _load_partial(self, hold: Hold, partial: Block, actions: list[Action]) -> None:
@@ -194,35 +208,62 @@ class TieredCache:
             and hold.partial_rows == len(tail.tokens)
         )
 
-    def forgo_partial(self, hold: Hold) -> None:
-        """Compute the partial's tokens instead: copying it needs one more slot than the sequence itself does."""
+    def forgo(self, hold: Hold, blocks: int, reason: str, now: float) -> None:
+        """Reuse only the first `blocks` whole blocks: to restore the rest would take longer than to compute it."""
         assert hold.state is HoldState.ACQUIRED
-        self._truncate(hold, len(hold.blocks))
+        self._truncate(hold, blocks, reason)
 
     def ready(self, hold: Hold) -> bool:
-        """Whether nothing of this hold is in flight. After failures it is shorter: look at `cached_tokens`."""
+        """Whether nothing of this hold is in flight. What did not come are its holes: look at `todo`."""
         if hold.state is HoldState.RUNNING:
             return True
         assert hold.state is HoldState.LOADING
-        while hold.landed < len(hold.blocks) and Tier.DEVICE in hold.blocks[hold.landed].places:
+        while hold.landed < len(hold.blocks):
+            if Tier.DEVICE in hold.blocks[hold.landed].arriving:
+                return False
             hold.landed += 1
-        if hold.landed < len(hold.blocks) or hold.flight is not None:
+        if hold.flight is not None:
             return False
-        hold.state = HoldState.RUNNING
-        hold.table[:] = [block.places[Tier.DEVICE] for block in hold.blocks]
-        hold.table += hold.private
+        self._run(hold, "io_failed")
         return True
 
-    def _truncate(self, hold: Hold, blocks: int) -> None:
-        """A block of this hold cannot be loaded: give back it and all that follows, the partial's copy included."""
+    def give_up(self, hold: Hold, now: float) -> None:
+        """The load takes too long: run, and compute what has not landed. What lands later is nobody's loss."""
+        assert hold.state is HoldState.LOADING
+        if hold.flight is not None:
+            self._truncate(hold, len(hold.blocks), "slow")
+        self._run(hold, "slow")
+
+    def _run(self, hold: Hold, reason: str) -> None:
+        """Whatever is not on the device by now is a hole. `reason` is why, where nothing better is known."""
+        hold.state = HoldState.RUNNING
+        for at, block in enumerate(hold.blocks):
+            if Tier.DEVICE not in block.places:
+                hold.holes.append(at)
+                tier, tokens = hold.found[at]
+                hold.found[at] = (tier, 0)
+                hold.missed[hold.failures.get(block, reason)] += tokens
+        hold.failures.clear()
+        self._extend_table(hold)
+
+    def _why_lost(self, hold: Hold, block: Block) -> str:
+        return hold.failures.get(block, "io_failed")
+
+    def _truncate(self, hold: Hold, blocks: int, reason: str) -> None:
+        """Give back all behind the first `blocks` blocks, the partial's copy included; they will be computed."""
         if hold.pending:  # private[0] is the partial's
             self._give_private(hold)
             hold.pending.clear()
-        for block in hold.referenced[blocks:]:
-            block.refs -= 1
+        hold.missed[reason] += sum(tokens for _, tokens in hold.found[blocks:])
+        given = hold.referenced[blocks:]
         hold.partial = None
         del hold.blocks[blocks:], hold.found[blocks:]
-        hold.landed = min(hold.landed, blocks)
+        for block in given:
+            self._unreference(block)
+
+    def _unreference(self, block: Block) -> None:
+        block.refs -= 1
+        self._settle(block)
 
     def _give_private(self, hold: Hold) -> None:
         slot = hold.private.pop(0)
@@ -234,23 +275,55 @@ class TieredCache:
 
     # -- computing ---------------------------------------------------------------------------------------------------
 
-    def lend(self, hold: Hold, slots: int, now: float) -> bool:
-        """Give a hold private device slots to write. False: too few are free, and nothing has changed."""
-        assert hold.state in (HoldState.LOADING, HoldState.RUNNING)
+    def missing_slots(self, hold: Hold, end: int) -> int:
+        """Free device slots that `lend` needs so that tokens up to `end` can be written."""
+        holes, behind = self._wanted(hold, end)
+        return holes + behind
+
+    def _wanted(self, hold: Hold, end: int) -> tuple[int, int]:
+        """Slots still to lend before tokens up to `end` can be written: for holes, and behind the blocks."""
+        blocks = -(-end // self.block_tokens)
+        holes = sum(hole < blocks for hole in hold.holes[len(hold.hole_slots) :])
+        return holes, max(0, blocks - len(hold.blocks) - len(hold.private))
+
+    def lend(self, hold: Hold, end: int, now: float) -> bool:
+        """Give a hold device slots to write tokens up to `end`. False: too few are free, and nothing has changed."""
+        assert hold.state is HoldState.RUNNING
+        holes, behind = self._wanted(hold, end)
         pool = self._pools[Tier.DEVICE]
-        if slots > pool.free:
+        if holes + behind > pool.free:
             return False
-        for _ in range(slots):
-            slot = pool.take(SlotState.LENT)
-            assert slot is not None
-            hold.private.append(slot)
-            if hold.state is HoldState.RUNNING:
-                hold.table.append(slot)
+        for slots, count in ((hold.hole_slots, holes), (hold.private, behind)):
+            for _ in range(count):
+                slot = pool.take(SlotState.LENT)
+                assert slot is not None
+                slots.append(slot)
+        self._extend_table(hold)
         return True
 
+    def _extend_table(self, hold: Hold) -> None:
+        """As far as every slot before is known."""
+        lent = dict(zip(hold.holes, hold.hole_slots, strict=False))
+        for at in range(len(hold.table), len(hold.blocks)):
+            if at in lent:
+                hold.table.append(lent[at])
+            elif at in hold.holes:
+                return
+            else:
+                hold.table.append(hold.blocks[at].places[Tier.DEVICE])
+        hold.table += hold.private[len(hold.table) - len(hold.blocks) :]
+
     def commit(self, hold: Hold, tokens: TokenIds, now: float) -> None:
-        """The KV of `tokens` now stands in the private slots, behind what was there. Full slots become blocks."""
+        """The KV of `tokens` now stands in the lent slots, the holes' first. Full slots become blocks."""
         assert hold.state is HoldState.RUNNING
+        while hold.holes and tokens:
+            taken = tokens[: self.block_tokens - hold.hole_rows]
+            hole = hold.blocks[hold.holes[0]]
+            assert hole.tokens[hold.hole_rows : hold.hole_rows + len(taken)] == taken
+            hold.hole_rows += len(taken)
+            tokens = tokens[len(taken) :]
+            if hold.hole_rows == self.block_tokens:
+                self._fill_hole(hold, now)
         hold.pending += tokens
         assert len(hold.pending) <= len(hold.private) * self.block_tokens
         while len(hold.pending) >= self.block_tokens:
@@ -260,8 +333,14 @@ class TieredCache:
             hold.blocks.append(block)
             del hold.pending[: self.block_tokens]
 
+    def _fill_hole(self, hold: Hold, now: float) -> None:
+        at, slot = hold.holes.pop(0), hold.hole_slots.pop(0)
+        hold.hole_rows = 0
+        self._give_key(hold.blocks[at], slot, now)
+        hold.table[at] = hold.blocks[at].places[Tier.DEVICE]
+
     def _publish(self, hold: Hold, tokens: TokenIds, now: float) -> Block:
-        """Give the hold's first private slot its key. If that key is on the device already, the slot is not needed."""
+        """Give the hold's first private slot its key."""
         slot = hold.private.pop(0)
         parent = hold.blocks[-1].key if hold.blocks else hold.root
         block = self._index.find(parent, tokens)
@@ -269,15 +348,19 @@ class TieredCache:
             block = self._index.add(
                 hold.root, parent, tokens, depth=len(hold.blocks), last_used=now
             )
+        self._give_key(block, slot, now)
+        return block
+
+    def _give_key(self, block: Block, slot: Slot, now: float) -> None:
+        """A computed slot is this block's. If the block is on the device already, the slot is not needed."""
         block.last_used = now
         if Tier.DEVICE in block.places:
             self._pools[Tier.DEVICE].give(slot, SlotState.LENT)
-            return block
+            return
         block.arriving.pop(Tier.DEVICE, None)  # who waits for a copy in flight has it now
         self._pools[Tier.DEVICE].move(slot, SlotState.LENT, SlotState.HELD)
         self._place(block, Tier.DEVICE, slot)
         self._note_dirty(block, now)
-        return block
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
@@ -291,14 +374,17 @@ class TieredCache:
         if hold.flight is not None:
             self._give_private(hold)
             hold.pending.clear()
-        chain = list(hold.blocks)
-        if hold.pending:
+        if hold.state is HoldState.RUNNING:
+            chain = hold.blocks[: hold.holes[0]] if hold.holes else list(hold.blocks)
+        else:
+            chain = list(itertools.takewhile(lambda block: block.places, hold.blocks))
+        if hold.pending and len(chain) == len(hold.blocks):
             chain.append(self._publish(hold, tuple(hold.pending), now))
-        for slot in hold.private:
+        for slot in (*hold.hole_slots, *hold.private):
             self._pools[Tier.DEVICE].give(slot, SlotState.LENT)
         for block in hold.referenced:
-            block.refs -= 1
             block.last_used = now
+            self._unreference(block)
         hold.state = HoldState.RELEASED
         self._holds.discard(hold)
         return tuple(chain)
@@ -485,12 +571,15 @@ class TieredCache:
         while above is not None and above in self._dirty:
             chain.append(above)
             above = self._index.get(above.parent)
-        for dirty in reversed(chain):
+        while chain:
+            dirty = chain.pop()
             del self._dirty[dirty]
             slot = self._make_slot(Tier.DISK, dirty, now, actions)
             if slot is None:
-                self._dirty[dirty] = now
-                continue
+                for postponed in (dirty, *reversed(chain)):
+                    self._dirty.pop(postponed, None)
+                    self._dirty[postponed] = now
+                return
             dirty.arriving[Tier.DISK] = slot
             source = min(dirty.places)
             spill = Spill(
@@ -577,7 +666,9 @@ class TieredCache:
         self._evictions[tier] += 1
 
     def _drop(self, block: Block, actions: list[Action]) -> None:
-        actions.append(Drop(block.key, block.places[Tier.DISK]))
+        actions.append(Drop(block.key))
+        if self._gone is not None:
+            self._gone.add(block.key)
         self._vacate(block, Tier.DISK)
 
     # -- answers -----------------------------------------------------------------------------------------------------
@@ -606,8 +697,13 @@ class TieredCache:
                     self._vacate(block, vacated)
         self._settle(block)
 
-    def failed(self, action: Action, now: float) -> list[Action]:
-        """An action was not performed. A record that cannot be read is dropped; whoever waited for it computes."""
+    def failed(self, action: Action, now: float, reason: str) -> list[Action]:
+        """An action was not performed; `reason` is a `StoreError`'s.
+
+        Bytes that were refused are given up where they were read: a record is dropped, a slot on the host is freed.
+        Whoever waited for them gets them from further down, or computes. A disk that merely failed (`io`, `full`) has
+        lost nothing.
+        """
         actions: list[Action] = []
         if isinstance(action, Drop):
             return actions
@@ -615,66 +711,110 @@ class TieredCache:
         block = flight.block
         block.busy -= 1
         tier, slot = _target(action)
-        if flight.hold is not None:
-            self._truncate(flight.hold, len(flight.hold.blocks))
+        self._note_failure(
+            block, flight, "io_failed" if reason in _DISK_FAULTS else "verify_failed"
+        )
         self._pools[tier].give(slot, SlotState.ARRIVING)
         if not flight.private and block.arriving.get(tier) == slot:
             del block.arriving[tier]
+        source = Tier.DISK if isinstance(action, Fetch) else action.source
         if isinstance(action, Spill):
             self._spill_failures += 1
-        if isinstance(action, Fetch):
-            self._fetch_failures += 1
-            if Tier.DISK in block.places:
-                self._drop(block, actions)
-        for hold in self._holds:
-            self._truncate_at(hold, block)
+        else:
+            self._load_failures += 1
+        if reason not in _DISK_FAULTS and source in block.places:
+            self._refuse_place(block, source, actions)
+        wanted = not flight.private and tier is Tier.DEVICE and block.refs
+        if isinstance(action, Copy) and wanted and _is_to_be_brought(block):
+            slot = self._take(Tier.DEVICE)
+            block.arriving[Tier.DEVICE] = slot
+            self._issue(actions, _bring(block, slot), Flight(block))
         self._note_dirty(block, now)
         self._settle(block)
         return actions
 
-    def _truncate_at(self, hold: Hold, failed: Block) -> None:
-        """If a block's bytes will not come, whoever waits for them goes on without."""
-        coming = Tier.DEVICE in failed.places or Tier.DEVICE in failed.arriving
-        if coming or (hold.state is HoldState.ACQUIRED and failed.places):
-            return
-        if failed in hold.blocks:
-            self._truncate(hold, hold.blocks.index(failed))
-        elif failed is hold.partial:
-            self._truncate(hold, len(hold.blocks))
+    def _refuse_place(self, block: Block, tier: Tier, actions: list[Action]) -> None:
+        if tier is Tier.DISK:
+            self._drop(block, actions)
+        elif not block.busy:  # else whoever reads it now makes the same check
+            self._vacate(block, tier)
+        if not block.places:
+            self._dirty.pop(block, None)
+
+    def _note_failure(self, block: Block, flight: Flight, why: str) -> None:
+        """Tell whoever may have to compute these bytes; a private copy of a tail is given up at once."""
+        if flight.hold is not None:
+            self._truncate(flight.hold, len(flight.hold.blocks), why)
+        for hold in self._holds:
+            if hold.state is not HoldState.RUNNING and block in hold.referenced:
+                hold.failures[block] = why
 
     # -- the index ---------------------------------------------------------------------------------------------------
 
-    def restore(
-        self, entries: Iterable[tuple[BlockKey, BlockKey, TokenIds, float]]
-    ) -> tuple[BlockKey, ...]:
-        """At start, once: what the disk holds, as (key, parent, tokens, last used); the keys to drop are returned.
-
-        Those are what is not what its key says, and the coldest of what does not fit.
-
-        Which parents are roots is not known here, so a record whose parent is missing stays: it is reachable again
-        as soon as its parent is computed, and grows old otherwise. Only the order of `last used` is kept, as times
-        before zero: it was another process's clock.
-        """
+    def begin_adopting(self, records: int) -> None:
+        """At start, once: so many records are on disk already. Their slots are set aside until `end_adopting`."""
         assert not self._index.blocks
-        ordered, rejected = in_chains(entries, self.block_tokens)
-        for age, (key, parent, tokens, depth) in enumerate(ordered):
-            slot = self._pools[Tier.DISK].take(SlotState.HELD)
-            if slot is None:
-                rejected.append(key)
+        self._gone = set()
+        pool = self._pools[Tier.DISK]
+        while len(self._unread) < records and (slot := pool.take(SlotState.HELD)) is not None:
+            self._unread.append(slot)
+
+    def adopt(self, entries: Iterable[Adoptable], now: float) -> list[Action]:
+        """Records on disk become known, in any order. Drops: what is not what its key says, or is worth too little.
+
+        `last_used` is another process's clock: only its order is kept, as times before anything that happens here.
+        Which parents are roots is not known here, so a record whose parent is not there stays: it is reachable as soon
+        as its parent is, and grows old otherwise. Before `begin_adopting` and after `end_adopting` nothing is adopted:
+        the tables know better.
+        """
+        actions: list[Action] = []
+        for entry in entries:
+            if self._gone is None or entry.key in self._gone:
+                continue
+            known = self._index.get(entry.key)
+            if known is not None and (Tier.DISK in known.places or Tier.DISK in known.arriving):
+                continue
+            if known is not None:
+                block = known
+                self._dirty.pop(known, None)
+            elif (
+                0 < len(entry.tokens) <= self.block_tokens
+                and chain_key(entry.parent, entry.tokens) == entry.key
+            ):
+                block = self._index.adopt(entry, last_used=entry.last_used - _LONG_AGO_S)
             else:
-                above = self._index.get(parent)
-                root = parent if above is None else above.root
-                block = self._index.add(root, parent, tokens, depth=depth, last_used=-1.0 - age)
+                actions.append(Drop(entry.key))
+                continue
+            slot = self._adopted_slot(block, now, actions)
+            if slot is not None:
                 self._place(block, Tier.DISK, slot)
-        for block in self._index.blocks:
-            if not self._index.is_superseded(block):
-                block.resting = SessionClass.HUMAN_WAIT
-        return tuple(rejected)
+            else:
+                actions.append(Drop(entry.key))
+                self._note_dirty(block, now)
+                self._settle(block)
+        return actions
+
+    def _adopted_slot(self, block: Block, now: float, actions: list[Action]) -> Slot | None:
+        if self._unread:
+            return self._unread.pop()
+        slot = self._make_slot(Tier.DISK, block, now, actions)
+        if slot is None and (children := self._index.children(block)):  # rather these than it
+            for child in children:
+                self._forget_with_descendants(child, actions)
+            slot = self._pools[Tier.DISK].take(SlotState.ARRIVING)
+        if slot is not None:
+            self._pools[Tier.DISK].move(slot, SlotState.ARRIVING, SlotState.HELD)
+        return slot
+
+    def end_adopting(self) -> None:
+        """All that is on disk is known: what is left of the slots set aside is free."""
+        self._gone = None
+        while self._unread:
+            self._pools[Tier.DISK].give(self._unread.pop(), SlotState.HELD)
 
     def _settle(self, block: Block) -> None:
-        """After an answer: a block whose record was bad, and that is nowhere else, is lost."""
-        if not block.places and not block.busy:
-            assert not block.refs
+        """After an answer or a release: a block whose bytes were bad, and are nowhere else, is lost."""
+        if not block.places and not block.busy and not block.refs:
             self._index.lose(block)
             self._forgotten += 1
 
@@ -696,7 +836,7 @@ class TieredCache:
         del self._residents[tier][slot]
         return slot
 
-    def _issue(self, actions: list[Action], action: Action, flight: Flight) -> None:
+    def _issue(self, actions: list[Action], action: Copy | Spill | Fetch, flight: Flight) -> None:
         assert action not in self._flights
         flight.block.busy += 1
         self._flights[action] = flight
@@ -724,7 +864,7 @@ class TieredCache:
             evictions={tier: self._evictions[tier] for tier in Tier},
             forgotten=self._forgotten,
             spill_failures=self._spill_failures,
-            fetch_failures=self._fetch_failures,
+            load_failures=self._load_failures,
         )
 
     def check(self) -> None:
@@ -739,7 +879,7 @@ class TieredCache:
         for block in self._index.blocks:
             assert block.refs == refs[block]
             assert block.busy == busy[block]
-            assert block.places or block.busy, "what is nowhere must be forgotten"
+            assert block.places or block.busy or block.refs, "what is nowhere must be forgotten"
             durable = Tier.DISK in block.places or Tier.DISK in block.arriving
             assert (block in self._dirty) == (bool(block.places) and not durable)
         for hold in self._holds:
@@ -751,13 +891,18 @@ class TieredCache:
                 )
 
     def _check_slots(self) -> None:
-        lent = {slot for hold in self._holds for slot in hold.private[hold.flight is not None :]}
+        lent = {
+            slot
+            for hold in self._holds
+            for slot in (*hold.hole_slots, *hold.private[hold.flight is not None :])
+        }
         for tier, pool in self._pools.items():
             pool.check()
             here = [block for block in self._index.blocks if tier in block.places]
             assert {block.places[tier]: block for block in here} == self._residents[tier]
             assert len(here) == len(self._residents[tier])
-            assert set(pool.slots(SlotState.HELD)) == self._residents[tier].keys()
+            unread = set(self._unread) if tier is Tier.DISK else set()
+            assert set(pool.slots(SlotState.HELD)) == self._residents[tier].keys() | unread
             assert set(pool.slots(SlotState.LENT)) == (lent if tier is Tier.DEVICE else set())
             targets = {slot for at, slot in map(_target, self._flights) if at is tier}
             assert set(pool.slots(SlotState.ARRIVING)) == targets
@@ -768,7 +913,15 @@ class TieredCache:
         assert [block.parent for block in hold.blocks] == parents[:-1]
         assert len(hold.pending) < self.block_tokens
         if hold.state is HoldState.RUNNING:
-            assert hold.table == [block.places[Tier.DEVICE] for block in hold.blocks] + hold.private
+            slots = dict(zip(hold.holes, hold.hole_slots, strict=False))
+            known = len(hold.blocks)
+            if len(hold.holes) > len(hold.hole_slots):
+                known = hold.holes[len(hold.hole_slots)]
+            table = [
+                slots[at] if at in hold.holes else hold.blocks[at].places[Tier.DEVICE]
+                for at in range(known)
+            ]
+            assert hold.table == table + (hold.private if known == len(hold.blocks) else [])
 
 
 def _bring(block: Block, slot: Slot) -> Copy | Fetch:
@@ -779,7 +932,12 @@ def _bring(block: Block, slot: Slot) -> Copy | Fetch:
     return Copy(block.key, source, block.places[source], Tier.DEVICE, slot)
 
 
-def _target(action: Action) -> tuple[Tier, Slot]:
-    if isinstance(action, Spill | Drop):
+def _is_to_be_brought(block: Block) -> bool:
+    """Whether a block's bytes are somewhere, but neither on the device nor on the way there."""
+    return bool(block.places) and Tier.DEVICE not in block.places | block.arriving
+
+
+def _target(action: Copy | Spill | Fetch) -> tuple[Tier, Slot]:
+    if isinstance(action, Spill):
         return Tier.DISK, action.disk_slot
     return action.target, action.target_slot

@@ -5,7 +5,8 @@ of whole blocks. {parent key: {first token: blocks}} finds, behind the last of t
 tokens with what follows, be it a tail or a block that diverges midway: matching is token-granular.
 
 Laws
-    A block is known under its own key, once, and its parent is known too unless it is a root or was lost.
+    A block is known under its own key, once, and its parent is known too unless it is a root, was lost, or is on a
+    disk that has not been read so far.
     A key alone is never believed: tokens and parent are compared on every hit, so even a hash that collided could not
     answer with another prompt's KV.
     A match is contiguous from the root and never covers the prompt's last token, whose logits must be computed.
@@ -14,13 +15,13 @@ Laws
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tiers.block import Block, chain_key
 from tiers.policy import SessionClass
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection
 
     from tiers.block import BlockKey, TokenIds
 
@@ -36,6 +37,23 @@ class Match:
     tokens: int  # all that is matched
 
 
+class Adoptable(Protocol):
+    """A record on disk, as a start learns of it."""
+
+    @property
+    def key(self) -> BlockKey: ...
+    @property
+    def root(self) -> BlockKey: ...
+    @property
+    def parent(self) -> BlockKey: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def tokens(self) -> TokenIds: ...
+    @property
+    def last_used(self) -> float: ...
+
+
 class Index:
     """Blocks by what they stand for."""
 
@@ -45,7 +63,7 @@ class Index:
         self._children: dict[
             BlockKey, dict[int, list[Block]]
         ] = {}  # {parent: {first token: blocks}}
-        self._lost: set[BlockKey] = set()  # keys of lost blocks whose children are still known
+        self._lost: set[BlockKey] = set()  # keys that are not known though their children are
 
     @property
     def blocks(self) -> Collection[Block]:
@@ -101,6 +119,19 @@ class Index:
         self._lost.discard(key)
         return block
 
+    def adopt(self, entry: Adoptable, *, last_used: float) -> Block:
+        """Know a record. A tail that its session has outgrown, here or there, is worth least."""
+        block = self.add(
+            entry.root, entry.parent, entry.tokens, depth=entry.depth, last_used=last_used
+        )
+        if entry.depth and entry.parent not in self._blocks:
+            self._lost.add(entry.parent)
+        for sibling in self._children[block.parent][block.tokens[0]]:
+            if not any(sibling.leases) and not sibling.refs:
+                superseded = self.is_superseded(sibling)
+                sibling.resting = SessionClass.CLOSED if superseded else SessionClass.HUMAN_WAIT
+        return block
+
     def remove(self, block: Block) -> None:
         """Forget a block that no other continues."""
         assert block.key not in self._children
@@ -140,33 +171,6 @@ class Index:
         assert len(self._blocks) == listed
         assert self._lost.isdisjoint(self._blocks)
         assert self._lost <= self._children.keys()
-
-
-def in_chains(
-    entries: Iterable[tuple[BlockKey, BlockKey, TokenIds, float]], block_tokens: int
-) -> tuple[list[tuple[BlockKey, BlockKey, TokenIds, int]], list[BlockKey]]:
-    """Order records (key, parent, tokens, last used) warmest first, each behind its parent, with their depths.
-
-    The second list has the keys of records that are not what their key says.
-    """
-    bad: list[BlockKey] = []
-    sound: dict[BlockKey, tuple[BlockKey, TokenIds]] = {}
-    for key, parent, tokens, _ in sorted(entries, key=lambda entry: entry[3], reverse=True):
-        if 0 < len(tokens) <= block_tokens and chain_key(parent, tokens) == key:
-            sound[key] = (parent, tokens)
-        else:
-            bad.append(key)
-    depths: dict[BlockKey, int] = {}  # of those in order already
-    ordered: list[tuple[BlockKey, BlockKey, TokenIds, int]] = []
-    for warmest in sound:
-        path = [warmest] if warmest not in depths else []
-        while path and (above := sound[path[-1]][0]) in sound and above not in depths:
-            path.append(above)
-        for key in reversed(path):
-            parent, tokens = sound[key]
-            depths[key] = depths.get(parent, -1) + 1
-            ordered.append((key, parent, tokens, depths[key]))
-    return ordered, bad
 
 
 def _shared_prefix(some: TokenIds, other: TokenIds) -> int:

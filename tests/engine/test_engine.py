@@ -105,9 +105,9 @@ class Bench:
             inbox=self.inbox,
         )
         self.disk.post = self.inbox.put
-        self.cache.restore(
-            (e.key, e.parent, e.tokens, e.last_used) for e in whole_index(self.store)
-        )
+        self.cache.begin_adopting(self.store.statistics().blocks)
+        self.cache.adopt(whole_index(self.store), self.now)
+        self.cache.end_adopting()
         self.said = defaultdict(list)
         self.answers = {}
         self.requests = 0

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import ClassVar
 
 from hypothesis import event
@@ -26,7 +25,7 @@ from tiers.block import Copy, Drop, Fetch, Spill, StoreError, Tier, chain_key, r
 from tiers.cache import HoldState, TieredCache
 from tiers.policy import Limits, SessionClass
 from tiers.pool import SlotState
-from tiers.store import whole_index
+from tiers.store import BlockWrite, IndexEntry, whole_index
 
 ROW_BYTES = 8
 GARBAGE = b"garbage!"
@@ -48,27 +47,27 @@ class DictStore:
     """The part of `BlockStore` that the machine uses, without records."""
 
     def __init__(self):
-        self.records = {}  # {key: (parent, tokens, payload, last used)}
+        self.records = {}  # {key: (as written, payload)}
 
     def write(self, *, blocks=(), drops=()):
         for key in drops:
             self.records.pop(key, None)
         for x in blocks:
-            self.records[x.key] = (x.parent, x.tokens, bytes(x.payload), x.last_used)
+            self.records[x.key] = (x, bytes(x.payload))
 
     def read(self, key, parent, tokens, into):
         if key not in self.records:
             raise StoreError("missing", "")
-        found = self.records[key]
-        assert found[:2] == (parent, tokens)
-        into[:] = found[2]
+        record, payload = self.records[key]
+        assert (record.parent, record.tokens) == (parent, tokens)
+        into[:] = payload
 
     def index(self, after, limit):
         behind = sorted(key for key in self.records if after is None or key > after)[:limit]
-        return [self.entry(key, *self.records[key]) for key in behind]
-
-    def entry(self, key, parent, tokens, _, last_used):
-        return SimpleNamespace(key=key, parent=parent, tokens=tokens, last_used=last_used)
+        return [
+            IndexEntry(x.key, x.root, x.parent, x.depth, x.tokens, x.last_used)
+            for x, _ in (self.records[key] for key in behind)
+        ]
 
 
 @dataclass(eq=False)
@@ -79,8 +78,16 @@ class Running:
     tokens: tuple[int, ...]
     supersedes: int | None
     hold: object
-    computed: int = 0
+    matched: int
+    ranges: list[tuple[int, int]] | None = None  # still to be computed, once it runs
     table: list[int] = field(default_factory=list)
+
+    @property
+    def computed(self):
+        """The first token without KV."""
+        if self.ranges is None:
+            return 0
+        return self.ranges[0][0] if self.ranges else len(self.tokens)
 
 
 @dataclass
@@ -122,6 +129,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     def open(self):
         self.cache = TieredCache(block_tokens=self.rows, slots=self.slots, limits=LIMITS)
+        self.unread = []  # what was on disk at the start and is not known to the tables yet
+        self.excess = 0  # records beyond what the disk tier may have by now, until all is read
         self.memory = {
             tier: [[GARBAGE] * self.rows for _ in range(self.slots[tier])] for tier in MEMORY
         }
@@ -157,7 +166,8 @@ class CacheMachine(RuleBasedStateMachine):
                     )
                 case Spill():
                     parent = self.cache._index.get(action.parent)
-                    assert parent is None or self.is_durable(parent), (
+                    nowhere = parent is None or not parent.places  # lost, or a hole
+                    assert nowhere or self.is_durable(parent), (
                         "a child is written before its parent"
                     )
                     self.writing.append(action)
@@ -228,20 +238,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.lost.discard(action.key)
         self.leaked.discard(action.key)
         stored = {entry.key for entry in whole_index(self.store)} - self.leaked
-        assert len(stored) <= self.slots[Tier.DISK], "the disk is over its budget"
+        assert len(stored) <= self.slots[Tier.DISK] + self.excess, "the disk is over its budget"
 
     def block_write(self, spill, payload):
-        return SimpleNamespace(
-            key=spill.key,
-            root=spill.root,
-            parent=spill.parent,
-            depth=spill.depth,
-            tokens=spill.tokens,
-            payload=payload,
-            last_used=self.now,
+        return BlockWrite(
+            spill.key, spill.root, spill.parent, spill.depth, spill.tokens, payload, self.now
         )
 
-    def fail(self, action):
+    def fail(self, action, reason="checksum"):
         if action in self.written:  # it is on disk: it cannot fail any more
             self.land(action)
             return
@@ -251,18 +255,24 @@ class CacheMachine(RuleBasedStateMachine):
             self.flying.remove(action)
         if isinstance(action, Drop):
             self.leaked.add(action.key)
-        self.refuse(action)
+        self.refuse(action, reason)
 
-    def refuse(self, action):
+    def refuse(self, action, reason="missing"):
         """Answer `failed`. Whoever waited for these bytes goes on without them."""
         self.now += 0.01
-        if isinstance(action, Fetch):
-            self.see("failed load")
-            self.lost.add(action.key)  # the tables drop its record, whatever was wrong
-            self.pinned = {block: tiers - {Tier.DISK} for block, tiers in self.pinned.items()}
-        else:
-            self.see(f"failed {type(action).__name__}")
-        self.issue(self.cache.failed(action, self.now), bad=action.key)
+        source = None if isinstance(action, Drop | Fetch) else action.source
+        if source is Tier.DEVICE:
+            reason = "io"  # what a sequence computed is not checked
+        self.see(f"failed {type(action).__name__} {reason if reason == 'io' else 'bad'}")
+        if reason != "io":
+            refused = Tier.DISK if isinstance(action, Fetch) else source
+            if isinstance(action, Fetch):
+                self.lost.add(action.key)  # the tables drop its record
+            self.pinned = {
+                block: tiers - {refused} if block.key == action.key else tiers
+                for block, tiers in self.pinned.items()
+            }
+        self.issue(self.cache.failed(action, self.now, reason), bad=action.key)
 
     def quiet(self):
         while self.choices():
@@ -290,6 +300,7 @@ class CacheMachine(RuleBasedStateMachine):
         for run in self.running:
             hold = run.hold
             assert sum(hold.by_tier.values()) == hold.cached_tokens < len(run.tokens)
+            assert hold.cached_tokens + sum(hold.missed.values()) == run.matched
             for above, below in pairwise(hold.blocks):
                 assert above.refs >= below.refs
             if hold.state is HoldState.RUNNING and run.table:
@@ -313,11 +324,13 @@ class CacheMachine(RuleBasedStateMachine):
     def submit(self, root, tokens, supersedes):
         self.now += 0.01
         self.learn(root, tokens)
+        if self.unread and len(tokens) % 2:
+            self.issue(self.cache.adopt(self.find_chain(root, tokens), self.now))
         match = self.cache.match(root, tokens)
         assert match.tokens < len(tokens)
         assert (match.partial is None) == (match.partial_rows == 0)
         hold = self.cache.acquire(match, self.now, supersedes=supersedes)
-        run = Running(root, tokens, supersedes, hold)
+        run = Running(root, tokens, supersedes, hold, match.tokens)
         self.running.append(run)
         self.settle()
         return run
@@ -351,8 +364,10 @@ class CacheMachine(RuleBasedStateMachine):
             self.quiet()
             if self.cache.free_slots >= self.cache.slots_to_load(run.hold):
                 continue
-            if run.hold.partial is not None:
-                self.cache.forgo_partial(run.hold)
+            if (
+                run.hold.partial is not None
+            ):  # copying it needs one more slot than the sequence itself
+                self.cache.forgo(run.hold, len(run.hold.blocks), "loss", self.now)
                 self.settle()
                 self.see("partial forgone")
             elif before == self.cache.statistics():
@@ -368,35 +383,41 @@ class CacheMachine(RuleBasedStateMachine):
         if run.hold.state is HoldState.ACQUIRED or not self.cache.ready(run.hold):
             return False
         hold = run.hold
-        if not run.table:
-            run.computed = hold.cached_tokens
-            assert self.rows_of(run, run.computed) == self.tags(
-                run.root, run.tokens[: run.computed]
-            )
-        end = min(len(run.tokens), run.computed + count)
-        missing = -(-end // self.rows) - len(hold.table)
-        if missing > 0 and not self.lend(hold, missing):
+        tags = self.tags(run.root, run.tokens)
+        if run.ranges is None:
+            run.ranges = [*hold.todo, (hold.matched_tokens, len(run.tokens))]
+            holes = sum(end - begin for begin, end in hold.todo)
+            assert hold.cached_tokens == hold.matched_tokens - holes
+            if hold.todo:
+                self.see("hole")
+        if not run.ranges:
+            return True
+        begin, whole = run.ranges[0]
+        end = min(whole, begin + count)
+        if not self.lend(hold, end):
             assert len(self.running) > 1, "a sequence that is alone and fits must get its slots"
             self.see("stuck")
             return False
-        tags = self.tags(run.root, run.tokens)
-        for at in range(run.computed, end):
+        for at in range(begin, end):
             self.memory[Tier.DEVICE][hold.table[at // self.rows]][at % self.rows] = tags[at]
-        shared, was = len(hold.blocks), list(hold.table)
-        self.cache.commit(hold, run.tokens[run.computed : end], self.now)
-        assert hold.table[:shared] == was[:shared]
-        if hold.table != was:
+        holes, was = set(hold.holes), list(hold.table)
+        shared = len(hold.blocks)
+        self.cache.commit(hold, run.tokens[begin:end], self.now)
+        for at, (now, before) in enumerate(zip(hold.table[:shared], was, strict=False)):
+            assert now == before or at in holes
+        if hold.table[: len(was)] != was:
             self.see("adopted")
-        run.computed, run.table = end, list(hold.table)
+        run.ranges[:1] = [(end, whole)] if end < whole else []
+        run.table = list(hold.table)
         assert self.rows_of(run, end) == tags[:end]
         self.settle()
         return True
 
-    def lend(self, hold, slots):
+    def lend(self, hold, end):
         for _ in range(1 + self.slots[Tier.DEVICE]):
-            if self.cache.lend(hold, slots, self.now):
+            if self.cache.lend(hold, end, self.now):
                 return True
-            self.issue(self.cache.make_room(slots, self.now))
+            self.issue(self.cache.make_room(self.cache.missing_slots(hold, end), self.now))
             self.quiet()
         return False
 
@@ -478,6 +499,20 @@ class CacheMachine(RuleBasedStateMachine):
                 self.damage(block.key)
         self.turn(pick, (1,), "nothing")
 
+    @rule(pick=picks, to=st.sampled_from([Tier.HOST, Tier.DISK]), failing=st.integers(1, 7))
+    def restore_partly(self, pick, to, failing):
+        """Everything is further down, and some of it cannot be read when a talk comes back."""
+        self.quiet()
+        self.issue(self.cache.demote(to, None, self.now))
+        self.quiet()
+        if len(self.running) < 4:
+            self.begin(pick, (1,), 0)
+            for at, action in enumerate(list(self.flying)):
+                if failing >> at % 3 & 1:
+                    bad = isinstance(action, Copy) or at % 2 == pick % 2
+                    self.fail(action, "checksum" if bad else "io")
+            self.run_until_quiet()
+
     @rule(
         pick=picks,
         more=tokens_drawn,
@@ -558,14 +593,31 @@ class CacheMachine(RuleBasedStateMachine):
         if run.hold.state is HoldState.ACQUIRED:
             if not self.try_load(run):
                 self.issue(self.cache.make_room(self.cache.slots_to_load(run.hold), self.now))
-        elif self.advance(run, count) and pick % 2 and self.cache.lend(run.hold, 1, self.now):
-            run.table = list(run.hold.table)  # more than it will fill
+        elif self.advance(run, count) and pick % 2:
+            if self.cache.lend(run.hold, run.computed + self.rows, self.now):
+                run.table = list(run.hold.table)  # more than it may come to fill
             self.settle()
 
     @precondition(lambda self: self.running)
     @rule(pick=picks)
     def end_turn(self, pick):
         self.finish(self.running[pick % len(self.running)])
+
+    @precondition(lambda self: any(r.hold.state is HoldState.LOADING for r in self.running))
+    @rule(pick=picks)
+    def lose_patience(self, pick):
+        loading = [run for run in self.running if run.hold.state is HoldState.LOADING]
+        self.cache.give_up(loading[pick % len(loading)].hold, self.now)
+        self.settle()
+        self.see("gave up")
+
+    @precondition(lambda self: any(r.hold.state is HoldState.ACQUIRED for r in self.running))
+    @rule(pick=picks)
+    def forgo(self, pick):
+        waiting = [run for run in self.running if run.hold.state is HoldState.ACQUIRED]
+        hold = waiting[pick % len(waiting)].hold
+        self.cache.forgo(hold, min(pick // 2, len(hold.blocks)), "loss", self.now)
+        self.settle()
 
     @precondition(lambda self: self.running)
     @rule(pick=picks)
@@ -582,7 +634,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.choices())
     @rule(pick=picks)
     def fail_one(self, pick):
-        self.fail(self.choices()[-1 - pick % len(self.choices())])
+        self.fail(self.choices()[-1 - pick % len(self.choices())], "io" if pick % 3 else "checksum")
 
     @precondition(lambda self: self.writing)
     @rule()
@@ -644,27 +696,47 @@ class CacheMachine(RuleBasedStateMachine):
             self.quiet()
         assert self.cache.free_slots == self.slots[Tier.DEVICE]
 
-    @rule(performed=st.integers(0, 3), shrink=st.integers(0, 2))
-    def crash(self, performed, shrink):
+    @rule(performed=st.integers(0, 3), shrink=st.integers(0, 2), read=st.sampled_from([0, 1, 9]))
+    def crash(self, performed, shrink, read):
         for action in self.writing[:performed]:
             self.write(action)
         self.reopen_store()
         self.slots[Tier.DISK] = max(0, self.slots[Tier.DISK] - shrink // 2)
         self.open()
-        entries = [(x.key, x.parent, x.tokens, x.last_used) for x in whole_index(self.store)]
-        rejected = self.cache.restore(entries)
-        assert len(entries) - len(rejected) == min(len(entries), self.slots[Tier.DISK])
-        self.store.write(drops=rejected)
-        self.settle()
-        keys = {key for key, *_ in entries}
-        for block in self.cache._index.blocks:
-            parent = self.cache._index.get(block.parent)
-            assert (parent is not None) == (block.parent in keys), "a kept child's parent is kept"
-            assert block.depth == (0 if parent is None else parent.depth + 1)
+        self.unread = list(whole_index(self.store))  # in the order of keys: none
+        self.excess = max(0, len(self.unread) - self.slots[Tier.DISK])
+        self.cache.begin_adopting(len(self.unread))
         for talk in self.talks:
             talk.lease = None
+        if self.unread:
+            self.read_slice(read)
+
+    @precondition(lambda self: self.unread)
+    @rule(count=st.integers(1, 9))
+    def read_slice(self, count):
+        entries, self.unread = self.unread[:count], self.unread[count:]
+        self.issue(self.cache.adopt(entries, self.now))
+        if self.unread:
+            return
+        self.cache.end_adopting()
+        self.settle()
+        while self.writing:  # the drops of what does not fit
+            self.land(self.writing[0])
+        self.excess = 0
+        for block in self.cache._index.blocks:
+            parent = self.cache._index.get(block.parent)
+            assert parent is None or block.depth == parent.depth + 1
+        for talk in self.talks:
             blocks = self.cache.match(talk.root, (*talk.tokens, 9)).blocks
             self.see("restored" if blocks else "not restored")
+
+    def find_chain(self, root, tokens):
+        """What a start does for the first who asks, while the index is still being read."""
+        parent, found = root, []
+        for at in range(0, len(tokens), self.rows):
+            parent = chain_key(parent, tokens[at : at + self.rows])
+            found += [entry for entry in self.unread if entry.key == parent]
+        return found
 
     def reopen_store(self):
         pass
@@ -680,5 +752,5 @@ class CacheMachine(RuleBasedStateMachine):
         self.issue(self.cache.demote(Tier.DISK, None, self.now))
         self.quiet()
         rest = self.cache.statistics()
-        assert (rest.refs, rest.leases, rest.holds, rest.flying) == (0, 0, 0, 0)
+        assert (rest.refs, rest.leases, rest.holds, rest.flying) == (0, 0, 0, 0), rest
         assert rest.tiers[Tier.DEVICE].pool.lent == 0

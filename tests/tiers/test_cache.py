@@ -9,6 +9,7 @@ import pytest
 from tiers.block import Copy, Drop, Fetch, Spill, Tier, chain_key, root_key
 from tiers.cache import TieredCache
 from tiers.policy import Limits, SessionClass
+from tiers.store import IndexEntry
 
 ROOT = root_key(b"model", b"tenant")
 NEVER = Limits(host_after_s=math.inf, disk_after_s=math.inf, max_lag_s=math.inf)
@@ -38,7 +39,7 @@ def begin(cache, tokens, now=0.0, *, supersedes=None):
 
 def compute(cache, hold, tokens, now=0.0):
     had = len(hold.blocks) * B + len(hold.pending)
-    assert cache.lend(hold, -(-(had + len(tokens)) // B) - len(hold.table), now)
+    assert cache.lend(hold, had + len(tokens), now)
     cache.commit(hold, tokens, now)
     cache.check()
 
@@ -175,7 +176,7 @@ def test_a_block_is_fetched_once_for_two_sequences():
     assert cache.ready(two)
 
 
-def test_a_bad_record_shortens_every_hold_that_waits_for_it_and_is_dropped():
+def test_a_bad_record_is_dropped_and_a_hole_in_every_hold_that_waits_for_it():
     cache = make()
     tokens = tuple(range(12))
     turn(cache, tokens, 1)
@@ -183,17 +184,28 @@ def test_a_bad_record_shortens_every_hold_that_waits_for_it_and_is_dropped():
     land(cache, cache.demote(Tier.DISK, None, 0.0))
     hold = cache.acquire(cache.match(ROOT, (*tokens, 12)), 0.0)
     fetches = cache.load(hold, 0.0)
-    (drop,) = cache.failed(fetches[1], 0.0)
-    assert drop == Drop(fetches[1].key, drop.disk_slot)
+    twin = cache.acquire(cache.match(ROOT, (*tokens, 12)), 0.0)
+    assert cache.load(twin, 0.0) == []
+    (drop,) = cache.failed(fetches[1], 0.0, "checksum")
+    assert drop == Drop(fetches[1].key)
     assert not cache.ready(hold)
     cache.landed(fetches[2], 0.0)
     cache.landed(fetches[0], 0.0)
-    assert cache.ready(hold)
-    assert (hold.cached_tokens, hold.by_tier, len(hold.table)) == (4, {Tier.DISK: 4}, 1)
-    cache.check()
+    for waiting in (hold, twin):
+        assert cache.ready(waiting)
+        assert (waiting.cached_tokens, waiting.by_tier, waiting.todo) == (
+            8,
+            {Tier.DISK: 8},
+            [(4, 8)],
+        )
+        cache.check()
     assert cache.match(ROOT, (*tokens, 12)).tokens == 4
-    compute(cache, hold, tokens[4:8])
-    assert cache.match(ROOT, (*tokens, 12)).tokens == 12, "its child was kept for this"
+    for waiting in (hold, twin):
+        assert cache.lend(waiting, 8, 0.0)
+        cache.commit(waiting, tokens[4:8], 0.0)
+        cache.check()
+        assert cache.match(ROOT, (*tokens, 12)).tokens == 12, "its child was kept for this"
+    assert hold.table == twin.table
 
 
 @pytest.mark.parametrize("answer", ["landed", "failed"])
@@ -207,7 +219,10 @@ def test_computing_a_block_that_is_on_its_way_does_not_wait_for_it(answer):
     (fetch,) = cache.load(waiter, 0.0)
     compute(cache, runner, (1, 2, 3))
     assert cache.ready(waiter)
-    (cache.landed if answer == "landed" else cache.failed)(fetch, 0.0)
+    if answer == "landed":
+        cache.landed(fetch, 0.0)
+    else:
+        cache.failed(fetch, 0.0, "checksum")
     cache.check()
     assert waiter.cached_tokens == 4
     assert pool(cache, Tier.DEVICE).held == 1
@@ -222,7 +237,7 @@ def test_a_block_that_one_could_load_and_another_could_not_is_written_again():
     whole = cache.acquire(cache.match(ROOT, (0, 1, 2, 3, 4)), 0.0)
     part = cache.acquire(cache.match(ROOT, (0, 1, 9)), 0.0)
     (good,), (bad,) = cache.load(whole, 0.0), cache.load(part, 0.0)
-    assert [type(action) for action in cache.failed(bad, 0.0)] == [Drop]
+    assert [type(action) for action in cache.failed(bad, 0.0, "missing")] == [Drop]
     cache.check()
     cache.landed(good, 0.0)
     cache.check()
@@ -258,7 +273,7 @@ def test_without_a_lower_tier_a_block_is_forgotten_with_all_that_continues_it():
     assert [type(action) for action in head] == [Spill]
     assert tail == [], "the head is being written: only the tail can go"
     assert cache.free_slots == 2
-    cache.failed(head[0], 2.0)
+    cache.failed(head[0], 2.0, "io")
     assert cache.make_room(3, 2.0) == []
     assert cache.free_slots == 3
     assert cache.statistics().blocks == 0
@@ -284,7 +299,7 @@ def test_dirty_blocks_are_written_behind_after_the_lag_parents_first():
     spills = cache.write_behind(7.0)
     assert [spill.key for spill in spills] == list(keys)
     assert cache.write_behind(7.0) == []
-    cache.failed(spills[0], 7.5)
+    cache.failed(spills[0], 7.5, "full")
     land(cache, spills[1:], 7.5)
     assert cache.next_event(7.5) == 9.5
     assert [spill.key for spill in cache.write_behind(9.5)] == [keys[0]]
@@ -298,7 +313,7 @@ def test_a_full_disk_drops_what_is_worth_less_and_nothing_else():
     cache.end(1, 2.0)
     drop, spill = cache.write_behind(2.0, all_dirty=True)
     assert (type(drop), drop.key) == (Drop, tail)
-    assert (type(spill), spill.key, spill.disk_slot) == (Spill, new, drop.disk_slot)
+    assert (type(spill), spill.key) == (Spill, new)
     land(cache, [drop, spill])
     assert cache.write_behind(3.0, all_dirty=True) == [], (
         "the dropped one is dirty again, but worth less"
@@ -320,7 +335,7 @@ def test_blocks_whose_spills_failed_are_written_parents_first_again():
     cache = make()
     keys = turn(cache, tuple(range(10)), 1)
     for spill in reversed(cache.write_behind(0.0, all_dirty=True)):
-        cache.failed(spill, 1.0)
+        cache.failed(spill, 1.0, "io")
     assert [spill.key for spill in cache.write_behind(2.0, all_dirty=True)] == list(keys)
 
 
@@ -408,35 +423,173 @@ def test_a_superseded_tail_that_is_being_written_stays_for_that():
     assert cache.statistics().blocks == 2
 
 
+def entry(spill, last_used):
+    return IndexEntry(
+        spill.key, spill.root, spill.parent, spill.depth, spill.tokens, last_used=last_used
+    )
+
+
 def test_what_the_disk_holds_is_found_after_a_restart():
     old = make()
     tokens = tuple(range(10))
     turn(old, tokens, 1, now=1.0)
     spills = spilled(old)
     turn(old, (*tokens, 10), 2, now=2.0, supersedes=1)
-    entries = [(s.key, s.parent, s.tokens, 5.0) for s in spills + spilled(old)]
-    forged = (b"?" * 32, ROOT, (8, 8), 1.0)
+    entries = [entry(s, 5.0) for s in spills + spilled(old)]
+    forged = IndexEntry(b"?" * 32, ROOT, ROOT, 0, (8, 8), 1.0)
     cache = make()
-    assert cache.restore([*reversed(entries), forged]) == (b"?" * 32,)
+    cache.begin_adopting(5)
+    assert pool(cache, Tier.DISK).free == 3, "their slots are set aside"
+    assert cache.adopt([*reversed(entries), forged], 0.0) == [Drop(b"?" * 32)]
     cache.check()
+    cache.end_adopting()
+    assert pool(cache, Tier.DISK).free == 4
     match = cache.match(ROOT, (*tokens, 10, 11))
     assert match.tokens == 11
     assert match.partial.resting is SessionClass.HUMAN_WAIT
     assert cache.match(ROOT, (*tokens, 99)).partial.resting is SessionClass.CLOSED
-    small = make(disk=1)
-    rejected = small.restore(entries)
-    assert set(rejected) == {key for key, *_ in entries[1:]}, "heads are kept before tails"
-    small.check()
+    for order in (entries, entries[::-1]):
+        small = make(disk=1)
+        small.begin_adopting(4)
+        dropped = [drop.key for drop in small.adopt(order, 0.0)]
+        small.end_adopting()
+        small.check()
+        assert set(dropped) == {x.key for x in entries[1:]}, "heads are kept before tails"
+
+
+def test_a_record_that_was_computed_anew_before_it_was_read_is_not_written_again():
+    old = make()
+    turn(old, tuple(range(9)), 1)
+    entries = [entry(s, 5.0) for s in spilled(old)]
+    cache = make()
+    cache.begin_adopting(3)
+    turn(cache, tuple(range(9)), 1)
+    cache.adopt(entries, 0.0)
+    cache.end_adopting()
+    cache.check()
+    assert cache.statistics().dirty == 0
+    assert spilled(cache) == []
+    assert pool(cache, Tier.DISK).held == 3
 
 
 def test_a_record_whose_parent_is_gone_waits_for_it():
     tokens = tuple(range(9))
     head = chain_key(ROOT, tokens[:4])
     cache = make()
-    assert cache.restore([(chain_key(head, tokens[4:8]), head, tokens[4:8], 1.0)]) == ()
+    cache.begin_adopting(1)
+    orphan = IndexEntry(chain_key(head, tokens[4:8]), ROOT, head, 1, tokens[4:8], 1.0)
+    assert cache.adopt([orphan], 0.0) == []
+    cache.check()
     assert cache.match(ROOT, tokens).tokens == 0
     begin(cache, tokens[:5])
     assert cache.match(ROOT, tokens).tokens == 8
+
+
+def restored(tokens, *, device=6, slow=()):
+    """A cache whose disk alone holds `tokens`, a hold that loads them, and its fetches."""
+    old = make()
+    turn(old, tokens, 1)
+    entries = [entry(s, 5.0) for s in spilled(old)]
+    cache = make(device=device)
+    cache.begin_adopting(len(entries))
+    cache.adopt(entries, 0.0)
+    hold = cache.acquire(cache.match(ROOT, (*tokens, 99)), 1.0)
+    return cache, hold, cache.load(hold, 1.0)
+
+
+@pytest.mark.parametrize(("reason", "why"), [("checksum", "verify_failed"), ("io", "io_failed")])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_exactly_the_block_that_did_not_come_is_computed(bad, reason, why):
+    tokens = tuple(range(12))
+    cache, hold, fetches = restored(tokens)
+    drops = []
+    for at, fetch in enumerate(fetches):
+        if at == bad:
+            drops = cache.failed(fetch, 1.0, reason)
+        else:
+            cache.landed(fetch, 1.0)
+        cache.check()
+    assert len(drops) == (reason == "checksum"), "a disk that only failed has lost nothing"
+    assert cache.ready(hold)
+    begin_at = bad * B
+    assert hold.todo == [(begin_at, begin_at + B)]
+    assert (hold.matched_tokens, hold.cached_tokens) == (12, 8)
+    assert hold.missed == {why: B}
+    assert cache.missing_slots(hold, begin_at + B) == 1
+    assert cache.lend(hold, begin_at + B, 2.0)
+    cache.commit(hold, tokens[begin_at : begin_at + 3], 2.0)
+    cache.check()
+    cache.commit(hold, tokens[begin_at + 3 : begin_at + B], 2.0)
+    cache.check()
+    assert not hold.todo
+    assert len(hold.table) == 3
+    assert cache.lend(hold, 13, 2.0)
+    cache.commit(hold, (99,), 2.0)
+    assert len(cache.lease(hold, 1, "s", 3.0, None)) == 4
+    cache.check()
+    assert cache.match(ROOT, (*tokens, 99, 100)).tokens == 13
+
+
+def test_a_load_that_takes_too_long_is_computed_where_it_has_not_landed():
+    tokens = tuple(range(12))
+    cache, hold, fetches = restored(tokens)
+    cache.landed(fetches[1], 1.0)
+    cache.give_up(hold, 2.0)
+    cache.check()
+    assert hold.todo == [(0, 4), (8, 12)]
+    assert hold.missed == {"slow": 8}
+    assert cache.lend(hold, 4, 2.0)
+    cache.commit(hold, tokens[:4], 2.0)
+    cache.landed(fetches[0], 3.0)
+    cache.landed(fetches[2], 3.0)
+    cache.check()
+    assert cache.lend(hold, 12, 3.0)
+    cache.commit(hold, tokens[8:12], 3.0)
+    cache.check()
+    assert pool(cache, Tier.DEVICE).lent == 0, "what landed meanwhile is used instead"
+    assert hold.table == [block.places[Tier.DEVICE] for block in hold.blocks]
+
+
+def test_a_hole_that_is_never_computed_leaves_nothing_behind():
+    cache, hold, fetches = restored(tuple(range(12)))
+    cache.failed(fetches[0], 1.0, "checksum")
+    land(cache, fetches[1:])
+    assert cache.ready(hold)
+    assert cache.lend(hold, 4, 2.0)
+    assert cache.lease(hold, 1, "s", 2.0, None) == ()
+    cache.check()
+    assert cache.match(ROOT, tuple(range(13))).tokens == 0
+    assert pool(cache, Tier.DEVICE).lent == 0
+
+
+def test_what_would_be_restored_at_a_loss_is_left_where_it_is():
+    tokens = tuple(range(10))
+    old = make()
+    turn(old, tokens, 1)
+    cache = make()
+    cache.begin_adopting(3)
+    cache.adopt([entry(s, 5.0) for s in spilled(old)], 0.0)
+    hold = cache.acquire(cache.match(ROOT, (*tokens, 99)), 1.0)
+    cache.forgo(hold, 1, "loss", 1.0)
+    assert len(cache.load(hold, 1.0)) == 1
+    assert (hold.matched_tokens, hold.missed) == (4, {"loss": 6})
+    cache.check()
+
+
+def test_a_copy_on_the_host_that_fails_its_check_is_replaced_from_disk():
+    cache = make()
+    tokens = tuple(range(8))
+    turn(cache, tokens, 1)
+    spilled(cache)
+    land(cache, cache.demote(Tier.HOST, None, 1.0))
+    hold = cache.acquire(cache.match(ROOT, (*tokens, 9)), 2.0)
+    copies = cache.load(hold, 2.0)
+    (fetch,) = cache.failed(copies[0], 2.0, "checksum")
+    assert isinstance(fetch, Fetch)
+    assert Tier.HOST not in hold.blocks[0].places
+    land(cache, [fetch, *copies[1:]], 2.0)
+    assert cache.ready(hold)
+    assert hold.todo == []
 
 
 def test_at_rest_refs_and_leases_are_zero():

@@ -15,7 +15,11 @@ SEEN = (
     "shared arriving",
     "partial copied",
     "tail taken over",
-    "failed load",
+    "failed Fetch bad",
+    "failed Fetch io",
+    "failed Copy bad",
+    "hole",
+    "gave up",
     "adopted",
     "restored",
 )

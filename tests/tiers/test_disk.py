@@ -48,7 +48,7 @@ def spill(number: int) -> tuple[Spill, memoryview]:
 
 def drop(number: int) -> Drop:
     action, _ = spill(number)
-    return Drop(action.key, action.disk_slot)
+    return Drop(action.key)
 
 
 def fetch(number: int) -> Fetch:
