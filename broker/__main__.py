@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
     config = commands.add_parser("config", help="look at configuration files")
     check = config.add_subparsers(required=True, metavar="COMMAND").add_parser(
-        "check", help="say whether a file is good"
+        "check", help="say whether a file is good, and what it will hold"
     )
     check.add_argument(
         "files", type=Path, nargs="+", metavar="FILE", help="read in order, later keys win"
@@ -210,10 +210,12 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
 
 def _config_check(arguments: argparse.Namespace) -> int:
     from broker.access import check_exposure
+    from broker.forecast import forecast, look_around, read_shape
 
     config = load(arguments.files)
     check_exposure(config.server.host, config.auth.keys)
     print(f"{', '.join(str(one) for one in arguments.files)}: good")
+    print("\n".join(forecast(config, read_shape(config), look_around(config))))
     return 0
 
 

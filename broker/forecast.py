@@ -1,0 +1,255 @@
+"""What a configuration will hold, before anything is loaded: bytes to tokens to days, and what looks like a mistake.
+
+Laws
+    Reads a model's `config.json` and asks the file system for its free space; loads no model and no torch.
+    Everything that is assumed is said: which model, which element type, which day.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from broker.config import GIB, KIB, MIB, TIB
+from tiers.record import head_size
+from tiers.store import record_bytes_on_disk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from broker.config import Config
+
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_STORED_BYTES = {"bf16": 2.0, "int8": 1.04}  # int8 with its scales, about
+_DEFAULT_STEM = "SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a token's KV is made of. The defaults are the embedded model's."""
+
+    name: str = _DEFAULT_STEM
+    layers: int = 30
+    kv_heads: int = 3
+    head_dim: int = 64
+    context: int = 8192
+
+    def token_bytes(self, element_bytes: float) -> float:
+        return self.layers * 2 * self.kv_heads * self.head_dim * element_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """The day that `days` are counted in: one coding agent, kept busy.
+
+    New tokens alone: what an agent sends again is found again and takes no more room.
+    """
+
+    sessions: int = 1  # a day
+    turns: int = 100  # of a session
+    turn_tokens: int = 1300  # new in a turn, the median of coding agents
+
+    @property
+    def day_tokens(self) -> int:
+        return self.sessions * self.turns * self.turn_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is. None: not known."""
+
+    free_bytes: int | None = (
+        None  # on the state directory's file system, what the store has already included
+    )
+    memory_bytes: int | None = None
+    cuda: bool = False
+
+
+def forecast(
+    config: Config, shape: Shape | None, machine: Machine, mix: Mix | None = None
+) -> list[str]:
+    """Lines for an operator: what is held, then warnings."""
+    known, mix = shape or Shape(), mix or Mix()
+    dtype = _dtype(config, machine)
+    token = known.token_bytes(_ELEMENT_BYTES[dtype])
+    block_tokens, tiers = config.engine.block_tokens, config.tiers
+    device = _whole(tiers.device.capacity, int(token * block_tokens), block_tokens)
+    host = _whole(tiers.host.capacity, int(token * block_tokens), block_tokens)
+    disk = _whole(tiers.disk.capacity, _record_bytes(config, known, dtype), block_tokens)
+    told = (
+        f"{known.name}: {_size(token)} of KV a token in {dtype}, context {known.context:,} tokens"
+    )
+    lines = [told if shape else f"the model is not here yet, so the figures are those of {told}"]
+    lines.append(
+        f"device {_size(tiers.device.capacity)} = {device:,} tokens"
+        f" = {device / known.context:.1f} full contexts"
+    )
+    lines.append(
+        f"host {_size(tiers.host.capacity)} = {host:,} tokens, after {_time(tiers.host.after)} idle;"
+        f" pins may cover {int(host * tiers.pins):,}"
+        if host
+        else "host off"
+    )
+    lines.append(
+        f"disk {_size(tiers.disk.capacity)} = {disk:,} tokens = {disk / mix.day_tokens:.1f} days at the default mix,"
+        f" after {_time(tiers.disk.after)} idle; what is acknowledged survives"
+        f" {'a power loss' if tiers.disk.durability == 'power' else 'kill -9, not a power loss'}"
+        if disk
+        else "disk off"
+    )
+    lines.append(
+        f"a day at the default mix: {mix.sessions} session of {mix.turns} turns,"
+        f" {mix.turn_tokens:,} new tokens each = {mix.day_tokens:,} tokens"
+    )
+    unasked = f"for {_time(tiers.ttl_default)}" if tiers.ttl_default else "not at all"
+    lines.append(
+        f"KV is protected for up to {_time(tiers.ttl_max)} where a client asks for it, else {unasked}"
+    )
+    lines += [f"warning: {one}" for one in _warnings(config, known, machine, device, host, disk)]
+    return lines
+
+
+def _warnings(
+    config: Config, shape: Shape, machine: Machine, device: int, host: int, disk: int
+) -> Iterator[str]:
+    tiers = config.tiers
+    if device < shape.context:
+        yield (
+            f"the device tier holds {device:,} tokens, less than one full context of {shape.context:,}:"
+            " longer prompts are refused"
+        )
+    if 0 < host < device:
+        yield "the host tier is smaller than the device tier: a full device does not fit when it idles"
+    if not host:
+        yield "without a host tier every session that idles comes back from disk"
+    if not disk:
+        yield "without a disk tier nothing survives a restart"
+    if 0 < disk < host:
+        yield "the disk tier is smaller than the host tier: a restart keeps less than memory held"
+    if (
+        machine.free_bytes is not None
+        and tiers.disk.capacity + tiers.disk.min_free > machine.free_bytes
+    ):
+        room = max(0, machine.free_bytes - tiers.disk.min_free)
+        yield (
+            f"the file system has {_size(machine.free_bytes)} for the disk tier, and tiers.disk.min_free of it stays"
+            f" free: spilling will stop at {_size(room)} of {_size(tiers.disk.capacity)}"
+        )
+    if machine.memory_bytes is not None:
+        in_memory = tiers.host.capacity + (
+            0 if _on_cuda(config, machine) else tiers.device.capacity
+        )
+        if in_memory > machine.memory_bytes * 3 // 4:
+            yield (
+                f"the tiers take {_size(in_memory)} of {_size(machine.memory_bytes)} of memory:"
+                " too little is left for the model and the page cache"
+            )
+    if tiers.ttl_default > tiers.disk.after:
+        yield (
+            f"tiers.ttl_default ({_time(tiers.ttl_default)}) is longer than tiers.disk.after"
+            f" ({_time(tiers.disk.after)}): from then on it protects what is on disk only"
+        )
+    if tiers.tenant_share < 1 and len(config.auth.keys) < 2:
+        yield "tiers.tenant_share needs two keys in auth.keys: with one tenant it changes nothing"
+    if tiers.disk.compact != "off":
+        yield f"tiers.disk.compact = {tiers.disk.compact!r}: a restored session may not say what it would have said"
+    if disk and not tiers.disk.scrub:
+        yield "tiers.disk.scrub is 0: a damaged record is found only when it is needed"
+
+
+def read_shape(config: Config) -> Shape | None:
+    """The shape of the configured model, from its `config.json`; None where it is not here yet or says too little."""
+    for path in _config_files(config):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return _shape((config.model.path and config.model.name) or path.parent.name, found)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def look_around(config: Config) -> Machine:
+    """What this machine has."""
+    directory = config.server.state_dir
+    store = directory / "kv" / "data.mdb"
+    used = store.stat().st_blocks * 512 if store.is_file() else 0
+    while not directory.is_dir() and directory != directory.parent:
+        directory = directory.parent
+    status = os.statvfs(directory)
+    return Machine(
+        free_bytes=status.f_bavail * status.f_frsize + used,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        cuda=Path("/proc/driver/nvidia/version").exists(),
+    )
+
+
+def _config_files(config: Config) -> Iterator[Path]:
+    """Where the model's config may be, most likely first."""
+    models = config.server.state_dir / "models"
+    if config.model.path is None:
+        yield from sorted(models.glob(f"{_DEFAULT_STEM}*/config.json"))
+        return
+    path = Path(config.model.path).expanduser()
+    if path.suffix == ".gguf":
+        yield from sorted(models.glob(f"{path.stem}-*/config.json"))
+    elif path.is_dir():
+        yield path / "config.json"
+    else:  # a hub id, in the hub's own cache
+        hub = Path.home() / ".cache" / "huggingface" / "hub"
+        folder = "models--" + config.model.path.replace("/", "--")
+        yield from sorted(hub.glob(f"{folder}/snapshots/*/config.json"))
+
+
+def _shape(name: str, found: Any) -> Shape:
+    """Raises KeyError or TypeError for a config that does not say."""
+    heads = found["num_attention_heads"]
+    return Shape(
+        name=name,
+        layers=int(found["num_hidden_layers"]),
+        kv_heads=int(found.get("num_key_value_heads") or heads),
+        head_dim=int(found.get("head_dim") or found["hidden_size"] // heads),
+        context=int(found["max_position_embeddings"]),
+    )
+
+
+def _on_cuda(config: Config, machine: Machine) -> bool:
+    return machine.cuda if config.model.device == "auto" else config.model.device == "cuda"
+
+
+def _dtype(config: Config, machine: Machine) -> str:
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "bfloat16" if _on_cuda(config, machine) else "float32"
+
+
+def _record_bytes(config: Config, shape: Shape, dtype: str) -> int:
+    """One block on disk, in whole pages."""
+    element = min(
+        _STORED_BYTES.get(config.tiers.disk.compact, float(_ELEMENT_BYTES[dtype])),
+        float(_ELEMENT_BYTES[dtype]),
+    )
+    block_tokens = config.engine.block_tokens
+    payload = int(shape.token_bytes(element) * block_tokens)
+    return record_bytes_on_disk(head_size(block_tokens) + payload)
+
+
+def _whole(capacity: int, block_bytes: int, block_tokens: int) -> int:
+    """The tokens of as many whole blocks as fit."""
+    return capacity // block_bytes * block_tokens
+
+
+def _size(count: float) -> str:
+    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.4g} {name}"
+    return f"{count:.0f} B"
+
+
+def _time(seconds: float) -> str:
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds:g} s"
