@@ -6,7 +6,7 @@
     tag   value       content
     n     None        empty
     b     bool        one byte, 0 or 1
-    i     int         two's complement, the fewest bytes that hold it and its sign
+    i     int         two's complement, in bit_length // 8 + 1 bytes
     f     float       IEEE 754 binary64: 0.0 is not -0.0, and no rounding is involved
     t     str         UTF-8
     y     bytes       itself
