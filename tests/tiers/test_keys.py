@@ -46,7 +46,7 @@ values = st.recursive(
 
 
 def decoded(data):
-    """The inverse of `encode`, written from its table alone; NaN as a word, so that it equals itself."""
+    """The inverse of `encode`, written from its table alone; floats as their bytes, because NaN is not NaN."""
     value, rest = _take(data)
     assert rest == b""
     return value
@@ -60,7 +60,7 @@ def _take(data):
         case b"n":
             return None, rest
         case b"b":
-            return {b"\0": False, b"\1": True}[content], rest
+            return ("bool", {b"\0": False, b"\1": True}[content]), rest
         case b"i":
             return int.from_bytes(content, "little", signed=True), rest
         case b"f":
@@ -85,6 +85,8 @@ def shown(value):
         return struct.pack("<d", value)
     if type(value) is bytes:
         return ("bytes", value)
+    if type(value) is bool:  # to Python True is 1
+        return ("bool", value)
     if isinstance(value, list | tuple):
         return [shown(item) for item in value]
     if isinstance(value, dict):
