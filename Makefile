@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP_TORCH ?= torch==2.13.0
 ARGS ?=
 
-.PHONY: serve test check bench acceptance campaign mutants fmt gpu size clean
+.PHONY: serve test check bench acceptance campaign mutants quality fmt gpu size clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "homeport needs Python 3.11 or newer; set PYTHON=")'
@@ -55,6 +55,9 @@ campaign: $(VENV)/.dev
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants.py $(ARGS)
+
+quality: $(VENV)/.dev
+	@$(BIN)/python -m tests.engine.quality README.md LICENSE engine/engine.py tiers/cache.py $(ARGS)
 
 gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m gpu $(ARGS)

@@ -52,6 +52,7 @@ from engine.fingerprint import Origin, fingerprint, weigh
 from engine.runner import Runner
 from tiers.arena import Arena, Geometry
 from tiers.block import Slot
+from tiers.codec import codec
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class LoadSpec:
     device: str = "auto"
     dtype: str = "auto"  # or torch's name of one
     block_tokens: int = 32
-    storage: str = "off"  # how blocks are written to disk; only named here, for the fingerprint
+    storage: str = "off"  # the codec of blocks on disk; only named here, for the fingerprint
     threads: int | None = None  # of torch on the CPU; None: as many as there are cores
 
 
@@ -120,7 +121,9 @@ def load(spec: LoadSpec) -> LoadedModel:
         name=spec.name or (DEFAULT_NAME if spec.path is None else Path(spec.path).stem),
         path=directory,
         geometry=geometry,
-        fingerprint=_fingerprint(weights, config, geometry, device, spec.storage),
+        fingerprint=_fingerprint(
+            weights, config, geometry, device, _scheme(spec.storage, geometry)
+        ),
         device=device,
         dtype=dtype,
         vocab_size=config.vocab_size,
@@ -244,6 +247,13 @@ class _Probe:
         self.layers.append(layer)
         self.shapes.add((query.shape[0], key.shape[0], key.shape[2], value.shape[2]))
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
+
+
+def _scheme(storage: str, geometry: Geometry) -> str:
+    try:
+        return codec(storage, geometry).scheme
+    except ValueError as error:
+        raise UnsupportedModel(str(error)) from error
 
 
 def _fingerprint(

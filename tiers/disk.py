@@ -10,6 +10,8 @@ Laws
     two syncs whatever its size; but a drop never shares a transaction with an earlier write of its key, and forgetting
     a response none with anything.
     When a transaction fails, its commands are tried one by one: a drop must not fail with a spill that found no room.
+    What the store is given and gives is the codec's payload of a block: both are made here, off the engine's thread,
+    and nothing is decoded that was not verified.
     A `StoreError` is an answer. Anything else is our bug and ends the thread.
 
 Bounds
@@ -26,12 +28,14 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from tiers.block import Drop, Fetch, Spill, StoreError
+from tiers.codec import AS_IT_IS
 from tiers.store import BlockWrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from tiers.block import BlockKey, TokenIds
+    from tiers.codec import Codec
     from tiers.manifest import Manifest
     from tiers.store import BlockStore, IndexEntry
 
@@ -184,8 +188,10 @@ class DiskWriter:
         *,
         max_pending_bytes: int = 256 << 20,
         batch_bytes: int = 64 << 20,
+        codec: Codec = AS_IT_IS,
     ) -> None:
         self._store = store
+        self._codec = codec
         self._reply = reply
         self._clock = clock
         self._max_pending_bytes = max_pending_bytes
@@ -303,11 +309,11 @@ class DiskWriter:
                         parent=spill.parent,
                         depth=spill.depth,
                         tokens=spill.tokens,
-                        payload=payload,
+                        payload=self._codec.encode(block),
                         last_used=now,
                     )
                     for command in writes
-                    for spill, payload in command.items
+                    for spill, block in command.items
                 ],
                 manifests=[command.manifest for command in writes if command.manifest is not None],
             )
@@ -361,8 +367,10 @@ class DiskReader:
         store: BlockStore,
         inbox: SimpleQueue[ReadCommand],
         reply: Callable[[Reply], None],
+        codec: Codec = AS_IT_IS,
     ) -> None:
         self._store = store
+        self._codec = codec
         self._inbox = inbox
         self._reply = reply
 
@@ -412,11 +420,13 @@ class DiskReader:
             return ChainFound(ticket, ())
 
     def _read(self, action: Fetch, into: memoryview) -> Landed | Failed:
+        room = self._codec.room(into)
         try:
-            self._store.read(action.key, action.parent, action.tokens, into)
+            self._store.read(action.key, action.parent, action.tokens, room)
         except StoreError as error:
             _log.warning("record %s not used: %s: %s", action.key.hex()[:16], error.reason, error)
             return Failed(action, error.reason)
+        self._codec.decode(room, into)
         return Landed(action)
 
 

@@ -1,0 +1,322 @@
+"""`bench policy`: the generated day has the shape it claims, and the replay agrees with naive caches and with brute force.
+
+The naive caches know sets of units and nothing else: a unit is a block there, and a leaf is a unit that no resident one
+continues. They are the oracle for the real tables run at one unit a block.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import statistics
+import xml.etree.ElementTree as ET
+from typing import TYPE_CHECKING
+
+import pytest
+
+from broker.bench.policy_mooncake import BadTrace, read
+from broker.bench.policy_plot import Panel, Point, draw
+from broker.bench.policy_survey import NEVER, survey
+from broker.bench.policy_trace import Close, Quantiles, Shape, Turn, generate
+from tiers.policy import SessionClass
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from broker.bench.policy_trace import Event
+
+SMALL = Shape(day_s=6 * 3600, sessions=24, subagents=20, oneshots=30)
+
+
+@pytest.fixture(scope="module")
+def day() -> list[Event]:
+    return list(generate(Shape(), seed=0))
+
+
+def turns_of(events: Sequence[Event]) -> list[Turn]:
+    return [event for event in events if isinstance(event, Turn)]
+
+
+def by_session(events: Sequence[Event]) -> dict[int, list[Turn]]:
+    sessions: dict[int, list[Turn]] = {}
+    for turn in turns_of(events):
+        sessions.setdefault(turn.session, []).append(turn)
+    return sessions
+
+
+def continues(turn: Turn, before: Turn) -> bool:
+    chain = before.prompt + before.output
+    return turn.prompt[: len(chain)] == chain
+
+
+# -- the generator ---------------------------------------------------------------------------------------------------
+
+
+def test_a_distribution_passes_through_its_quantiles_and_is_straight_between_them() -> None:
+    some = Quantiles(((0, 1), (0.5, 100), (1, 10_000)))
+    assert [some.at(share) for share in (0, 0.5, 1)] == pytest.approx([1, 100, 10_000])
+    assert some.at(0.25) == pytest.approx(10)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantiles"),
+    [
+        ("tool_gap", {0.5: 0.3, 0.9: 14, 0.99: 3.6 * 60}),
+        ("human_gap", {0.5: 86, 0.9: 21 * 60, 0.99: 14 * 3600}),
+        ("delta", {0.5: 1_300}),
+    ],
+)
+def test_gaps_and_deltas_have_the_quantiles_of_the_design(
+    name: str, quantiles: dict[float, float]
+) -> None:
+    chance = random.Random(7)
+    drawn = sorted(getattr(Shape(), name).draw(chance) for _ in range(40_000))
+    for share, value in quantiles.items():
+        assert drawn[int(share * len(drawn))] == pytest.approx(value, rel=0.12)
+
+
+def test_the_day_has_the_contexts_deltas_and_turns_of_the_design(day: list[Event]) -> None:
+    unit = Shape().unit_tokens
+    contexts = [len(turn.prompt) * unit for turn in turns_of(day)]
+    assert statistics.median(contexts) == pytest.approx(58_000, rel=0.05)
+    assert 120_000 < max(contexts) <= Shape().cap
+    deltas = [
+        (len(turn.prompt) - len(before.prompt) - len(before.output)) * unit
+        for turns in by_session(day).values()
+        for before, turn in itertools.pairwise(turns)
+        if continues(turn, before)
+    ]
+    assert statistics.median(deltas) == pytest.approx(1_300, rel=0.05)
+    chance = random.Random(3)
+    lengths = [Shape().turns.draw(chance) for _ in range(20_000)]
+    assert statistics.mean(lengths) == pytest.approx(100, rel=0.05)
+
+
+def test_the_same_seed_is_the_same_day_and_another_seed_is_another() -> None:
+    assert list(generate(SMALL, 1)) == list(generate(SMALL, 1))
+    assert list(generate(SMALL, 1)) != list(generate(SMALL, 2))
+
+
+def test_events_come_in_order_of_time_and_end_with_the_day(day: list[Event]) -> None:
+    times = [event.at for event in day]
+    assert times == sorted(times)
+    assert times[0] >= 0
+    assert Shape().day_s * 0.99 < times[-1] < Shape().day_s
+
+
+def test_an_id_stands_for_all_that_came_before_it(day: list[Event]) -> None:
+    before: dict[int, int] = {}
+    for turn in turns_of(day)[:4_000]:
+        chain = turn.prompt + turn.output
+        for parent, unit in itertools.pairwise((-1, *chain)):
+            assert before.setdefault(unit, parent) == parent
+
+
+def test_every_turn_shows_something_new(day: list[Event]) -> None:
+    seen: set[int] = set()
+    for turn in turns_of(day):
+        assert turn.prompt[-1] not in seen
+        assert seen.isdisjoint(turn.output)
+        seen.update(turn.prompt, turn.output)
+
+
+def test_at_the_cap_a_conversation_is_replaced_by_a_summary_behind_the_same_head(
+    day: list[Event],
+) -> None:
+    shape = Shape()
+    compactions = 0
+    for turns in by_session(day).values():
+        for before, turn in itertools.pairwise(turns):
+            if continues(turn, before):
+                continue
+            compactions += 1
+            shared = len([1 for a, b in zip(turn.prompt, before.prompt, strict=False) if a == b])
+            assert shared * shape.unit_tokens in range(min(shape.heads) - 256, max(shape.heads) + 1)
+            assert len(before.prompt) * shape.unit_tokens > shape.cap * 0.6
+            assert len(turn.prompt) * shape.unit_tokens < 60_000
+    assert compactions > 100
+
+
+def test_sessions_share_heads_and_one_shots_share_nothing(day: list[Event]) -> None:
+    firsts = [turns[0].prompt[0] for turns in by_session(day).values()]
+    popular = {unit for unit in firsts if firsts.count(unit) > 1}
+    assert len(popular) == len(Shape().heads)
+    alone = [turns for turns in by_session(day).values() if turns[0].prompt[0] not in popular]
+    assert len(alone) == Shape().oneshots
+    assert all(len(turns) == 1 for turns in alone)
+
+
+def test_some_sessions_close_some_come_back_after_it_and_some_just_stop(day: list[Event]) -> None:
+    closes: dict[int, float] = {
+        event.session: event.at for event in day if isinstance(event, Close)
+    }
+    last = {session: turns[-1] for session, turns in by_session(day).items()}
+    ended = [session for session, turn in last.items() if turn.at < Shape().day_s / 2]
+    assert any(session not in closes for session in ended)
+    assert any(closes[session] > last[session].at for session in ended if session in closes)
+    assert any(at < last[session].at for session, at in closes.items())
+    assert {turn.waits_for for turn in turns_of(day)} == {
+        SessionClass.TOOL_WAIT,
+        SessionClass.HUMAN_WAIT,
+    }
+
+
+# -- Mooncake's format -----------------------------------------------------------------------------------------------
+
+
+def line(at: int, tokens: int, hashes: list[int], **more: object) -> str:
+    return json.dumps(
+        {"timestamp": at, "input_length": tokens, "output_length": 5, "hash_ids": hashes, **more}
+    )
+
+
+def test_a_mooncake_line_is_a_turn_and_equal_hashes_are_equal_content() -> None:
+    one, two = read([line(0, 1024, [7, 8]), line(2500, 1100, [7, 9, 4], tool="x"), "\n"])
+    assert (one.at, two.at) == (0, 2.5)
+    assert (len(one.prompt), len(two.prompt)) == (2, 3)
+    assert one.prompt[0] == two.prompt[0]
+    assert set(one.prompt[1:]).isdisjoint(two.prompt[1:])
+
+
+def test_mooncake_requests_that_go_on_from_the_end_of_another_are_its_session() -> None:
+    lines = [
+        line(0, 1100, [1, 2, 3]),  # 3 is partial: the next turn has other content there
+        line(1, 1024, [1, 9]),
+        line(2, 2048, [1, 2, 4, 5]),
+        line(3, 2500, [1, 2, 4, 5, 6]),
+        line(4, 1024, [1, 2]),  # its session went on from there already
+    ]
+    sessions = [turn.session for turn in read(lines)]
+    assert sessions == [0, 1, 0, 0, 4]
+
+
+def test_mooncake_lines_may_be_out_of_order_and_may_leave_out_the_partial_hash() -> None:
+    late, early = line(9000, 700, [1]), line(0, 700, [1])
+    turns = read([late, early])
+    assert [turn.at for turn in turns] == [0, 9]
+    assert [len(turn.prompt) for turn in turns] == [2, 2]
+    assert turns[0].prompt[0] == turns[1].prompt[0]
+    assert turns[0].prompt[1] != turns[1].prompt[1]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"timestamp": "now"}', "timestamp"),
+        ('{"timestamp": true}', "timestamp"),
+        ('{"timestamp": -1}', "timestamp"),
+        ('{"timestamp": NaN}', "timestamp"),
+        ('{"timestamp": 1}', "input_length"),
+        ('{"timestamp": 1, "input_length": 0}', "input_length"),
+        ('{"timestamp": 1, "input_length": 5}', "hash_ids"),
+        ('{"timestamp": 1, "input_length": 5, "hash_ids": ["a"]}', "hash_ids"),
+        ('{"timestamp": 1, "input_length": 5, "hash_ids": [1, 2]}', "5 tokens are 1 hashes"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number_and_what_is_wrong(bad: str, reason: str) -> None:
+    with pytest.raises(BadTrace, match=rf"^line 3: .*{reason}"):
+        read([line(0, 512, [1]), "", bad])
+
+
+# -- the survey ------------------------------------------------------------------------------------------------------
+
+
+def small_trace(seed: int, events: int = 60, sessions: int = 5) -> list[Event]:
+    """Sessions that grow, fork from shared heads and start again; every prompt ends in something new."""
+    chance = random.Random(seed)
+    fresh = itertools.count()
+    heads = [tuple(next(fresh) for _ in range(size)) for size in (2, 3)]
+    chains = {session: chance.choice(heads) for session in range(sessions)}
+    trace: list[Event] = []
+    for number in range(events):
+        session = chance.randrange(sessions)
+        if chance.random() < 0.12 or len(chains[session]) > 9:
+            chains[session] = chance.choice(heads)
+        prompt = (*chains[session], *(next(fresh) for _ in range(chance.randint(1, 2))))
+        output = tuple(next(fresh) for _ in range(chance.randint(0, 1)))
+        chains[session] = prompt + output
+        waits_for = chance.choice((SessionClass.TOOL_WAIT, SessionClass.HUMAN_WAIT))
+        trace.append(Turn(float(number), session, prompt, output, waits_for))
+        if chance.random() < 0.1:
+            trace.append(Close(float(number), session))
+    return trace
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("block_units", [1, 3])
+def test_the_survey_agrees_with_looking_at_every_pair_of_events(
+    seed: int, block_units: int
+) -> None:
+    trace = small_trace(seed)
+    found = survey(trace, block_units)
+    seen: set[int] = set()
+    fresh = 0
+    uses: list[tuple[float, ...]] = []
+    chains: list[tuple[tuple[int, ...], ...]] = []  # [event]: each block as the chain up to its end
+    for number, event in enumerate(trace):
+        if isinstance(event, Close):
+            uses.append(())
+            chains.append(())
+            continue
+        fresh += max(1, len([unit for unit in event.prompt if unit not in seen]))
+        seen.update(event.prompt, event.output)
+        chain = event.prompt + event.output
+        ends = [*range(block_units, len(chain), block_units), len(chain)]
+        chains.append(tuple(chain[:end] for end in ends))
+        later = [
+            next(
+                (
+                    float(at)
+                    for at, other in enumerate(trace[number + 1 :], number + 1)
+                    if isinstance(other, Turn) and other.prompt[:end] == chain[:end]
+                ),
+                NEVER,
+            )
+            for end in ends
+        ]
+        uses.append(tuple(later))
+    assert found.next_uses == tuple(uses)
+    assert found.fresh_units == fresh
+    assert found.turns == len(turns_of(trace))
+    assert found.longest_blocks == max(map(len, chains))
+    alive: dict[tuple[int, ...], float] = {}  # {to be used again: when}
+    most = 0
+    for number, blocks in enumerate(chains):
+        alive = {block: use for block, use in alive.items() if use > number}
+        most = max(most, len({*alive, *blocks}))
+        later_again = zip(blocks, uses[number], strict=True)
+        alive |= {block: use for block, use in later_again if use is not NEVER}
+    assert found.footprint_blocks == most
+
+
+# -- the picture -----------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_is_well_formed_and_names_every_line_twice_in_a_panel_and_the_legend() -> None:
+    lines = {
+        name: [Point(0.1, 4 + at, 3.5, 5 + at), Point(0.4, 1.2, 1.1, 1.3), Point(1, 1, 1, 1)]
+        for at, name in enumerate(("session_lru", "belady", "a<b"))
+    }
+    panels = [
+        Panel("Hits", "of tokens", {"lru": [Point(0.2, 0.9, 0.9, 0.9)]}, percent=True),
+        Panel("A", "x", lines, logarithmic=True, goals=((0.4, 1.25),)),
+    ]
+    text = draw("Title & more", "sub", panels)
+    root = ET.fromstring(text)
+    said = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert all(said.count(name) == 2 for name in ("session_lru", "belady", "a<b", "lru"))
+    assert {"Title & more", "Hits", "A", "capacity, % of the footprint", "10", "40"} <= {*said}
+    assert "nan" not in text
+
+
+def test_names_at_the_ends_of_lines_do_not_overlap_nor_leave_the_panel() -> None:
+    lines = {f"p{at}": [Point(0, 2, 2, 2), Point(1, 1, 1, 1)] for at in range(6)}
+    root = ET.fromstring(draw("t", "s", [Panel("A", "x", lines)]))
+    texts = list(root.iter("{http://www.w3.org/2000/svg}text"))
+    ends = sorted(float(text.attrib["y"]) for text in texts if text.text in lines)[6:]
+    assert all(below - above >= 13.9 for above, below in itertools.pairwise(ends))
+    bottom = next(float(text.attrib["y"]) for text in texts if text.text == "0")
+    assert ends[-1] <= bottom + 4.1
