@@ -10,22 +10,16 @@ Laws
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from broker.errors import ClientError, NotFound, Overloaded
+from broker.errors import ClientError, NotFound
 from broker.recall import Recall
-from tiers.block import StoreError
 
 if TYPE_CHECKING:
     from broker.access import Tenant
     from broker.port import Port
     from engine.api import EngineReport
-
-log = logging.getLogger(__name__)
-
-_RETRY_AFTER_S = 5.0  # guessed
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +90,12 @@ async def forget(port: Port, tenant: Tenant, session: str) -> Forgotten:
 
 
 async def forget_response(port: Port, tenant: Tenant, response_id: str) -> None:
-    """Delete one response and its KV. Raises Overloaded if the disk cannot: then all of it is there still."""
-    try:
-        await port.engine.forget_response(tenant.name, response_id)
-    except StoreError as error:
-        log.warning("response %s was not deleted: %s", response_id, error)
-        raise Overloaded(
-            "The disk cannot delete the response now; try again.", retry_after_s=_RETRY_AFTER_S
-        ) from error
+    """Delete one response and its KV."""
     node = port.sessions.known(tenant.name, response_id)
     if node is not None:
         node.deleted = True
         port.sessions.forget(tenant.name, response_id)
+    await port.engine.forget_response(tenant.name, response_id)
 
 
 def _tokens(report: EngineReport, session: str) -> int:

@@ -2,11 +2,12 @@
 
 One turn of the loop, on one screen in `_turn`:
 
-    drain the inbox -> admit and load -> tick and write behind -> plan -> run -> sample -> commit -> emit once
+    drain the inbox -> tick and write behind -> adopt -> admit and load -> plan -> run -> sample -> commit -> emit once
 
 Laws
     Every accepted `Submit` ends in exactly one `Finished` or `Refused`, also when cancelled or when the engine stops.
     Outputs of one turn leave in one `emit` call, which may wait for the receiver: a producer that waits has no backlog.
+    A load ends: landed, failed, or at its deadline. What did not come is computed, exactly that, and never waited for.
     An assertion that fails here escapes, ends the thread and so the daemon: wrong tables must not go on serving.
 
 Disk work is posted to the disk threads and answered through the inbox; copies between arenas are made at once.
@@ -16,17 +17,22 @@ This file knows neither trio nor transformers, and no tensor but the logits that
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
+import math
 import queue
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from engine.adoption import WHILE_IDLE, WHILE_RUNNING, Adoption
 from engine.api import (
     Answer,
     Began,
     CachedTokens,
     Cancel,
     Demote,
+    DiskReport,
     EngineReport,
     Finished,
     FinishReason,
@@ -48,8 +54,10 @@ from engine.api import (
     Unpin,
 )
 from engine.batch import Batch, Segment
+from engine.prefetch import Prefetches
+from engine.reads import Reads
 from engine.sampler import SamplingState
-from engine.sequence import Phase, Sequence
+from engine.sequence import Load, Phase, Sequence
 from tiers.block import Copy, Drop, Fetch, Spill, Tier
 from tiers.disk import (
     ChainFound,
@@ -71,18 +79,27 @@ if TYPE_CHECKING:
 
     from engine.api import Command, Output, RequestId
     from engine.memory import Memory
+    from engine.restore import RestoreCosts, RestoreLimits
     from engine.scheduler import Chunk, Scheduler
     from tiers.block import Action, BlockKey
     from tiers.cache import Hold, Lease, TieredCache
     from tiers.disk import DiskReader, DiskWriter
     from tiers.disk import Reply as DiskReply
+    from tiers.index import Match
     from tiers.manifest import Manifest
+    from tiers.store import IndexEntry
 
 log = logging.getLogger(__name__)
 
 # The tables' own check, run only while nothing else is to be done. It walks every block: 0.8 s at 70,000 (measured
 # 2026-11), which a request that comes just then has to wait for.
 CHECK_INTERVAL_S = 300.0
+FRESH = (
+    "new",
+    "logits",
+    "changed",
+    "unaligned",
+)  # why tokens were computed that no cache could have had
 
 
 class RunsBatches(Protocol):
@@ -105,6 +122,7 @@ class Counters:
     spills: int = 0
     spill_failures: int = 0
     fetches: int = 0
+    recomputed: Counter[str] = dataclasses.field(default_factory=Counter)  # {reason: prompt tokens}
     verify_failures: dict[str, int] = dataclasses.field(default_factory=dict)  # {reason: records}
 
 
@@ -122,6 +140,9 @@ class Engine:
         memory: Memory,
         writer: DiskWriter,
         reader: DiskReader,
+        costs: RestoreCosts,
+        restore: RestoreLimits,
+        records: int,
         root: Callable[[bytes], BlockKey],
         max_context: int,
         vocab_size: int,
@@ -135,23 +156,35 @@ class Engine:
         self._memory = memory
         self._writer = writer
         self._reader = reader
+        self._costs = costs
+        self._restore = restore
+        self._reads = Reads(
+            lambda fetch: reader.fetch(fetch, memory.buffer(fetch)),
+            max(1, restore.reading_bytes // memory.block_bytes),
+        )
+        self._adoption = Adoption(records)
         self._root = root
         self._max_context = min(max_context, scheduler.context_limit)
         self._vocab_size = vocab_size
         self._clock = clock
         self._inbox = inbox
         self._sequences: dict[RequestId, Sequence] = {}
-        self._prefetches: list[Hold] = []
-        self._waiting_for_disk = 0  # posted disk actions and manifests not yet answered
+        self._prefetches = Prefetches()
+        self._lookups: dict[int, Sequence | Prefetch] = {}  # {ticket: who waits for the answer}
+        self._tickets = itertools.count(1)  # of lookups
+        self._forgetting: dict[Drop, tuple[int, bool]] = {}  # {last drop: (ticket, answer)}
+        self._waiting_for_disk = 0  # asked of the disk and not yet answered
         self._next_lease = 1
         self._outputs: list[Output] = []
         self._answers: list[Answer] = []
         self._counters = Counters()
-        self._next_check = 0.0
+        self._next_check = clock() + CHECK_INTERVAL_S
+        self._last_step = -math.inf  # when the model ran last
         self._stuck = (
             False  # nothing can go on before some message arrives: slots are on their way out or in
         )
         self._stopping = False
+        cache.begin_adopting(records)
 
     @property
     def max_context(self) -> int:
@@ -165,6 +198,7 @@ class Engine:
         now = self._clock()
         for sequence in list(self._sequences.values()):
             self._finish(sequence, FinishReason.CANCELLED, now)
+        self._release_all(self._prefetches.take_all(), now)
         self._flush(emit)
         self._await_disk()
         self._perform(self._cache.write_behind(self._clock(), all_dirty=True))
@@ -172,10 +206,8 @@ class Engine:
         self._flush(emit)
 
     def _await_disk(self) -> None:
-        self._end_prefetches(self._clock())
         while self._waiting_for_disk:
             self._receive(self._inbox.get())
-            self._end_prefetches(self._clock())
 
     # -- one turn ----------------------------------------------------------------------------------------------------
 
@@ -184,26 +216,32 @@ class Engine:
         now = self._clock()
         self._perform(self._cache.tick(now))
         self._perform(self._cache.write_behind(now))
-        self._end_prefetches(now)
+        self._release_all(self._prefetches.take_ended(now), now)
+        self._read_index(now)
         self._admit(now)
         self._begin_loaded(now)
         if chunks := self._make_place(self._scheduler.plan(), now):
+            began = self._clock()
             logits = self._runner.run(_batch_of(chunks))
-            self._advance(chunks, logits, self._clock())
+            self._advance(chunks, logits, began)
         elif not self._scheduler.idle:
             self._stuck = True
+            self._costs.idle()
             assert self._waiting_for_disk, "work waits, nothing runs, and no answer is due"
-        elif now >= self._next_check:
-            self._cache.check()
-            self._next_check = now + CHECK_INTERVAL_S
+        else:
+            self._costs.idle()
+            if now >= self._next_check:
+                self._cache.check()
+                self._next_check = now + CHECK_INTERVAL_S
         self._flush(emit)
 
     def _drain(self) -> None:
         """Take all that is there; wait for the first message only when nothing can run without one."""
+        waits = self._stuck or self._scheduler.idle
+        self._stuck = False
         try:
-            if self._stuck or self._scheduler.idle:
+            if waits:
                 self._receive(self._inbox.get(timeout=self._sleep_s()))
-            self._stuck = False
             while True:
                 self._receive(self._inbox.get_nowait())
         except queue.Empty:
@@ -212,7 +250,13 @@ class Engine:
     def _sleep_s(self) -> float | None:
         now = self._clock()
         due = self._cache.next_event(now)
-        return None if due is None else max(0.0, due - now)
+        first = min(
+            math.inf if due is None else due,
+            self._prefetches.next_end(),
+            self._adoption.due(),
+            *(each.load.deadline for each in self._scheduler.loading if each.load is not None),
+        )
+        return None if first == math.inf else max(0.0, first - now)
 
     def _flush(self, emit: Callable[[Step], None]) -> None:
         if self._outputs or self._answers:
@@ -231,8 +275,9 @@ class Engine:
             case Cancel(request):
                 if sequence := self._sequences.get(request):
                     self._finish(sequence, FinishReason.CANCELLED, now)
-            case Prefetch(salt, prompt):
-                self._prefetch(salt, prompt, now)
+            case Prefetch():
+                if not self._look_up(message.salt, message.prompt, message):
+                    self._prefetch(message, now)
             case Reclass(lease, to):
                 self._cache.reclass(lease, to, now)
             case Pin(ticket) | Unpin(ticket):  # the tables learn it soon
@@ -256,10 +301,23 @@ class Engine:
                 self._answer_disk(ticket, None)
             case PersistFailed(ticket, reason):
                 self._answer_disk(ticket, reason)
-            case Forgotten(ticket, existed):
-                self._answer_disk(ticket, existed)
-            case IndexSlice() | IndexFailed() | ChainFound() | Rotten():
-                pass  # nobody asks for them yet
+            case Forgotten():
+                self._forgotten(message, now)
+            case IndexSlice(entries, last):
+                self._waiting_for_disk -= 1
+                self._adopt(entries, now)
+                self._adoption.read(last)
+                if self._adoption.complete:
+                    self._cache.end_adopting()
+            case IndexFailed():
+                self._waiting_for_disk -= 1
+                self._adoption.failed(now)
+            case ChainFound(ticket, entries):
+                self._waiting_for_disk -= 1
+                self._adopt(entries, now)
+                self._looked_up(self._lookups.pop(ticket), now)
+            case Rotten():
+                pass  # the tables cannot forget one record yet
 
     def _submit(self, submit: Submit, now: float) -> None:
         prompt = submit.prompt
@@ -283,31 +341,39 @@ class Engine:
             sequence = Sequence.of(submit, now)
             self._sequences[submit.request] = sequence
             self._scheduler.enqueue(sequence)
+            sequence.looking_up = self._look_up(submit.salt, prompt, sequence)
 
     def _refuse(self, submit: Submit, reason: RefuseReason, message: str) -> None:
         self._outputs.append(Refused(submit.request, reason, message))
 
-    def _prefetch(self, salt: bytes, prompt: tuple[int, ...], now: float) -> None:
+    def _prefetch(self, prefetch: Prefetch, now: float) -> None:
         """Bring whole blocks only: a private copy of a partial one would serve nobody."""
-        match = self._cache.match(self._root(salt), prompt)
+        match = self._cache.match(self._root(prefetch.salt), prefetch.prompt)
         whole = dataclasses.replace(
             match, partial=None, partial_rows=0, tokens=match.tokens - match.partial_rows
         )
-        if not whole.blocks:
+        if self._stopping or not whole.blocks or self._prefetches.covers(whole):
+            return
+        found = _found(whole)
+        reads_disk = any(tier is Tier.DISK for tier, _ in found)
+        may_read = self._scheduler.may_read() and (
+            self._prefetches.reading < self._restore.max_loading
+        )
+        if reads_disk and (not may_read or self._worth(found, len(prefetch.prompt)) < len(found)):
             return
         hold = self._cache.acquire(whole, now)
         actions = self._cache.load(hold, now)
         if actions is None:  # no free slot: a guess about the future evicts nobody
             self._cache.release(hold, now)
             return
+        self._prefetches.add(hold, now, reads_disk=reads_disk)
         self._perform(actions)
-        self._prefetches.append(hold)
 
-    def _end_prefetches(self, now: float) -> None:
-        ready = [hold for hold in self._prefetches if self._cache.ready(hold)]
-        for hold in ready:
-            self._prefetches.remove(hold)
+    def _release_all(self, holds: Iterable[Hold], now: float) -> None:
+        """What is still on its way lands all the same; nobody is kept waiting by it."""
+        for hold in holds:
             self._cache.release(hold, now)
+        self._withdraw(now)
 
     def _demote(self, to: Tier, session: str | None, now: float) -> int:
         """How many blocks left a tier above `to`, or will once they are written."""
@@ -333,9 +399,12 @@ class Engine:
             case Fetch():
                 self._memory.settle(action)
                 self._counters.fetches += 1
+                self._reads.answered()
             case Spill():
                 self._counters.spills += 1
-            case Copy() | Drop():
+            case Drop():
+                self._dropped(action)
+            case Copy():
                 pass
         self._cache.landed(action, now)
 
@@ -346,11 +415,29 @@ class Engine:
                 self._memory.abandon(action)
                 failures = self._counters.verify_failures
                 failures[reason] = failures.get(reason, 0) + 1
+                self._reads.answered()
             case Spill():
                 self._counters.spill_failures += 1
-            case Copy() | Drop():
+            case Drop():
+                self._dropped(action)
+            case Copy():
                 pass
         self._perform(self._cache.failed(action, now, reason))
+
+    def _dropped(self, drop: Drop) -> None:
+        if forgetting := self._forgetting.pop(drop, None):
+            self._answers.append(Answer(*forgetting))
+
+    def _forgotten(self, reply: Forgotten, now: float) -> None:
+        """The response is gone; its KV goes too, and then the answer."""
+        actions: list[Action] = []
+        self._perform(actions)
+        drops = [action for action in actions if isinstance(action, Drop)]
+        self._waiting_for_disk -= 1
+        if drops:  # the writer keeps their order
+            self._forgetting[drops[-1]] = (reply.ticket, reply.existed)
+        else:
+            self._answers.append(Answer(reply.ticket, reply.existed))
 
     def _answer_disk(self, ticket: int | None, value: object) -> None:
         self._waiting_for_disk -= 1
@@ -371,15 +458,20 @@ class Engine:
         for action in actions:
             match action:
                 case Copy():
+                    began = self._clock()
                     self._memory.copy(action)
-                    self._cache.landed(action, self._clock())
+                    landed = self._clock()
+                    self._cache.landed(action, landed)
+                    if action.source is Tier.HOST:
+                        self._costs.observe_copies(1, landed - began)
                 case Spill():
                     spills.append((action, self._memory.payload(action)))
                 case Fetch():
                     self._waiting_for_disk += 1
-                    self._reader.fetch(action, self._memory.buffer(action))
+                    self._reads.add(action)
                 case Drop():
                     self._waiting_for_disk += 1
+                    self._adoption.note_drop(action.key)
                     self._writer.drop(action)
         if spills and self._writer.offer_blocks(tuple(spills), manifest, ticket):
             self._waiting_for_disk += len(spills)
@@ -393,56 +485,145 @@ class Engine:
         if manifest is not None:
             self._writer.persist(manifest, ticket)
 
+    # -- learning what the disk holds --------------------------------------------------------------------------------
+
+    def _read_index(self, now: float) -> None:
+        if now >= self._adoption.due() and not self._stopping:
+            self._waiting_for_disk += 1
+            slice_entries = WHILE_IDLE if self._scheduler.idle else WHILE_RUNNING
+            self._reader.read_index(self._adoption.ask(), slice_entries)
+
+    def _adopt(self, entries: Iterable[IndexEntry], now: float) -> None:
+        self._perform(self._cache.adopt(self._adoption.still_there(entries), now))
+
+    def _look_up(self, salt: bytes, prompt: tuple[int, ...], asker: Sequence | Prefetch) -> bool:
+        """Before all of the index is known: ask the disk what it has of a prompt. False: no need."""
+        if self._adoption.complete:
+            return False
+        ticket = next(self._tickets)
+        self._lookups[ticket] = asker
+        self._waiting_for_disk += 1
+        self._reader.find_chain(ticket, self._root(salt), prompt)
+        return True
+
+    def _looked_up(self, asker: Sequence | Prefetch, now: float) -> None:
+        match asker:
+            case Sequence():
+                asker.looking_up = False
+            case Prefetch():
+                self._prefetch(asker, now)
+
     # -- admission and loading ---------------------------------------------------------------------------------------
 
     def _admit(self, now: float) -> None:
         while (sequence := self._scheduler.admissible()) is not None:
-            root = self._root(sequence.submit.salt)
-            hold = self._cache.acquire(
-                self._cache.match(root, tuple(sequence.tokens)),
-                now,
-                supersedes=sequence.submit.supersedes,
-            )
-            actions = self._cache.load(hold, now)
-            if actions is None:
-                self._make_room(self._cache.slots_to_load(hold), now)
-                actions = self._cache.load(hold, now)
-            if actions is None:  # slots are held by others, or their bytes are still on the way out
-                self._cache.release(hold, now)
+            match = self._cache.match(self._root(sequence.submit.salt), tuple(sequence.tokens))
+            found = _found(match)
+            parts = self._worth(found, len(sequence.tokens))
+            sequence.reads_disk = any(tier is Tier.DISK for tier, _ in found[:parts])
+            if sequence.reads_disk and not self._scheduler.may_read():
+                continue  # passed over from now on, until somebody's load is done
+            if not self._start_loading(sequence, match, found[:parts], now):
                 return
-            self._scheduler.start_loading(sequence)
-            sequence.hold = hold
-            if sequence.load_started is None:
-                sequence.load_started = now
-            self._perform(actions)
+
+    def _worth(self, found: list[tuple[Tier, int]], tokens: int) -> int:
+        """How many of the leading parts to restore."""
+        if not self._restore.decide:
+            return len(found)
+        return self._costs.choose(found, tokens, self._reads.queued)
+
+    def _start_loading(
+        self, sequence: Sequence, match: Match, found: list[tuple[Tier, int]], now: float
+    ) -> bool:
+        """False, and nothing has changed, when slots are held by others, or their bytes are still on the way out."""
+        reasons = {"new": len(sequence.tokens) - match.tokens - 1, "logits": 1}
+        hold = self._cache.acquire(match, now, supersedes=sequence.submit.supersedes)
+        refused = len(hold.found) - len(found)
+        if refused:
+            self._cache.forgo(hold, min(len(found), len(match.blocks)), "loss", now)
+        actions = self._cache.load(hold, now)
+        if actions is None:
+            self._make_room(self._cache.slots_to_load(hold), now)
+            actions = self._cache.load(hold, now)
+        if actions is None:
+            self._cache.release(hold, now)
+            return False
+        if refused:
+            self._costs.forgive()
+        self._scheduler.start_loading(sequence)
+        sequence.hold = hold
+        sequence.load = self._load_of(found, now)
+        if not sequence.began:
+            sequence.recomputed = reasons
+        if sequence.load_started is None:
+            sequence.load_started = now
+        self._perform(actions)
+        self._release_all(self._prefetches.take_served(hold), now)
+        return True
+
+    def _load_of(self, found: list[tuple[Tier, int]], now: float) -> Load:
+        """What to expect. Others' reads come first, and some of them may bring what this one waits for too."""
+        own = sum(tier is Tier.DISK for tier, _ in found)
+        copies = sum(tier is Tier.HOST for tier, _ in found)
+        reads = self._reads.queued + own
+        predicted = self._costs.copy_s(copies) + self._costs.read_s(reads)
+        deadline = now + self._restore.deadline * predicted + self._restore.floor_s
+        return Load(began=now, deadline=deadline, reads=reads if own else 0)
 
     def _begin_loaded(self, now: float) -> None:
+        late = False
         for sequence in list(self._scheduler.loading):
-            hold = sequence.hold
+            hold, load = sequence.hold, sequence.load
             assert hold is not None
+            assert load is not None
             if not self._cache.ready(hold):
-                continue
-            if hold.todo:  # start over without what did not come
-                self._cache.release(hold, now)
-                sequence.hold = None
-                self._scheduler.start_running(sequence)
-                self._scheduler.preempt(sequence)
-                continue
+                if now < load.deadline:
+                    continue
+                log.warning(
+                    "a restore of %d blocks took longer than %.3f s: computing what is missing",
+                    len(hold.blocks),
+                    now - load.began,
+                )
+                self._cache.give_up(hold, now)
+                late = True
+                self._costs.observe_reads(load.reads, now - load.began)
+            elif load.reads and self._last_step < load.began:
+                # Beside steps of the model it would be their length that is measured.
+                self._costs.observe_reads(load.reads, now - load.began)
             self._scheduler.start_running(sequence)
-            sequence.computed = hold.cached_tokens
-            if sequence.began:
-                continue
-            sequence.began = True
-            sequence.prefill_started = now
-            sequence.cached = CachedTokens(
-                device=hold.by_tier.get(Tier.DEVICE, 0),
-                host=hold.by_tier.get(Tier.HOST, 0),
-                disk=hold.by_tier.get(Tier.DISK, 0),
-            )
-            self._counters.cached_device += sequence.cached.device
-            self._counters.cached_host += sequence.cached.host
-            self._counters.cached_disk += sequence.cached.disk
-            self._outputs.append(Began(sequence.request, sequence.cached))
+            sequence.load = None
+            sequence.holes = hold.todo
+            sequence.computed = hold.matched_tokens
+            if not sequence.began:
+                self._begin(sequence, hold, now)
+        if late:
+            self._withdraw(now)
+
+    def _begin(self, sequence: Sequence, hold: Hold, now: float) -> None:
+        sequence.began = True
+        sequence.prefill_started = now
+        sequence.cached = CachedTokens(
+            device=hold.by_tier.get(Tier.DEVICE, 0),
+            host=hold.by_tier.get(Tier.HOST, 0),
+            disk=hold.by_tier.get(Tier.DISK, 0),
+        )
+        sequence.recomputed = dict(Counter(sequence.recomputed) + hold.missed)
+        self._counters.cached_device += sequence.cached.device
+        self._counters.cached_host += sequence.cached.host
+        self._counters.cached_disk += sequence.cached.disk
+        self._counters.recomputed.update(sequence.recomputed)
+        self._outputs.append(Began(sequence.request, sequence.cached))
+
+    def _withdraw(self, now: float) -> None:
+        """Spare the disk what nobody waits for any more: its slots are free at once."""
+        if not self._reads.waiting:
+            return
+        holds = [s.hold for s in self._scheduler.loading if s.hold is not None]
+        wanted = {block.key for hold in (*holds, *self._prefetches.holds) for block in hold.blocks}
+        wanted |= {hold.flight.block.key for hold in holds if hold.flight is not None}
+        for fetch in self._reads.withdraw_all_but(wanted):
+            self._waiting_for_disk -= 1
+            self._perform(self._cache.failed(fetch, now, "io"))
 
     def _make_place(self, chunks: list[Chunk], now: float) -> list[Chunk]:
         """Give every chunk the private slots it writes; preempt the latest starter when the device is truly full."""
@@ -451,16 +632,17 @@ class Engine:
             sequence = chunk.sequence
             if sequence.phase is not Phase.RUNNING:  # preempted for an earlier chunk
                 continue
-            if self._lend(sequence, sequence.computed + chunk.count, now):
+            if self._lend(sequence, chunk.end, now):
                 placed.append(chunk)
         return [chunk for chunk in placed if chunk.sequence.phase is Phase.RUNNING]
 
-    def _lend(self, sequence: Sequence, tokens: int, now: float) -> bool:
+    def _lend(self, sequence: Sequence, end: int, now: float) -> bool:
+        """Slots for its tokens up to `end`."""
         hold = sequence.hold
         assert hold is not None
-        while not self._cache.lend(hold, tokens, now):
-            self._make_room(self._cache.missing_slots(hold, tokens), now)
-            if self._cache.lend(hold, tokens, now):
+        while not self._cache.lend(hold, end, now):
+            self._make_room(self._cache.missing_slots(hold, end), now)
+            if self._cache.lend(hold, end, now):
                 break
             victim = self._scheduler.victim(sequence)
             if (
@@ -471,12 +653,17 @@ class Engine:
         return True
 
     def _make_room(self, slots: int, now: float) -> None:
-        """Evict until so many slots are free, or nothing more can go now. Each landed copy may let the next go."""
+        """Evict until so many slots are free, or nothing more can go now. Each landed copy may let the next go.
+
+        Rather than that a request waits, nothing is kept for one that may come.
+        """
         while (free := self._cache.free_slots) < slots:
             actions = self._cache.make_room(slots, now)
             self._perform(actions)
             if not actions and self._cache.free_slots == free:
-                return
+                if not (guesses := self._prefetches.take_all()):
+                    return
+                self._release_all(guesses, now)
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
         """Give its slots back; what it computed stays cached as long as there is room, so it loses little."""
@@ -484,23 +671,27 @@ class Engine:
         self._cache.release(sequence.hold, now)
         sequence.hold = None
         sequence.computed = 0
+        sequence.holes = []
         self._scheduler.preempt(sequence)
 
     # -- after the step ----------------------------------------------------------------------------------------------
 
-    def _advance(self, chunks: list[Chunk], logits: torch.Tensor, now: float) -> None:
+    def _advance(self, chunks: list[Chunk], logits: torch.Tensor, began: float) -> None:
         """Commit what was computed, then append what was sampled; finish those that are done."""
-        samplers = [chunk.sequence for chunk in chunks if _samples(chunk)]
+        samplers = [chunk.sequence for chunk in chunks if chunk.samples]
         sampled = (
             self._sampler.sample(logits, [_sampling_state(s) for s in samplers]) if samplers else []
+        )
+        now = self._last_step = self._clock()
+        self._costs.observe_step(
+            [(chunk.begin, chunk.end) for chunk in chunks], began, now, settled=bool(samplers)
         )
         for chunk in chunks:
             sequence = chunk.sequence
             assert sequence.hold is not None
-            end = sequence.computed + chunk.count
-            self._cache.commit(sequence.hold, tuple(sequence.tokens[sequence.computed : end]), now)
+            self._cache.commit(sequence.hold, tuple(sequence.tokens[chunk.begin : chunk.end]), now)
             self._counters.computed += chunk.count
-            sequence.computed = end
+            sequence.advance(chunk.end)
             if sequence.prefill_only and sequence.pending == 0:
                 self._finish(sequence, FinishReason.LENGTH, now)
         for sequence, token in zip(samplers, sampled, strict=True):
@@ -534,7 +725,7 @@ class Engine:
                 sequence.hold, lease, sequence.submit.session, now, sequence.submit.supersedes
             )
         elif sequence.hold is not None:  # cancelled while loading
-            self._prefetches.append(sequence.hold)  # released once nothing of it is in flight
+            self._release_all([sequence.hold], now)
         if not sequence.began:
             self._outputs.append(Began(sequence.request, sequence.cached))
         self._outputs.append(Finished(sequence.request, reason, sequence.usage(), lease, keys))
@@ -577,7 +768,27 @@ class Engine:
                 for tier, of in cache.tiers.items()
             ),
             sessions=tuple(_session_report(lease, now) for lease in self._cache.leases()),
+            recomputed_total=dict(counters.recomputed),
+            amplification=_amplification(counters.recomputed),
+            hit_share=_hit_share(counters),
+            disk=DiskReport(
+                index_complete=self._adoption.complete,
+                records=cache.tiers[Tier.DISK].pool.held,
+                reading=self._reads.reading,
+            ),
+            rates=self._costs.rates.as_dict(),
         )
+
+
+def _amplification(recomputed: Counter[str]) -> float:
+    fresh = sum(recomputed[reason] for reason in FRESH)
+    return recomputed.total() / fresh if fresh else 1.0
+
+
+def _hit_share(counters: Counters) -> float:
+    reused = counters.cached_device + counters.cached_host + counters.cached_disk
+    again = counters.recomputed.total() - sum(counters.recomputed[reason] for reason in FRESH)
+    return reused / (reused + again) if reused + again else 1.0
 
 
 def _session_report(lease: Lease, now: float) -> SessionReport:
@@ -594,6 +805,17 @@ def _session_report(lease: Lease, now: float) -> SessionReport:
     )
 
 
+def _found(match: Match) -> list[tuple[Tier, int]]:
+    """Each matched part's nearest tier and its tokens; what is on its way to the device already counts as there."""
+    parts = [(block, len(block.tokens)) for block in match.blocks]
+    if match.partial is not None:
+        parts.append((match.partial, match.partial_rows))
+    return [
+        (Tier.DEVICE if Tier.DEVICE in block.arriving else min(block.places), tokens)
+        for block, tokens in parts
+    ]
+
+
 def _batch_of(chunks: list[Chunk]) -> Batch:
     """Lay the chunks' pending tokens end to end."""
     tokens: list[int] = []
@@ -602,23 +824,18 @@ def _batch_of(chunks: list[Chunk]) -> Batch:
     for chunk in chunks:
         sequence = chunk.sequence
         assert sequence.hold is not None
-        begin, end = sequence.computed, sequence.computed + chunk.count
         segments.append(
             Segment(
                 start=len(tokens),
                 count=chunk.count,
-                context=end,
+                context=chunk.end,
                 table=sequence.hold.table,
-                sample=_samples(chunk),
+                sample=chunk.samples,
             )
         )
-        tokens += sequence.tokens[begin:end]
-        positions += range(begin, end)
+        tokens += sequence.tokens[chunk.begin : chunk.end]
+        positions += range(chunk.begin, chunk.end)
     return Batch(tokens, positions, segments)
-
-
-def _samples(chunk: Chunk) -> bool:
-    return chunk.count == chunk.sequence.pending and not chunk.sequence.prefill_only
 
 
 def _sampling_state(sequence: Sequence) -> SamplingState:

@@ -6,9 +6,12 @@ Laws
     While anything decodes, prefills together get at most `mixed_tokens`, so a long prompt cannot stop running streams.
     Prefills share what is left evenly (a short delta beside a long prompt is done after one step); none gets nothing.
     Sequences are admitted in arrival order; one that does not fit holds back those behind it, so nothing starves.
+    At most `max_loading` sequences restore from disk at once. Those that wait for that, or for the disk to say what it
+    has of them, hold nothing and are passed by others that need no disk.
+    A chunk never crosses the end of a range: what stands behind a hole has its KV already.
 
-How: `waiting` is a queue. `admissible` names its head when there is room for it; the engine then loads it. `plan` gives
-decodes one token each and fills the rest by water-filling: the shortest pending first, each at most an even share.
+How: `waiting` is a queue. `admissible` names the first that may start; the engine then loads it. `plan` gives
+decodes one token each and fills the rest by water-filling: the shortest range first, each at most an even share.
 """
 
 from __future__ import annotations
@@ -25,10 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Feed the next `count` pending tokens of `sequence`."""
+    """Feed tokens [begin, end) of `sequence`: the first of its next range."""
 
     sequence: Sequence
-    count: int
+    begin: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def samples(self) -> bool:
+        """Whether the logits of its last token choose the next one."""
+        return self.end == len(self.sequence.tokens) and not self.sequence.prefill_only
 
 
 class Scheduler:
@@ -41,6 +54,7 @@ class Scheduler:
         mixed_tokens: int,
         max_running: int,
         max_waiting: int,
+        max_loading: int,
         device_slots: int,
         block_tokens: int,
     ) -> None:
@@ -51,6 +65,7 @@ class Scheduler:
         self._mixed_tokens = mixed_tokens
         self._max_running = max_running
         self._max_waiting = max_waiting
+        self._max_loading = max_loading
         self._device_slots = device_slots
         self._block_tokens = block_tokens
 
@@ -69,22 +84,26 @@ class Scheduler:
     def enqueue(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
+    def may_read(self) -> bool:
+        """Whether one more sequence may restore from disk."""
+        return sum(each.reads_disk for each in self.loading) < self._max_loading
+
     def admissible(self) -> Sequence | None:
-        """The head of the queue, if it may start beside those that hold slots already."""
-        if not self.waiting:
-            return None
-        head = self.waiting[0]
+        """The first in the queue that does not wait for the disk, if it may start beside those that hold slots."""
+        may_read = self.may_read()
+        first = next(
+            (s for s in self.waiting if not s.looking_up and (may_read or not s.reads_disk)), None
+        )
         active = [*self.loading, *self.running]
-        if not active:
-            return head
+        if first is None or not active:
+            return first
         if len(active) >= self._max_running:
             return None
-        needed = sum(map(self._slots_for, active)) + self._slots_for(head)
-        return head if needed <= self._device_slots else None
+        needed = sum(map(self._slots_for, active)) + self._slots_for(first)
+        return first if needed <= self._device_slots else None
 
     def start_loading(self, sequence: Sequence) -> None:
-        assert self.waiting[0] is sequence
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
         sequence.phase = Phase.LOADING
         self.loading.append(sequence)
 
@@ -115,18 +134,24 @@ class Scheduler:
     def plan(self) -> list[Chunk]:
         """The next step's chunks, decodes first. Every running sequence has exactly one."""
         decodes = [s for s in self.running if s.pending == 1]
-        prefills = sorted((s for s in self.running if s.pending > 1), key=lambda s: s.pending)
-        chunks = [Chunk(s, 1) for s in decodes]
+        prefills = sorted((s for s in self.running if s.pending > 1), key=_next_tokens)
+        chunks = [Chunk(s, *s.next_range) for s in decodes]
         budget = self._step_tokens - len(decodes)
         if decodes:
             budget = min(budget, self._mixed_tokens)
         for position, sequence in enumerate(prefills):
             share = budget // (len(prefills) - position)
-            count = max(1, min(sequence.pending, share))
-            chunks.append(Chunk(sequence, count))
-            budget = max(0, budget - count)
+            begin, until = sequence.next_range
+            end = min(until, begin + max(1, share))
+            chunks.append(Chunk(sequence, begin, end))
+            budget = max(0, budget - (end - begin))
         return chunks
 
     def _slots_for(self, sequence: Sequence) -> int:
         """Slots of its tokens so far and the next one, and one for the private copy of a shared tail."""
         return len(sequence.tokens) // self._block_tokens + 2
+
+
+def _next_tokens(sequence: Sequence) -> int:
+    begin, end = sequence.next_range
+    return end - begin

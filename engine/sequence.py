@@ -1,12 +1,14 @@
-"""One generation as the engine sees it: exact tokens, how many have KV, and what it holds.
+"""One generation as the engine sees it: exact tokens, which of them have KV, and what it holds.
 
-    tokens    0 ............ computed ............ len(tokens)
-              |  KV in hold  |  still to be fed    |
+    tokens    0 ......... hole ......... hole ....... computed ............ len(tokens)
+              |  KV in hold, but for the holes          |  still to be fed    |
     prompt    0 ........................ prompt_tokens
     sampled                              prompt_tokens ... len(tokens)
 
-A step feeds `tokens[computed:computed + n]`. When it reaches the end, the logits of the last token choose the next
-one, which is appended and fed by a later step: the newest token never has KV yet.
+A hole is a part of what was found in the cache whose bytes did not come: it is computed, and what stands behind it
+stays. A step feeds a part of the first range that is left, holes first: the KV of a token needs that of all tokens
+before it, and of none behind it. When the last range is done, the logits of the last token choose the next one, which
+is appended and fed by a later step: the newest token never has KV yet.
 """
 
 from __future__ import annotations
@@ -28,6 +30,15 @@ class Phase(enum.Enum):
     RUNNING = "running"
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What was expected of a restore when it began."""
+
+    began: float
+    deadline: float  # when what has not come is computed instead
+    reads: int  # blocks that the disk had to read for it, those queued before included; 0: none of its own
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Compared by identity. Times are seconds on the engine's clock."""
@@ -35,10 +46,17 @@ class Sequence:
     submit: Submit
     arrived: float
     tokens: list[int]
-    computed: int = 0
+    computed: int = 0  # tokens before it have KV, but for the holes
+    holes: list[tuple[int, int]] = field(default_factory=list)  # half open, ascending
     phase: Phase = Phase.WAITING
     hold: Hold | None = None
+    reads_disk: bool = False  # when it was last looked at, some of its blocks were on disk only
+    looking_up: bool = False  # the disk was asked which of its blocks it has
+    load: Load | None = None  # while LOADING
     cached: CachedTokens = field(default_factory=CachedTokens)
+    recomputed: dict[str, int] = field(
+        default_factory=dict
+    )  # {reason: prompt tokens}; known once it began
     began: bool = False
     load_started: float | None = None
     prefill_started: float | None = None
@@ -63,7 +81,23 @@ class Sequence:
     @property
     def pending(self) -> int:
         """Tokens that must be fed before the next one can be sampled."""
-        return len(self.tokens) - self.computed
+        return sum(end - begin for begin, end in self.holes) + len(self.tokens) - self.computed
+
+    @property
+    def next_range(self) -> tuple[int, int]:
+        """What is to be computed first: a hole, or all that is left behind the last one."""
+        return self.holes[0] if self.holes else (self.computed, len(self.tokens))
+
+    def advance(self, end: int) -> None:
+        """The tokens of `next_range` up to `end` have KV now."""
+        begin, until = self.next_range
+        assert begin < end <= until
+        if not self.holes:
+            self.computed = end
+        elif end == until:
+            self.holes.pop(0)
+        else:
+            self.holes[0] = (end, until)
 
     @property
     def prefill_only(self) -> bool:
@@ -82,4 +116,5 @@ class Sequence:
             queue_s=started - self.arrived,
             load_s=prefill - started,
             prefill_s=first - prefill,
+            recomputed=self.recomputed if self.began else {"cancelled": self.prompt_tokens},
         )

@@ -21,8 +21,10 @@ from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+import torch
 import trio
 
+from engine import calibrate
 from engine.api import (
     Cancel,
     Demote,
@@ -42,23 +44,23 @@ from engine.api import (
 )
 from engine.engine import Engine
 from engine.memory import Memory
-from engine.model import LoadSpec, load
-from engine.restore import RestoreLimits
+from engine.model import LoadedModel, LoadSpec, load
+from engine.restore import Rates, RestoreCosts, RestoreLimits
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.text import Text
 from tiers.arena import Arena
-from tiers.block import Drop, StoreError, Tier, root_key
+from tiers.block import StoreError, Tier, root_key
 from tiers.cache import TieredCache
 from tiers.disk import DiskReader, DiskWriter
 from tiers.lmdb_store import LmdbStore
 from tiers.policy import SessionClass
 from tiers.state_dir import StateDir
-from tiers.store import StoreLimits, whole_index
+from tiers.store import StoreLimits
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
     from pathlib import Path
 
     from engine.api import Command, LeaseId, Step, Submit
@@ -173,8 +175,14 @@ class EngineService:
         self._inbox.put(Persist(None, self._stamped(manifest)))
 
     async def forget_response(self, tenant: str, response_id: str) -> bool:
-        """Delete a stored response, and its KV from every tier; False if there was none."""
-        return bool(await self._ask(lambda ticket: Forget(ticket, tenant, response_id)))
+        """Delete a stored response, and its KV from every tier; False if there was none.
+
+        Raises StoreError if the disk could not.
+        """
+        existed = await self._ask(lambda ticket: Forget(ticket, tenant, response_id))
+        if isinstance(existed, str):
+            raise StoreError(existed, f"response {response_id} was not deleted: {existed}")
+        return bool(existed)
 
     async def find_response(self, tenant: str, response_id: str) -> Manifest | None:
         return await self._look_up(self._store.find_response, tenant, response_id)
@@ -243,6 +251,8 @@ class _Parts:
     store: LmdbStore
     text: Text
     name: str
+    costs: RestoreCosts
+    remember: Callable[[Rates], None]  # for the next start
 
 
 @asynccontextmanager
@@ -263,6 +273,7 @@ async def open_engine(
             async with _running(parts) as service:
                 yield service
         finally:
+            parts.remember(parts.costs.rates)
             parts.store.close()
     finally:
         state.close()
@@ -328,6 +339,14 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
     fetches: SimpleQueue[ReadCommand] = SimpleQueue()
     writer = DiskWriter(store, inbox.put, wall_clock)
     readers = tuple(DiskReader(store, fetches, inbox.put) for _ in range(settings.readers))
+    memory = Memory(arenas, settings.block_tokens)
+    runner = Runner(loaded, arenas[Tier.DEVICE])
+    costs = RestoreCosts(
+        _calibrate(settings, loaded, store, memory, runner, slots),
+        block_bytes=block_bytes,
+        block_tokens=settings.block_tokens,
+        step_tokens=settings.step_tokens,
+    )
     engine = Engine(
         cache=cache,
         scheduler=Scheduler(
@@ -335,25 +354,24 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
             mixed_tokens=settings.mixed_tokens,
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
+            max_loading=settings.restore.max_loading,
             device_slots=slots[Tier.DEVICE],
             block_tokens=settings.block_tokens,
         ),
-        runner=Runner(loaded, arenas[Tier.DEVICE]),
+        runner=runner,
         sampler=Sampler(),
-        memory=Memory(arenas, settings.block_tokens),
+        memory=memory,
         writer=writer,
         reader=readers[0],
+        costs=costs,
+        restore=settings.restore,
+        records=store.statistics().blocks,
         root=functools.partial(root_key, loaded.fingerprint),
         max_context=loaded.max_context,
         vocab_size=loaded.vocab_size,
         clock=time.monotonic,
         inbox=inbox,
     )
-    cache.begin_adopting(store.statistics().blocks)
-    if rejected := cache.adopt(whole_index(store), time.monotonic()):
-        log.info("dropping %d records that no longer fit", len(rejected))
-        store.write(drops=[action.key for action in rejected if isinstance(action, Drop)])
-    cache.end_adopting()
     log.info(
         "%s on %s: device %d, host %d, disk %d blocks of %d tokens (%.2f MiB each); %d on disk",
         loaded.name,
@@ -363,4 +381,40 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         block_bytes / 2**20,
         store.statistics().blocks,
     )
-    return _Parts(inbox, engine, writer, readers, store, text, loaded.name)
+    remember = functools.partial(calibrate.remember, settings.state_dir, _machine(loaded))
+    return _Parts(inbox, engine, writer, readers, store, text, loaded.name, costs, remember)
+
+
+def _calibrate(
+    settings: EngineSettings,
+    loaded: LoadedModel,
+    store: LmdbStore,
+    memory: Memory,
+    runner: Runner,
+    slots: Mapping[Tier, int],
+) -> Rates:
+    """The arenas are empty still, so they are measured in place."""
+    rates = remembered = calibrate.recall(settings.state_dir, _machine(loaded))
+    if rates is None:
+        rates = calibrate.measure_prefill(
+            runner, slots=slots[Tier.DEVICE], block_tokens=settings.block_tokens, rates=Rates()
+        )
+    if slots[Tier.HOST]:
+        rates = calibrate.measure_copies(memory, rates)
+    rates = calibrate.measure_reads(store, memory.block_bytes, settings.readers, rates)
+    log.info(
+        "copies %.2f GB/s, disk %.2f GB/s after %.1f ms, prefill %.0f tokens/s and %.0f behind %d tokens (%s)",
+        1e-9 / rates.copy_s,
+        1e-9 / rates.read_s,
+        1e3 * rates.latency_s,
+        1 / rates.token_s,
+        1 / (rates.token_s + calibrate.DEPTH * rates.depth_s),
+        calibrate.DEPTH,
+        "measured" if remembered is None else "prefill remembered",
+    )
+    return rates
+
+
+def _machine(loaded: LoadedModel) -> str:
+    """What a prefill's speed depends on."""
+    return f"{loaded.fingerprint.hex()[:32]} {loaded.device} {torch.get_num_threads()} threads"

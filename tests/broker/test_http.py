@@ -14,7 +14,7 @@ from engine.api import EngineReport, RefuseReason, SessionReport, TierReport
 from tests.broker.rig import open_rig
 from tests.broker.wire.grammar import check_events, check_response
 from tests.fakes import FakeService, saying
-from tiers.block import StoreError, Tier
+from tiers.block import Tier
 
 ROUTES = [
     ("POST", "/v1/responses"),
@@ -485,23 +485,6 @@ async def test_a_deleted_response_is_gone_from_memory_and_from_the_engine():
         assert rig.engine.manifests == []
         for method in ("GET", "DELETE"):
             assert (await browser.request(method, f"/v1/responses/{response_id}")).status == 404
-
-
-async def test_what_the_disk_cannot_delete_is_there_still():
-    class Stuck(FakeService):
-        async def forget_response(self, tenant, response_id):
-            raise StoreError("io", "as asked")
-
-    async with open_rig() as rig:
-        rig.engine = rig.port.engine = Stuck(rig.nursery)
-        browser = rig.browser()
-        body = {"input": "Hi.", "prompt_cache_key": "s"}
-        response_id = (await browser.request("POST", "/v1/responses", body)).json["id"]
-        for path in (f"/v1/responses/{response_id}", "/admin/sessions/s"):
-            answer = await browser.request("DELETE", path)
-            assert (answer.status, answer.code) == (503, "overloaded")
-            assert answer.headers["retry-after"] == "5"
-        assert (await browser.request("GET", f"/v1/responses/{response_id}")).status == 200
 
 
 async def test_a_deleted_session_takes_its_responses_and_its_pin_and_nobody_elses():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tiers.block import Drop, Fetch, Spill, StoreError
-from tiers.disk import Failed, Landed, Persisted
+from tiers.disk import ChainFound, Failed, Forgotten, IndexSlice, Landed, Persisted
 from tiers.store import BlockWrite, MemoryStore
 
 if TYPE_CHECKING:
@@ -107,6 +107,30 @@ class FakeDisk:
         self.fail_fetches = 0
         self.full = False
         self.refuse = False
+        self.bad_fetches: set[int] = set()  # indices into `fetched`
+        self.fetched: list[bytes] = []  # keys, in the order of the fetches
+        self.stalled: list[Callable[[], object]] | None = None  # fetches that are not answered
+        self.slices = 0  # of the index, that were asked for
+        self.index_held = False
+
+    def hold_index(self) -> None:
+        """The index is never read."""
+        self.index_held = True
+
+    def stall(self, which: Callable[[bytes], bool] = lambda key: True) -> None:
+        """From now on some fetches are not answered, those that wait included."""
+        self.stalled = []
+        self.stalls = which
+        waiting, self.pending = self.pending, []
+        for answer in waiting:
+            fetch = getattr(answer, "fetch", None)
+            stays = fetch is not None and which(fetch.key)
+            (self.stalled if stays else self.pending).append(answer)
+
+    def resume(self) -> None:
+        """Answer the late ones as well."""
+        self.pending += self.stalled or []
+        self.stalled = None
 
     def offer_blocks(self, items, manifest: Manifest | None, ticket: int | None) -> bool:
         if self.refuse:
@@ -132,7 +156,40 @@ class FakeDisk:
         self.pending.append(answer)
 
     def fetch(self, action: Fetch, into: memoryview) -> None:
-        self.pending.append(lambda: self._read(action, into))
+        at = len(self.fetched)
+        self.fetched.append(action.key)
+
+        def answer() -> object:
+            return (
+                Failed(action, "checksum") if at in self.bad_fetches else self._read(action, into)
+            )
+
+        answer.fetch = action
+        stays = self.stalled is not None and self.stalls(action.key)
+        (self.stalled if stays else self.pending).append(answer)
+
+    def read_index(self, after, limit: int) -> None:
+        self.slices += 1
+
+        def answer() -> object:
+            entries = self.store.index(after, limit)
+            last = entries[-1].key if len(entries) == limit else None
+            return IndexSlice(tuple(entries), last)
+
+        if not self.index_held:
+            self.pending.append(answer)
+
+    def find_chain(self, ticket: int, root, tokens) -> None:
+        self.pending.append(lambda: ChainFound(ticket, tuple(self.store.find_chain(root, tokens))))
+
+    def forget_response(self, tenant: str, response_id: str, ticket: int) -> None:
+        def answer() -> object:
+            found = self.store.forget_response(tenant, response_id)
+            if found is None:
+                return Forgotten(ticket, existed=False)
+            return Forgotten(ticket, True, found.keys, found.shared_keys)
+
+        self.pending.append(answer)
 
     def settle(self, index: int = 0) -> None:
         """Answer one pending action."""

@@ -29,16 +29,20 @@ from engine.api import (
 )
 from engine.engine import Engine
 from engine.memory import Memory
+from engine.restore import Rates, RestoreCosts, RestoreLimits
 from engine.scheduler import Scheduler
 from tests.engine.fake_model import VOCAB, FakeDisk, FakeRunner, FakeSampler, oracle
 from tiers.arena import Arena, Geometry
 from tiers.block import Tier, root_key
 from tiers.cache import TieredCache
+from tiers.disk import IndexFailed
 from tiers.manifest import Manifest
 from tiers.policy import Limits
-from tiers.store import MemoryStore, StoreLimits, whole_index
+from tiers.store import MemoryStore, StoreLimits
 
 BLOCK = 4
+RESTORE = RestoreLimits()
+RATES = Rates(latency_s=1e-4)
 
 
 class Bench:
@@ -58,6 +62,9 @@ class Bench:
         host_after_s: float = 1e6,
         disk_after_s: float = 2e6,
         max_lag_s: float = 1.0,
+        restore: RestoreLimits = RESTORE,
+        rates: Rates = RATES,
+        index_unread: bool = False,
     ) -> None:
         self.now = 0.0
         self.inbox = queue.SimpleQueue()
@@ -79,6 +86,7 @@ class Bench:
             mixed_tokens=mixed_tokens,
             max_running=max_running,
             max_waiting=max_waiting,
+            max_loading=restore.max_loading,
             device_slots=device,
             block_tokens=BLOCK,
         )
@@ -90,6 +98,7 @@ class Bench:
             limits=StoreLimits(block_bytes=1 << 30),
         )
         self.disk = FakeDisk(self.store)
+        self.disk.post = self.inbox.put
         self.engine = Engine(
             cache=self.cache,
             scheduler=self.scheduler,
@@ -98,19 +107,31 @@ class Bench:
             memory=Memory(arenas, BLOCK),
             writer=self.disk,
             reader=self.disk,
+            costs=RestoreCosts(
+                rates,
+                block_bytes=geometry.block_bytes,
+                block_tokens=BLOCK,
+                step_tokens=step_tokens,
+            ),
+            restore=restore,
+            records=self.store.statistics().blocks,
             root=lambda salt: root_key(b"fake", salt),
             max_context=10_000,
             vocab_size=VOCAB,
             clock=lambda: self.now,
             inbox=self.inbox,
         )
-        self.disk.post = self.inbox.put
-        self.cache.begin_adopting(self.store.statistics().blocks)
-        self.cache.adopt(whole_index(self.store), self.now)
-        self.cache.end_adopting()
         self.said = defaultdict(list)
         self.answers = {}
         self.requests = 0
+        if not index_unread:
+            self.read_index()
+
+    def read_index(self) -> None:
+        while not self.engine._adoption.complete:
+            self.engine._turn(self.emit)
+            while self.disk.pending:
+                self.disk.settle()
 
     def emit(self, step) -> None:
         for output in step.outputs:
@@ -138,9 +159,10 @@ class Bench:
     def turn(self) -> None:
         """One turn of the loop; never waits: a stuck or idle engine is given a disk answer or left alone."""
         if (self.engine._stuck or self.scheduler.idle) and self.inbox.empty():
-            if not self.disk.pending:
+            if self.disk.pending:
+                self.disk.settle()
+            elif self.engine._sleep_s() != 0.0:
                 return
-            self.disk.settle()
         self.engine._turn(self.emit)
         self.cache.check()
 
@@ -484,9 +506,321 @@ def test_stop_ends_everything_and_spills_what_is_dirty():
     assert reborn.finished(1).usage.cached.disk == 13
 
 
+def on_disk(prompt, *, tokens=4, **options) -> tuple[Bench, tuple[int, ...]]:
+    """A bench whose disk, and nothing else, holds the KV of the returned prompt, but for its last token's."""
+    bench = Bench(**options)
+    whole = tuple(prompt) + bench.run(prompt, tokens)
+    bench.inbox.put(Demote(1, Tier.DISK, None))
+    bench.until_quiet()
+    assert not bench.report().dirty
+    return bench, whole
+
+
+def computed(bench: Bench) -> int:
+    return bench.report().tokens_total["computed"]
+
+
+def accounts_for(usage) -> bool:
+    return (
+        usage.cached.total + usage.computed_tokens == usage.prompt_tokens
+        and sum(usage.recomputed.values()) == usage.computed_tokens
+        and all(tokens > 0 for tokens in usage.recomputed.values())
+    )
+
+
+@pytest.mark.parametrize("kth", range(50))
+def test_when_the_kth_load_fails_exactly_its_block_is_computed_again(kth):
+    bench, prompt = on_disk(prompt_of(200), device=64)
+    before = computed(bench)
+    bench.disk.bad_fetches = {kth}
+    assert bench.run(prompt, 3) == oracle(prompt, 3)
+    usage = bench.finished(2).usage
+    assert usage.recomputed == {"verify_failed": BLOCK, "logits": 1}
+    assert usage.cached.disk == len(prompt) - 1 - BLOCK
+    assert computed(bench) - before == BLOCK + 1 + 2  # the block, the last token, two sampled ones
+    assert accounts_for(usage)
+
+
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@given(
+    length=st.integers(5, 60),
+    bad=st.sets(st.integers(0, 16)),
+    late=st.booleans(),
+    delta=st.integers(0, 9),
+    step_tokens=st.integers(2, 16),
+    order=st.randoms(use_true_random=False),
+)
+def test_whatever_does_not_come_is_computed_and_nothing_else(
+    length, bad, late, delta, step_tokens, order
+):
+    bench, prompt = on_disk(prompt_of(length), device=40, host=0, step_tokens=step_tokens)
+    asked = prompt + prompt_of(delta, salt=9)
+    before = computed(bench)
+    request = bench.submit(asked, 3)
+    bench.turn()
+    order.shuffle(bench.disk.pending)
+    if late:
+        bench.disk.stall(lambda key: bench.disk.fetched.index(key) in bad)
+    else:
+        bench.disk.bad_fetches = bad
+    for _ in range(2 * len(bench.disk.pending)):
+        bench.turn()
+    bench.now += 60
+    bench.until_quiet()
+    if late:
+        bench.disk.resume()
+        bench.until_quiet()
+    assert bench.ids(request) == oracle(asked, 3)
+    usage = bench.finished(request).usage
+    assert accounts_for(usage)
+    assert computed(bench) - before == usage.computed_tokens + 2
+    missed = usage.recomputed.get("slow" if late else "verify_failed", 0)
+    assert missed == sum(len(part) for at, part in parts(prompt) if at in bad)
+    again = bench.submit(asked, 3)
+    bench.until_quiet()
+    assert bench.ids(again) == oracle(asked, 3)
+
+
+def parts(prompt):
+    """(index, tokens) of the blocks of a prompt whose last token has no KV."""
+    stored = prompt[:-1]
+    return list(enumerate(stored[at : at + BLOCK] for at in range(0, len(stored), BLOCK)))
+
+
+def test_a_load_that_passes_its_deadline_is_given_up_and_what_lands_late_serves_the_next():
+    bench, prompt = on_disk(prompt_of(40), device=40)
+    bench.disk.stall()
+    request = bench.submit(prompt, 3)
+    bench.turn()
+    assert bench.engine._sleep_s() == pytest.approx(RESTORE.floor_s, rel=0.5)
+    bench.now += 0.1
+    bench.engine._turn(bench.emit)
+    assert not bench.said[request]
+    bench.now += 60
+    bench.until_quiet()
+    assert bench.ids(request) == oracle(prompt, 3)
+    assert bench.finished(request).usage.recomputed == {"slow": len(prompt) - 1, "logits": 1}
+    bench.disk.resume()
+    bench.until_quiet()
+    assert bench.run(prompt, 3) == oracle(prompt, 3)
+    assert bench.finished(2 + 1).usage.computed_tokens == 1
+
+
+def test_a_disk_that_never_answers_again_stalls_nobody():
+    """The reads that the readers have are lost with their slots; those that wait are taken back."""
+    block_bytes = 2 * 4 * BLOCK
+    bench, prompt = on_disk(
+        prompt_of(40),
+        device=40,
+        restore=RestoreLimits(reading_bytes=2 * block_bytes, max_loading=2),
+    )
+    bench.disk.stall()
+    for _ in range(6):
+        request = bench.submit(prompt, 3)
+        bench.turn()
+        assert len(bench.disk.stalled) <= 2
+        bench.now += 60
+        bench.until_quiet()
+        assert bench.ids(request) == oracle(prompt, 3)
+
+
+def test_a_restore_that_would_lose_is_refused_and_said_so():
+    bench, prompt = on_disk(prompt_of(40), device=40, rates=Rates(read_s=1.0))
+    assert bench.run(prompt, 3) == oracle(prompt, 3)
+    assert bench.finished(2).usage.recomputed == {"loss": len(prompt) - 1, "logits": 1}
+    assert not bench.disk.fetched
+
+
+def test_an_operator_may_switch_the_decision_off():
+    bench, prompt = on_disk(
+        prompt_of(40), device=40, rates=Rates(read_s=1.0), restore=RestoreLimits(decide=False)
+    )
+    bench.run(prompt, 3)
+    assert bench.finished(2).usage.cached.disk == len(prompt) - 1
+
+
+def test_a_hundred_reconnects_read_every_block_once_and_the_first_are_done_early():
+    limits = RestoreLimits(max_loading=4, reading_bytes=1 << 20)
+    old = Bench(device=2200, disk=4000, max_waiting=200, max_running=200)
+    shared = prompt_of(16)
+    prompts = []
+    for number in range(100):
+        prompt = (*shared, number, 1, 2, 3, number, 7, 8, 9, *prompt_of(6, salt=number))
+        prompts.append(prompt + old.run(prompt, 2, session=f"s{number}"))
+    old.pass_time(5)
+    bench = Bench(
+        device=2200, disk=4000, store=old.store, max_waiting=200, max_running=200, restore=limits
+    )
+    requests = [bench.submit(prompt, 2) for prompt in prompts]
+    fresh = bench.submit(prompt_of(9, salt=77), 2)
+    order, turns_until_first = [], None
+    for _ in range(20_000):
+        if bench.scheduler.idle and bench.inbox.empty():
+            break
+        bench.turn()
+        assert sum(s.reads_disk for s in bench.scheduler.loading) <= 4
+        done = [r for r in (*requests, fresh) if r not in order and bench.ids(r)]
+        if done and turns_until_first is None:
+            turns_until_first = len(bench.disk.fetched)
+        order += done
+    assert order[0] == fresh, "who needs no disk waits for nobody"
+    assert order[1:] == requests
+    for prompt, request in zip(prompts, requests, strict=True):
+        assert bench.ids(request) == oracle(prompt, 2)
+        assert bench.finished(request).usage.computed_tokens == 1
+    assert len(bench.disk.fetched) == len(set(bench.disk.fetched))
+
+
+def test_the_first_request_after_a_restart_finds_its_chain_though_the_index_is_not_read():
+    old = Bench()
+    prompt = prompt_of(22) + old.run(prompt_of(22), 4)
+    for other in range(1, 6):
+        old.run(prompt_of(9, salt=other), 2)
+    old.pass_time(5)
+    bench = Bench(store=old.store, index_unread=True)
+    bench.disk.hold_index()
+    assert bench.run(prompt, 3) == oracle(prompt, 3)
+    assert bench.finished(1).usage.cached.disk == len(prompt) - 1
+    assert not bench.report().disk.index_complete
+
+
+def test_the_index_is_read_in_slices_while_requests_run_and_then_is_complete(monkeypatch):
+    monkeypatch.setattr("engine.engine.WHILE_RUNNING", 2)
+    monkeypatch.setattr("engine.engine.WHILE_IDLE", 3)
+    old = Bench()
+    for other in range(8):
+        old.run(prompt_of(9, salt=other), 2)
+    old.pass_time(5)
+    records = old.store.statistics().blocks
+    bench = Bench(store=old.store, index_unread=True)
+    stream = bench.submit(prompt_of(3, salt=99), 12)
+    for _ in range(100):
+        bench.turn()
+    assert bench.ids(stream) == oracle(prompt_of(3, salt=99), 12)
+    report = bench.report()
+    assert report.disk.index_complete
+    assert report.disk.records == records
+    assert bench.disk.slices >= records // 3
+
+
+def test_a_record_that_was_dropped_since_its_slice_was_read_is_not_believed():
+    old = Bench()
+    old.run(prompt_of(12), 4)
+    old.pass_time(5)
+    bench = Bench(store=old.store, index_unread=True)
+    bench.engine._turn(bench.emit)
+    stale = bench.disk.pending.pop(0)()
+    bench.engine._adoption.note_drop(stale.entries[0].key)
+    bench.inbox.put(stale)
+    bench.until_quiet()
+    assert bench.report().disk.records == len(stale.entries) - 1
+
+
+def test_an_index_that_cannot_be_read_is_asked_for_again_later():
+    old = Bench()
+    prompt = prompt_of(12) + old.run(prompt_of(12), 4)
+    old.pass_time(5)
+    bench = Bench(store=old.store, index_unread=True)
+    bench.engine._turn(bench.emit)
+    bench.disk.pending.clear()
+    bench.inbox.put(IndexFailed(None, "io"))
+    bench.until_quiet()
+    assert not bench.report().disk.index_complete
+    bench.pass_time(6)
+    bench.read_index()
+    bench.run(prompt, 1)
+    assert bench.finished(1).usage.cached.disk == len(prompt) - 1
+
+
+def test_a_prefetched_block_is_not_evicted_before_its_request_comes():
+    bench, prompt = on_disk(prompt_of(21), device=12, host=0)
+    bench.inbox.put(Prefetch(b"", prompt))
+    bench.until_quiet()
+    assert bench.report().refs > 0
+    fetched = len(bench.disk.fetched)
+    bench.run(prompt_of(12, salt=3), 2)
+    bench.run(prompt, 2)
+    assert bench.finished(3).usage.cached.device >= 20
+    assert len(bench.disk.fetched) <= fetched + 1  # the tail
+    assert bench.report().refs == 0
+
+
+def test_a_prefetch_that_nobody_comes_for_ends():
+    bench, prompt = on_disk(prompt_of(21))
+    bench.inbox.put(Prefetch(b"", prompt))
+    bench.until_quiet()
+    bench.pass_time(4)
+    assert bench.report().refs > 0
+    bench.pass_time(2)
+    assert bench.report().refs == 0
+
+
+def test_a_guess_gives_way_to_a_request():
+    bench, prompt = on_disk(prompt_of(21), device=8, host=0)
+    bench.inbox.put(Prefetch(b"", prompt))
+    bench.until_quiet()
+    other = prompt_of(25, salt=3)
+    assert bench.run(other, 2) == oracle(other, 2)
+
+
+def test_the_same_prefetch_twice_is_one():
+    bench, prompt = on_disk(prompt_of(21))
+    for _ in range(3):
+        bench.inbox.put(Prefetch(b"", prompt))
+    bench.until_quiet()
+    assert len(bench.disk.fetched) == len(set(bench.disk.fetched))
+    assert bench.report().refs == len(bench.disk.fetched)
+
+
+def test_a_prefetch_before_the_index_is_read_looks_its_chain_up():
+    old = Bench()
+    prompt = prompt_of(22) + old.run(prompt_of(22), 4)
+    old.pass_time(5)
+    bench = Bench(store=old.store, index_unread=True)
+    bench.disk.hold_index()
+    bench.inbox.put(Prefetch(b"", prompt))
+    bench.until_quiet()
+    assert len(bench.disk.fetched) == (len(prompt) - 1) // BLOCK
+
+
+def test_cancelling_a_load_takes_back_what_the_disk_has_not_begun():
+    bench, prompt = on_disk(prompt_of(40), device=40, restore=RestoreLimits(reading_bytes=1))
+    request = bench.submit(prompt, 3)
+    bench.turn()
+    assert len(bench.disk.fetched) == 1
+    bench.inbox.put(Cancel(request))
+    bench.until_quiet()
+    assert len(bench.disk.fetched) == 1
+    assert bench.run(prompt, 3) == oracle(prompt, 3)
+
+
+def test_the_report_tells_what_the_cache_cost():
+    bench = Bench()
+    first = prompt_of(13)
+    bench.run(first, 1)
+    bench.run(first, 1)
+    report = bench.report()
+    assert report.recomputed_total == {"new": 12, "logits": 2}
+    assert report.amplification == 1.0
+    assert report.hit_share == 1.0
+
+
 SCENARIO = st.lists(
     st.tuples(
-        st.sampled_from(["turn", "fork", "fresh", "cancel", "demote", "time", "settle", "step"]),
+        st.sampled_from(
+            [
+                "turn",
+                "fork",
+                "fresh",
+                "cancel",
+                "demote",
+                "time",
+                "settle",
+                "step",
+                "stall",
+                "prefetch",
+            ]
+        ),
         st.integers(0, 7),
         st.integers(1, 14),
     ),
@@ -532,9 +866,16 @@ def test_any_mixture_of_turns_forks_cancels_and_demotions_gives_oracle_ids(
                 bench.turn()
             case "settle" if bench.disk.pending:
                 bench.disk.settle(pick)
+            case "stall" if bench.disk.stalled is None:
+                bench.disk.stall()
+            case "stall":
+                bench.disk.resume()
+            case "prefetch" if known:
+                bench.inbox.put(Prefetch(b"", prompts[known[pick % len(known)]][0]))
             case _:
                 for _ in range(size):
                     bench.turn()
+    bench.disk.resume()
     bench.until_quiet()
     for request, (prompt, output) in prompts.items():
         said = bench.said[request]
@@ -545,10 +886,13 @@ def test_any_mixture_of_turns_forks_cancels_and_demotions_gives_oracle_ids(
             assert len(ids) == output
         assert isinstance(said[0], Began)
         usage = bench.finished(request).usage
-        assert usage.cached.total + usage.computed_tokens == len(prompt)
+        assert accounts_for(usage)
+        for reason in usage.recomputed:
+            event(f"computed: {reason}")
         for tier in ("device", "host", "disk"):
             if getattr(usage.cached, tier):
                 event(f"served from {tier}")
+    bench.pass_time(6)  # what was prefetched for nobody
     report = bench.report()
     assert report.refs == 0
     bench.inbox.put(Demote(2, Tier.DISK, None))

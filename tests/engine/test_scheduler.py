@@ -29,6 +29,7 @@ def scheduler(**changes: int) -> Scheduler:
         "mixed_tokens": 16,
         "max_running": 4,
         "max_waiting": 8,
+        "max_loading": 2,
         "device_slots": 64,
         "block_tokens": 4,
     }
@@ -153,8 +154,100 @@ def test_prefills_leave_no_budget_unused_and_finish_in_bounded_steps(pending, st
         left = sum(s.pending for s in target.running)
         assert sum(c.count for c in plan) >= min(left, step_tokens)
         for chunk in plan:
-            chunk.sequence.computed += chunk.count
+            chunk.sequence.advance(chunk.end)
             if chunk.sequence.pending == 0:
                 target.remove(chunk.sequence)
         steps += 1
         assert steps <= sum(pending) // step_tokens + len(pending) + 1
+
+
+def test_holes_are_fed_first_each_by_chunks_that_end_where_it_ends():
+    target = scheduler(step_tokens=5)
+    holed = sequence(30, computed=24)
+    holed.holes = [(4, 8), (12, 20)]
+    assert holed.pending == 4 + 8 + 6
+    start(target, holed)
+    fed = []
+    while holed.pending:
+        (chunk,) = target.plan()
+        assert chunk.samples == (chunk.end == 30)
+        fed.append((chunk.begin, chunk.end))
+        holed.advance(chunk.end)
+    assert fed == [(4, 8), (12, 17), (17, 20), (24, 29), (29, 30)]
+
+
+def test_a_short_hole_leaves_its_share_of_the_step_to_others():
+    target = scheduler(step_tokens=64)
+    holed, long = sequence(300, computed=200), sequence(1000)
+    holed.holes = [(4, 8)]
+    start(target, holed, long)
+    assert {chunk.sequence: chunk.count for chunk in target.plan()} == {holed: 4, long: 60}
+
+
+def waiting(target: Scheduler, *, reads_disk: bool = False, looking_up: bool = False) -> Sequence:
+    made = sequence(4)
+    made.reads_disk, made.looking_up = reads_disk, looking_up
+    target.enqueue(made)
+    return made
+
+
+def test_who_waits_for_the_disk_is_passed_by_others_and_keeps_the_place_among_its_like():
+    target = scheduler(max_loading=1)
+    first, second = waiting(target, reads_disk=True), waiting(target, reads_disk=True)
+    third, lookup, other = (
+        waiting(target, reads_disk=True),
+        waiting(target, looking_up=True),
+        waiting(target),
+    )
+    assert target.admissible() is first
+    target.start_loading(first)
+    assert not target.may_read()
+    assert target.admissible() is other
+    target.start_loading(other)
+    assert target.admissible() is None
+    target.start_running(first)
+    assert target.admissible() is second
+    assert list(target.waiting) == [second, third, lookup]
+
+
+def test_what_is_loaded_from_memory_is_not_limited():
+    target = scheduler(max_loading=1, max_running=8)
+    for _ in range(3):
+        target.start_loading(waiting(target))
+    assert target.admissible() is None
+    assert target.may_read()
+
+
+def test_who_may_read_but_does_not_fit_holds_back_those_behind_it():
+    target = scheduler(device_slots=12)
+    start(target, sequence(30))
+    big = sequence(20)
+    big.reads_disk = True
+    target.enqueue(big)
+    waiting(target)
+    assert target.admissible() is None
+
+
+@given(
+    holes=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=5),
+    behind=st.integers(1, 40),
+    step_tokens=st.integers(1, 24),
+)
+def test_every_missing_token_is_fed_once_in_order_whatever_the_holes(holes, behind, step_tokens):
+    ranges, at = [], 0
+    for gap, length in holes:
+        begin = at + gap + bool(ranges)
+        at = begin + length
+        ranges.append((begin, at))
+    matched = at + 3
+    target = scheduler(step_tokens=step_tokens)
+    holed = sequence(matched + behind, computed=matched)
+    holed.holes = list(ranges)
+    start(target, holed)
+    fed: list[int] = []
+    while holed.pending:
+        (chunk,) = target.plan()
+        fed += range(chunk.begin, chunk.end)
+        holed.advance(chunk.end)
+    missing = [at for begin, end in ranges for at in range(begin, end)]
+    assert fed == missing + list(range(matched, matched + behind))

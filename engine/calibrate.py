@@ -1,0 +1,168 @@
+"""Measuring a machine for `engine.restore`, at start: how fast blocks are copied and read, and a prompt is computed.
+
+Copies and reads are measured at every start, within `BUDGET_S` each, the way that they are made later: with whatever
+checks and decoding belong to them. A prefill takes too long for that: it is measured when this model has not run on
+this device before, and remembered in the state directory with what the run taught. Losing that file loses seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from engine.batch import Batch, Segment
+from engine.restore import Rates
+from tiers.block import BlockKey, Copy, Slot, StoreError, Tier
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from engine.memory import Memory
+    from engine.runner import Runner
+    from tiers.store import BlockStore, IndexEntry
+
+log = logging.getLogger(__name__)
+
+BUDGET_S = 0.05  # for copies, and again for reads
+SAMPLES = 16  # records that are read
+SHORT, LONG = (
+    16,
+    128,
+)  # tokens of the measured prefills: the difference is tokens, the rest is the step
+DEPTH = 1024  # tokens before the deep one, as far as they fit
+KEPT = 16  # calibrations in the file, newest last
+_FILE = "calibration.json"
+_LEAST = 1e-15  # seconds: rates are positive
+
+
+def measure_copies(memory: Memory, rates: Rates) -> Rates:
+    """Between the first slots of device and host, while nothing of value is there."""
+    up = Copy(BlockKey(bytes(32)), Tier.HOST, Slot(0), Tier.DEVICE, Slot(0))
+    down = Copy(up.key, Tier.DEVICE, Slot(0), Tier.HOST, Slot(0))
+    memory.copy(down)  # touches the pages of both
+    spent: list[float] = []
+    while len(spent) < 8 and sum(spent) < BUDGET_S:
+        began = time.perf_counter()
+        memory.copy(up)
+        spent.append(time.perf_counter() - began)
+    return replace(rates, copy_s=max(_LEAST, min(spent) / memory.block_bytes))
+
+
+def measure_reads(store: BlockStore, payload_bytes: int, readers: int, rates: Rates) -> Rates:
+    """A few records as the readers read them, or nothing new where there are none, or they cannot be read."""
+    try:
+        entries = store.index(None, SAMPLES)
+    except StoreError as error:
+        log.warning("the disk is not measured: %s: %s", error.reason, error)
+        return rates
+    if len(entries) <= readers:
+        return rates
+    first = _read(store, payload_bytes, entries[:1], time.perf_counter() + BUDGET_S)
+    began = time.perf_counter()
+    shares = [entries[1 + each :: readers] for each in range(readers)]
+    with ThreadPoolExecutor(readers) as pool:
+        jobs = [
+            pool.submit(_read, store, payload_bytes, share, began + BUDGET_S) for share in shares
+        ]
+        done = sum(len(job.result()) for job in jobs)
+    elapsed = time.perf_counter() - began
+    if not first or not done:
+        return rates
+    per_block = elapsed / done
+    return replace(
+        rates,
+        latency_s=max(_LEAST, first[0] - per_block),
+        read_s=max(_LEAST, per_block / payload_bytes),
+    )
+
+
+def _read(
+    store: BlockStore, payload_bytes: int, entries: list[IndexEntry], until: float
+) -> list[float]:
+    """Seconds of each, as many as there is time for. A bad record is met again, and forgotten, by a real fetch."""
+    spent: list[float] = []
+    into = memoryview(bytearray(payload_bytes))
+    for entry in entries:
+        began = time.perf_counter()
+        if began >= until:
+            break
+        try:
+            store.read(entry.key, entry.parent, entry.tokens, into)
+        except StoreError:
+            continue
+        spent.append(time.perf_counter() - began)
+    return spent
+
+
+def measure_prefill(runner: Runner, *, slots: int, block_tokens: int, rates: Rates) -> Rates:
+    """Three prefills of token 0 into the first slots, while nothing of value is there."""
+    room = slots * block_tokens
+    long = min(LONG, room // 2)
+    short = min(SHORT, max(1, long // 2))
+    depth = min(DEPTH, room - long)
+    _prefill(runner, block_tokens, 0, long)  # warms up, and writes the rows that the deep one sees
+    for begin in range(0, depth, long):
+        _prefill(runner, block_tokens, begin, min(long, depth - begin))
+    brief = _prefill(runner, block_tokens, 0, short)
+    whole = _prefill(runner, block_tokens, 0, long)
+    deep = _prefill(runner, block_tokens, depth, long)
+    token_s = max(_LEAST, (whole - brief) / max(1, long - short))
+    return replace(
+        rates,
+        token_s=token_s,
+        step_s=max(_LEAST, brief - short * token_s),
+        depth_s=max(_LEAST, (deep - whole) / (long * depth)),
+    )
+
+
+def _prefill(runner: Runner, block_tokens: int, begin: int, count: int) -> float:
+    table = [Slot(at) for at in range(-(-(begin + count) // block_tokens))]
+    segment = Segment(start=0, count=count, context=begin + count, table=table, sample=True)
+    batch = Batch([0] * count, list(range(begin, begin + count)), [segment])
+    began = time.perf_counter()
+    runner.run(batch).sum().item()  # waits for a GPU
+    return time.perf_counter() - began
+
+
+def recall(directory: Path, machine: str) -> Rates | None:
+    """What is remembered of a model on a device; None where there is nothing that can be used."""
+    found = _load(directory / _FILE).get(machine)
+    if not isinstance(found, dict):
+        return None
+    try:
+        rates = Rates(**{name: float(value) for name, value in found.items()})
+    except (TypeError, ValueError):
+        return None
+    usable = all(0 < value < math.inf for value in rates.as_dict().values())
+    return rates if usable else None
+
+
+def remember(directory: Path, machine: str, rates: Rates) -> None:
+    """Replace the file as a whole. A directory that takes nothing costs the next start a measurement, no more."""
+    path, new = directory / _FILE, directory / (_FILE + ".new")
+    kept = _load(path)
+    kept.pop(machine, None)
+    kept[machine] = rates.as_dict()
+    newest = dict(list(kept.items())[-KEPT:])
+    try:
+        new.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(new, flags, 0o600), "w") as file:
+            json.dump(newest, file, indent=1)
+        new.replace(path)
+    except OSError as error:
+        log.warning("%s is not written: %s", path, error)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
