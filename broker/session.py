@@ -19,7 +19,8 @@ import json
 import math
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from broker.wire.items import (
     FunctionCall,
@@ -40,8 +41,16 @@ if TYPE_CHECKING:
     from tiers.block import BlockKey, TokenIds
 
 _BODY_VERSION = 1
-_ITEM_KINDS = {
-    c.__name__: c for c in (Message, FunctionCall, FunctionCallOutput, Reasoning, ItemReference)
+_ITEM_KINDS: dict[str, tuple[type[Item], dict[str, Any]]] = {  # {its name: (it, its fields' types)}
+    c.__name__: (c, get_type_hints(c))
+    for c in (Message, FunctionCall, FunctionCallOutput, Reasoning, ItemReference)
+}
+_TOOL_TYPES: dict[str, Any] = {
+    "name": str,
+    "description": str | None,
+    "parameters": dict | None,
+    "strict": bool | None,
+    "namespace": str | None,
 }
 # A connection has at most this many lanes (32 named and the default one); each keeps one node, or two after a cancel.
 _MAX_LEASES = 256
@@ -275,17 +284,19 @@ def to_manifest(node: Node) -> Manifest:
 
 
 def from_manifest(manifest: Manifest) -> Node:
-    """The node again, without a lease. Raises ValueError for a body that this version did not write."""
+    """The node again, without a lease. Raises ValueError for a body that this version did not write.
+
+    Nothing behind a checksum is believed for its type: ids of another kind would stop the engine, not this turn.
+    """
     try:
         body = json.loads(manifest.body) if manifest.body else _EMPTY_BODY
         if body["version"] != _BODY_VERSION:
             raise ValueError(f"body version {body['version']!r}")
         parts = tuple(_decode_part(part) for part in body["history"])
-        tools = tuple(
-            ToolSpec(**{**tool, "kind": ToolKind(tool["kind"])}) for tool in body["tools"]
-        )
-        instructions, response = body["instructions"], body["response"]
-    except (KeyError, TypeError) as error:
+        tools = tuple(_decode_tool(tool) for tool in body["tools"])
+        instructions = _typed(body["instructions"], str | None)
+        response = _typed(body["response"], dict if manifest.stored else NoneType)
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"manifest body of {manifest.response_id}: {error!r}") from error
     own = Part((), manifest.tokens[manifest.sampled_from :])
     return Node(
@@ -335,8 +346,31 @@ def _encode_body(node: Node) -> bytes:
 
 
 def _decode_part(part: Any) -> Part:
-    items = []
-    for fields in part["items"]:
-        kind = _ITEM_KINDS[fields["kind"]]
-        items.append(kind(**{name: value for name, value in fields.items() if name != "kind"}))
-    return Part(tuple(items), None if part["sampled"] is None else tuple(part["sampled"]))
+    sampled = _typed(part["sampled"], list | None)
+    ids = None if sampled is None else tuple(map(_token, sampled))
+    return Part(tuple(map(_decode_item, part["items"])), ids)
+
+
+def _decode_item(fields: Any) -> Item:
+    kind, types = _ITEM_KINDS[fields["kind"]]
+    return kind(**{n: _typed(value, types[n]) for n, value in fields.items() if n != "kind"})
+
+
+def _decode_tool(fields: Any) -> ToolSpec:
+    kind = ToolKind(fields["kind"])
+    values = {n: _typed(value, _TOOL_TYPES[n]) for n, value in fields.items() if n != "kind"}
+    return ToolSpec(**values, kind=kind)
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """`value`, if it is of this type, or one of the words of this Literal. Raises TypeError."""
+    fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, kind)
+    if not fits:
+        raise TypeError(f"{type(value).__name__} where {kind} belongs")
+    return value
+
+
+def _token(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 32:
+        raise TypeError(f"{value!r:.40} is no token id")
+    return value

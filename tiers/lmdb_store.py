@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import shutil
 import struct
@@ -46,7 +47,7 @@ import xxhash
 
 from tiers import manifest as manifests_format
 from tiers import record
-from tiers.block import BlockKey, StoreError
+from tiers.block import KEY_BYTES, BlockKey, StoreError
 from tiers.state_dir import make_private, sync_directory
 from tiers.store import (
     IndexEntry,
@@ -525,10 +526,12 @@ class _Indexed:
 def _index_entry(key: memoryview | bytes, value: memoryview | bytes) -> _Indexed | None:
     """None for an entry that is not as it was written."""
     entry = _unseal(key, value)
-    if entry is None:
+    if entry is None or len(key) != KEY_BYTES or len(entry) < _INDEX.size or len(entry) % 4:
         return None
     fingerprint, root, parent, depth, last_used, size = _INDEX.unpack_from(entry)
     tokens = struct.unpack_from(f"<{(len(entry) - _INDEX.size) // 4}I", entry, _INDEX.size)
+    if not math.isfinite(last_used):  # it has no place in an order
+        return None
     own = IndexEntry(BlockKey(bytes(key)), root, parent, depth, tokens, last_used)
     return _Indexed(own, fingerprint, size)
 
@@ -543,7 +546,9 @@ class _Aged:
 def _age_entry(age: memoryview | bytes, value: memoryview | bytes) -> _Aged | None:
     """None for an entry that is not as it was written."""
     entry = _unseal(age, value)
-    return None if entry is None else _Aged(*_AGE.unpack(age), *_AGE_ENTRY.unpack(entry))
+    if entry is None or (len(age), len(entry)) != (_AGE.size, _AGE_ENTRY.size):
+        return None
+    return _Aged(*_AGE.unpack(age), *_AGE_ENTRY.unpack(entry))
 
 
 def _seal(key: bytes, value: bytes) -> bytes:

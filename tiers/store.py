@@ -171,6 +171,8 @@ def chain_entries(
         entry = None
         for length in range(len(whole), 0, -1):
             entry = get(chain_key(parent, whole[:length]))
+            if entry is not None and (entry.parent, entry.tokens) != (parent, whole[:length]):
+                entry = None  # see tiers/block.py: a key alone is not believed
             if entry is not None:
                 found.append(entry)
                 break
