@@ -9,30 +9,37 @@ at start it measures on the stub.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 
-from broker.config import Tiers
+from broker.app import open_model_engine
+from broker.config import load as load_config
 from engine import service
 from engine.model import LoadedModel
 from tests.campaign import chain
 from tests.fakes import byte_text
 from tiers.arena import Geometry
+from tiers.lmdb_store import LmdbStore
+from tiers.record import head_size
+from tiers.store import record_bytes_on_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
     from engine.batch import Batch
     from engine.model import LoadSpec
     from tiers.arena import Arena
+    from tiers.block import Tier
 
 BLOCK_TOKENS = 16
 BLOCK_BYTES = BLOCK_TOKENS * chain.WORDS * 4
+DISK_BYTES = record_bytes_on_disk(head_size(BLOCK_TOKENS) + BLOCK_BYTES)
 FINGERPRINT = b"the stub of the campaigns".ljust(32, b".")
 
 
@@ -116,9 +123,8 @@ def stubbed() -> Iterator[None]:
 def settings(*, device: int = 40, host: int = 24, disk: int = 120, **more: str) -> tuple[str, ...]:
     """`--set` assignments of a stub daemon with tiers of so many blocks: small, so that eviction never rests.
 
-    `more` are further keys, dots written as `__`; one that this version of the configuration does not know is left out.
+    `more` are further keys, dots written as `__`.
     """
-    record = 512 + BLOCK_BYTES + 16
     values = {
         "model__name": "stub",
         "engine__block_tokens": str(BLOCK_TOKENS),
@@ -127,27 +133,44 @@ def settings(*, device: int = 40, host: int = 24, disk: int = 120, **more: str) 
         "log__level": "warning",
         "tiers__device__capacity": str(device * BLOCK_BYTES),
         "tiers__host__capacity": str(host * BLOCK_BYTES),
-        "tiers__disk__capacity": str(disk * -(-record // 4096) * 4096),
+        "tiers__disk__capacity": str(disk * DISK_BYTES),
         "tiers__disk__max_lag": "50ms",
         "tiers__disk__readers": "2",
+        "tiers__disk__min_free": "0",
         # A model this fast would always rather compute than restore, and then nothing of the tiers is tested.
         "tiers__restore__decide": "false",
-        "tiers__disk__min_free": "0",
         **more,
     }
-    return tuple(
-        f"{name.replace('__', '.')}={value}" for name, value in values.items() if _known(name)
-    )
+    return tuple(f"{name.replace('__', '.')}={value}" for name, value in values.items())
 
 
-def _known(name: str) -> bool:
-    """Only keys of the tiers come and go."""
-    path = name.split("__")
-    if path[0] != "tiers":
-        return True
-    at: object = Tiers()
-    for part in path[1:]:
-        if not hasattr(at, part):
-            return False
-        at = getattr(at, part)
-    return True
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A stub engine in this process. What lies behind the service is for damaging it."""
+
+    service: service.EngineService
+    store: LmdbStore
+    arenas: Mapping[Tier, Arena]
+
+
+@asynccontextmanager
+async def opened(state_dir: Path, assignments: Sequence[str]) -> AsyncIterator[Opened]:
+    """The daemon's engine without the daemon."""
+    stores: list[LmdbStore] = []
+    memories: list[Mapping[Tier, Arena]] = []
+
+    class Store(LmdbStore):
+        def __init__(self, *positional: Any, **named: Any) -> None:
+            super().__init__(*positional, **named)
+            stores.append(self)
+
+    class Memory(service.Memory):
+        def __init__(self, arenas: Mapping[Tier, Arena], *positional: Any, **named: Any) -> None:
+            super().__init__(arenas, *positional, **named)
+            memories.append(arenas)
+
+    config = load_config(assignments=assignments)
+    config = replace(config, server=replace(config.server, state_dir=state_dir))
+    with stubbed(), patch.multiple(service, LmdbStore=Store, Memory=Memory):
+        async with open_model_engine(config) as engine:
+            yield Opened(engine, stores[-1], memories[-1])
