@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from tests.campaign import kills
+from tests.campaign import cancels, flips, full_disk, kills, round_trips, truncations
 
-CAMPAIGNS = {"kills": kills.main}
+CAMPAIGNS = {
+    "kills": kills.main,
+    "flips": flips.main,
+    "truncations": truncations.main,
+    "full_disk": full_disk.main,
+    "round_trips": round_trips.main,
+    "cancels": cancels.main,
+}
 
 
 def main(argv: list[str]) -> int:
