@@ -44,7 +44,7 @@ from tests.campaign.dialogue import (
 from tests.campaign.verdict import Verdict
 from tests.campaign.zygote import StubDaemon, Zygote
 
-QUICK = 15
+QUICK = 12
 SESSIONS = 8
 START_S = 10.0  # a start that takes longer has failed
 KILLED_WHILE_STARTING = 0.1

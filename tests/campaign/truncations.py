@@ -36,7 +36,7 @@ from tests.campaign.dialogue import (
 from tests.campaign.verdict import Verdict
 from tests.campaign.zygote import StubDaemon, Zygote
 
-QUICK = 24
+QUICK = 16
 PAGE = 4096
 START_S = 20.0
 KINDS = ("truncated", "zeroed", "garbled", "lengthened")
