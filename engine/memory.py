@@ -1,21 +1,40 @@
 """The arenas of the memory tiers, and the bytes of each action. Decides nothing: the tables said what moves where.
 
-Copies are made at once. For a spill, `payload` is what the disk writer reads: on a CPU arena the live bytes of a slot
+Copies are made at once. What goes to the host tier is sealed: the key and a digest of the bytes are kept beside the
+slot, and whatever leaves it, towards the device or the disk, must still match. So neither a flipped bit in memory, nor
+another block's bytes, nor an older block's in a slot that was given away, is ever attended to or written to disk.
+
+Laws
+    `copy` and `payload` raise `StoreError` with reason checksum or key where a host slot does not hold what was put
+    there. The target slot's bytes are then undefined, as after any failed load. The block is worth nothing on the host.
+    `confirm` is asked after a spill was written, and before it is believed: bytes that changed on the way to the disk
+    have a valid record there, which must be dropped.
+
+For a spill, `payload` is what the disk writer reads: on a CPU arena the live bytes of a slot
 that stays put until the answer, on a CUDA arena a host copy. For a fetch, `buffer` is where a disk reader puts the
 verified bytes: the slot itself where memory is addressable, else a staging buffer that `settle` moves to the device.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tiers.arena import Arena, copy_block
-from tiers.block import Tier
+from tiers.arena import Arena, copy_block, copy_hashed
+from tiers.block import StoreError, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from tiers.block import Copy, Fetch, Spill
+    from tiers.block import BlockKey, Copy, Fetch, Slot, Spill
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What a host slot was filled with."""
+
+    key: BlockKey
+    digest: int
 
 
 class Memory:
@@ -25,25 +44,45 @@ class Memory:
         self._arenas = dict(arenas)
         self._block_tokens = block_tokens
         self._staging: dict[Fetch, bytearray] = {}
+        self._seals: dict[Slot, Seal] = {}  # {host slot: the last block that was put there}
 
     @property
     def block_bytes(self) -> int:
         return self._arenas[Tier.DEVICE].block_bytes
 
     def copy(self, action: Copy) -> None:
-        copy_block(
-            self._arenas[action.source],
-            action.source_slot,
-            self._arenas[action.target],
-            action.target_slot,
-        )
+        source, target = self._arenas[action.source], self._arenas[action.target]
+        if Tier.HOST not in (action.source, action.target):
+            copy_block(source, action.source_slot, target, action.target_slot)
+            return
+        digest = copy_hashed(source, action.source_slot, target, action.target_slot)
+        if action.target is Tier.HOST:
+            self._seals[action.target_slot] = Seal(action.key, digest)
+        else:
+            self._check(action.source_slot, Seal(action.key, digest))
 
     def payload(self, action: Spill) -> memoryview:
         """The block's bytes; a tail's unused rows are zeroed first, so that no other session's rows reach the disk."""
-        arena = self._arenas[action.source]
+        arena, slot = self._arenas[action.source], action.source_slot
+        self.confirm(action)
         if len(action.tokens) < self._block_tokens:
-            arena.clear_from(action.source_slot, len(action.tokens))
-        return arena.read(action.source_slot)
+            arena.clear_from(slot, len(action.tokens))
+            if action.source is Tier.HOST:
+                self._seals[slot] = Seal(action.key, arena.digest(slot))
+        return arena.read(slot)
+
+    def confirm(self, action: Spill) -> None:
+        """Raises `StoreError` if the slot that was to be written does not hold what it should."""
+        if action.source is Tier.HOST:
+            slot = action.source_slot
+            self._check(slot, Seal(action.key, self._arenas[Tier.HOST].digest(slot)))
+
+    def _check(self, slot: Slot, found: Seal) -> None:
+        put = self._seals[slot]
+        if put.key != found.key:
+            raise StoreError("key", f"host slot {slot} holds another block than the tables say")
+        if put.digest != found.digest:
+            raise StoreError("checksum", f"host slot {slot} does not hold what was put there")
 
     def buffer(self, action: Fetch) -> memoryview:
         arena = self._arenas[action.target]

@@ -5,6 +5,7 @@ Laws
     A slot is one contiguous run of bytes, so moving a block is one copy, whatever the tiers are.
     An arena does not know what its slots mean: which are free, whose they are and what they hold is in the
     tables.
+    `copy_hashed` and `digest` tell whether a slot's bytes are still those that were put there: memory forgets, too.
 
 Layout of a block, row-major: [layers, 2 (K, V), kv_heads, block_tokens, head_dim]. Row r of a block is the
 KV of its r-th token. Rows beyond a tail's tokens hold whatever was there; attention never reads them, and
@@ -17,9 +18,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import xxhash
 
 if TYPE_CHECKING:
     from tiers.block import Slot
+
+# What has just been copied is hashed while the cache still has it. Measured on 1.41 MiB blocks that are not in the
+# cache (2026-11): copy alone 0.22 to 0.24 ms, this 0.25 ms; hashed as a whole, before or after, 0.32 to 0.36 ms.
+_PIECE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,11 @@ class Arena:
             staged.numpy().data[:] = source
             self._bytes[slot].copy_(staged)
 
+    def digest(self, slot: Slot) -> int:
+        """xxh3-64 of one block's bytes. CPU arenas only."""
+        digest: int = xxhash.xxh3_64_intdigest(self.view(slot))
+        return digest
+
     def clear_from(self, slot: Slot, row: int) -> None:
         """Zero rows [row, block_tokens) of every layer: what a tail does not use."""
         self.blocks[slot, :, :, :, row:].zero_()
@@ -106,3 +117,28 @@ def copy_block(source: Arena, source_slot: Slot, target: Arena, target_slot: Slo
     """Copy one block between two arenas, or inside one."""
     assert source.geometry == target.geometry, "blocks of different shapes"
     target.blocks[target_slot].copy_(source.blocks[source_slot])
+
+
+def copy_hashed(source: Arena, source_slot: Slot, target: Arena, target_slot: Slot) -> int:
+    """Copy one block between two arenas; the digest of its bytes on the CPU, as they arrived where they arrive there.
+
+    At least one of the two is on the CPU.
+    """
+    assert source.geometry == target.geometry, "blocks of different shapes"
+    if target.device.type != "cpu":
+        digest = source.digest(source_slot)
+        copy_block(source, source_slot, target, target_slot)
+        return digest
+    if source.device.type != "cpu":
+        copy_block(source, source_slot, target, target_slot)
+        return target.digest(target_slot)
+    # numpy's views, because their copy is memcpy without the GIL; torch's takes a third longer on pieces of this size.
+    here = source.blocks[source_slot].view(-1).view(torch.uint8).numpy()
+    there = target.blocks[target_slot].view(-1).view(torch.uint8).numpy()
+    hasher = xxhash.xxh3_64()
+    for begin in range(0, source.block_bytes, _PIECE_BYTES):
+        piece = there[begin : begin + _PIECE_BYTES]
+        piece[:] = here[begin : begin + _PIECE_BYTES]
+        hasher.update(piece.data)
+    arrived: int = hasher.intdigest()
+    return arrived
