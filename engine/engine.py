@@ -751,7 +751,9 @@ class Engine:
                 "remote": 0,
             },
             output_tokens_total=counters.output,
-            evictions_total={tier.name.lower(): cache.evictions[tier] for tier in Tier},
+            evictions_total={
+                tier.name.lower(): sum(cache.evictions[tier].values()) for tier in Tier
+            },
             spills_total=counters.spills,
             spill_failures_total=counters.spill_failures,
             fetches_total=counters.fetches,

@@ -75,6 +75,16 @@ class Block:
     last_used: float
     resting: SessionClass  # its class when no lease covers it
     leases: list[int]  # [session class]: leases of that class that cover it
+    reused: bool = False  # somebody came back for it
+    unwanted: bool = False  # the disk gave it up, and does not get it again before it is used again
+    kept_until: float = 0.0  # the latest time that a client asked to keep it until
+    kids: list[int] = field(
+        default_factory=lambda: [0] * len(Tier)
+    )  # [tier]: children that stay there
+    leaving: int = 0  # the tiers that a copy in flight will free; one bit each
+    coming: int = 0  # the tier that room is being made in for it; one bit
+    stays: int = 0  # the tiers it is in or on its way to, and not about to leave; one bit each
+    offered: int = 0  # the tiers where it may be evicted now; one bit each
     places: dict[Tier, Slot] = field(default_factory=dict)  # where its bytes are
     arriving: dict[Tier, Slot] = field(
         default_factory=dict

@@ -46,20 +46,21 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tiers import policy
 from tiers.block import Copy, Drop, Fetch, Spill, Tier, chain_key
 from tiers.hold import Flight, Hold, HoldState
-from tiers.index import Index, Match
+from tiers.index import Index, Match, shared_prefix
 from tiers.lease import Lease, Leases
-from tiers.policy import SessionClass, Victims
-from tiers.pool import Pool, PoolStatistics, SlotState
+from tiers.ledger import Ledger
+from tiers.policy import SessionClass, SessionLru, session_class
+from tiers.pool import PoolStatistics, SlotState
+from tiers.residency import Residency
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from tiers.block import Action, Block, BlockKey, Slot, TokenIds
     from tiers.index import Adoptable
-    from tiers.policy import Limits
+    from tiers.policy import Limits, Policy
 
 __all__ = [
     "CacheStatistics",
@@ -74,9 +75,6 @@ __all__ = [
 _DISK_FAULTS = ("io", "full")  # a disk that failed, not bytes that are wrong
 _LONG_AGO_S = 1e10  # seconds; puts any time since the epoch before the process's own clock
 RETRY_S = 0.5  # how soon to look again at a lease whose blocks are still on their way down; guessed
-# A full disk gives up this part of its slots at once, so that the scan for victims is not paid for every turn:
-# 0.2 s at 70,000 blocks on one slow core.
-EVICT_AHEAD = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,8 @@ class CacheStatistics:
     leases: int
     dirty: int
     flying: int
-    evictions: dict[Tier, int]  # places given up, by tier
+    evictions: dict[Tier, dict[str, int]]  # {tier: {cause: places given up}}
+    pinned: int  # blocks that pins cover
     forgotten: int  # blocks that left their last place
     spill_failures: int
     load_failures: int  # copies and fetches whose bytes did not come, or were refused
@@ -106,12 +105,21 @@ class CacheStatistics:
 class TieredCache:
     """The tables. Owned by one thread; see the module's laws."""
 
-    def __init__(self, *, block_tokens: int, slots: Mapping[Tier, int], limits: Limits) -> None:
+    def __init__(
+        self,
+        *,
+        block_tokens: int,
+        slots: Mapping[Tier, int],
+        limits: Limits,
+        policy: Policy | None = None,
+    ) -> None:
         self.block_tokens = block_tokens
         self.limits = limits
-        self._pools = {tier: Pool(slots.get(tier, 0)) for tier in Tier}
-        self._residents: dict[Tier, dict[Slot, Block]] = {tier: {} for tier in Tier}
+        self._policy = policy or SessionLru()
         self._index = Index(block_tokens)
+        self._where = Residency(self._index, slots, self._policy, limits.tenant_share)
+        self._pools = self._where.pools
+        self._ledger = Ledger()
         self._unread: list[Slot] = []  # disk slots of records that are not known yet
         # keys dropped while the index is being read: a slice may be older than that; None: it is not being read
         self._gone: set[BlockKey] | None = None
@@ -119,9 +127,9 @@ class TieredCache:
         self._flights: dict[Copy | Spill | Fetch, Flight] = {}
         self._holds: set[Hold] = set()
         self._leases = Leases()
-        # {tier: order of the current call}: each tier is scanned at most once
-        self._victims: dict[Tier, Victims] = {}
-        self._evictions: Counter[Tier] = Counter()
+        self._pins: dict[tuple[BlockKey, str], float] = {}  # {(root, session): until}
+        self._doomed: list[Block] = []  # deleted, but for a copy that is still in flight
+        self._evictions: dict[Tier, Counter[str]] = {tier: Counter() for tier in Tier}
         self._forgotten = 0
         self._spill_failures = 0
         self._load_failures = 0
@@ -131,6 +139,49 @@ class TieredCache:
     def match(self, root: BlockKey, tokens: TokenIds) -> Match:
         """The longest known prefix, wherever its bytes are, short of the last token."""
         return self._index.match(root, tokens)
+
+    def explain(
+        self, match: Match, tokens: TokenIds, *, supersedes: int | None = None
+    ) -> dict[str, int]:
+        """Why the tokens behind a match must be computed: {reason: tokens}, see `tiers.ledger`."""
+        reasons: Counter[str] = Counter()
+        last, size = len(tokens) - 1, self.block_tokens
+        parent = match.blocks[-1].key if match.blocks else match.root
+        at, begin = len(match.blocks) * size, match.tokens
+        while at + size <= len(tokens):
+            key = chain_key(parent, tokens[at : at + size])
+            why = self._ledger.why(key)
+            if why is None:
+                break
+            end = min(at + size, last)
+            reasons[why] += end - begin
+            parent, at, begin = key, at + size, end
+        for rows in range(min(size - 1, last - at), begin - at, -1):  # a tail that was known
+            why = self._ledger.why(chain_key(parent, tokens[at : at + rows]))
+            if why is not None:
+                reasons[why] += at + rows - begin
+                begin = at + rows
+                break
+        changed = min(last - begin, self._changed(match, tokens, begin, supersedes))
+        reasons["changed"] += changed
+        reasons["new"] += last - begin - changed
+        reasons["logits"] += 1
+        return {why: count for why, count in reasons.items() if count}
+
+    def _changed(self, match: Match, tokens: TokenIds, begin: int, supersedes: int | None) -> int:
+        """How many tokens from `begin` on stand where the superseded turn had others."""
+        lease = self._leases.get(supersedes)
+        if lease is None:
+            return 0
+        same = 0
+        for block in lease.blocks:
+            ours = tokens[same : same + len(block.tokens)]
+            if block.tokens != ours:
+                same += shared_prefix(block.tokens, ours)
+                break
+            same += len(ours)
+        length = sum(len(block.tokens) for block in lease.blocks)
+        return max(0, length - max(begin, same)) if same < length else 0
 
     def acquire(self, match: Match, now: float, *, supersedes: int | None = None) -> Hold:
         """Take refs on everything matched, so that nothing of it can vanish.
@@ -150,8 +201,9 @@ class TieredCache:
             hold.found.append((min(match.partial.places), match.partial_rows))
         for block in hold.referenced:
             assert self._index.get(block.key) is block
-            block.refs += 1
+            self._reference(block)
             block.last_used = now
+            self._reuse(block, now)
         self._holds.add(hold)
         return hold
 
@@ -173,7 +225,7 @@ class TieredCache:
         actions: list[Action] = []
         for block in filter(_is_to_be_brought, hold.blocks):
             slot = self._take(Tier.DEVICE)
-            block.arriving[Tier.DEVICE] = slot
+            self._where.expect(block, Tier.DEVICE, slot)
             self._issue(actions, _bring(block, slot), Flight(block))
         if hold.partial is not None:
             if hold.partial.places:
@@ -185,15 +237,15 @@ class TieredCache:
     def _load_partial(self, hold: Hold, partial: Block, actions: list[Action]) -> None:
         hold.pending = list(partial.tokens[: hold.partial_rows])
         if self._may_take_over(hold, partial):
-            slot = self._displace(partial, Tier.DEVICE)
+            slot = self._where.displace(partial, Tier.DEVICE)
             self._pools[Tier.DEVICE].move(slot, SlotState.HELD, SlotState.LENT)
         else:
             slot = self._take(Tier.DEVICE)
             hold.flight = Flight(partial, private=True, hold=hold)
             self._issue(actions, _bring(partial, slot), hold.flight)  # busy now: needs no ref
         hold.private.append(slot)
-        partial.refs -= 1
         hold.partial = None
+        self._unreference(partial)
 
     def _may_take_over(self, hold: Hold, tail: Block) -> bool:
         """Whether writing on behind a tail, in its own slot, takes it from nobody. Its record on disk stays."""
@@ -261,9 +313,26 @@ class TieredCache:
         for block in given:
             self._unreference(block)
 
+    def _reference(self, block: Block) -> None:
+        block.refs += 1
+        if block.offered:
+            self._where.weigh(block)
+
     def _unreference(self, block: Block) -> None:
         block.refs -= 1
-        self._settle(block)
+        if not block.refs:
+            self._where.weigh(block)
+            self._settle(block)
+
+    def _reuse(self, block: Block, now: float) -> None:
+        """Somebody came back for it: to a policy that may be worth something."""
+        block.reused = True
+        if block.unwanted:
+            block.unwanted = False
+            self._note_dirty(block, now)
+        other = self._policy.used(block)
+        if other is not None:
+            self._where.weigh(other)
 
     def _give_private(self, hold: Hold) -> None:
         slot = hold.private.pop(0)
@@ -329,7 +398,7 @@ class TieredCache:
         while len(hold.pending) >= self.block_tokens:
             block = self._publish(hold, tuple(hold.pending[: self.block_tokens]), now)
             hold.table[len(hold.blocks)] = block.places[Tier.DEVICE]
-            block.refs += 1
+            self._reference(block)
             hold.blocks.append(block)
             del hold.pending[: self.block_tokens]
 
@@ -356,10 +425,12 @@ class TieredCache:
         block.last_used = now
         if Tier.DEVICE in block.places:
             self._pools[Tier.DEVICE].give(slot, SlotState.LENT)
+            self._where.reweigh((block,))
             return
-        block.arriving.pop(Tier.DEVICE, None)  # who waits for a copy in flight has it now
+        self._ledger.clear(block.key)
+        self._where.expect_no_more(block, Tier.DEVICE)  # who waits for a copy in flight has it now
         self._pools[Tier.DEVICE].move(slot, SlotState.LENT, SlotState.HELD)
-        self._place(block, Tier.DEVICE, slot)
+        self._where.place(block, Tier.DEVICE, slot)
         self._note_dirty(block, now)
 
     # -- ending ------------------------------------------------------------------------------------------------------
@@ -390,21 +461,74 @@ class TieredCache:
         return tuple(chain)
 
     def lease(
-        self, hold: Hold, lease_id: int, session: str, now: float, supersedes: int | None
+        self,
+        hold: Hold,
+        lease_id: int,
+        session: str,
+        now: float,
+        supersedes: int | None,
+        *,
+        keep_until: float = 0.0,
     ) -> tuple[BlockKey, ...]:
         """Release a hold and keep its chain warm as a lease of class BURST; the keys of that chain, tail included.
 
         The superseded lease ends: what is only its own is worth least from now on. If it ended before, no matter.
+        Until `keep_until` the chain counts as in a burst, whatever is said of it, and does not sink to disk only.
         """
-        lease = Lease(lease_id, session, self._end_hold(hold, now), idle_since=now)
+        lease = Lease(
+            lease_id, hold.root, session, self._end_hold(hold, now), now, keep_until=keep_until
+        )
         self._leases.add(lease)
-        self._leases.schedule(lease, now + min(self.limits.host_after_s, self.limits.disk_after_s))
+        for block in lease.blocks:
+            block.kept_until = max(block.kept_until, keep_until)
+        self._set_class(lease, now)
+        self._where.reweigh(lease.blocks)
+        self._leases.schedule(lease, self._next_look(lease, now))
         superseded = self._leases.get(supersedes)
         if superseded is not None:
-            self._leases.end(superseded, SessionClass.CLOSED)
+            self._end_lease(superseded, SessionClass.CLOSED)
             for tail in superseded.blocks[-1:]:
                 self._thin_out(tail, now)
         return tuple(block.key for block in lease.blocks)
+
+    def _end_lease(self, lease: Lease, resting: SessionClass) -> None:
+        self._leases.end(lease, resting)
+        self._where.reweigh(lease.blocks)
+
+    def _set_class(self, lease: Lease, now: float) -> None:
+        """Put in effect what the session's class is by now."""
+        pinned = self._pins.get((lease.root, lease.session), -math.inf) > now
+        if pinned and (
+            lease.session_class is SessionClass.PINNED
+            or self._leases.pinned + self._unpinned(lease.blocks) <= self.pin_quota
+        ):
+            to = SessionClass.PINNED
+        elif lease.keep_until > now:
+            to = max(lease.asked, SessionClass.BURST)
+        else:
+            to = self._decayed(lease.asked, now - lease.idle_since)
+        if to is not lease.session_class:
+            self._leases.reclass(lease, to)
+            self._where.reweigh(lease.blocks)
+
+    def _decayed(self, asked: SessionClass, idle_s: float) -> SessionClass:
+        if idle_s >= self.limits.protect_s.get(asked, math.inf):
+            return (
+                SessionClass.HUMAN_WAIT if asked > SessionClass.HUMAN_WAIT else SessionClass.CLOSED
+            )
+        return asked
+
+    def _next_look(self, lease: Lease, now: float) -> float:
+        """When something about an idle lease will change by itself."""
+        limits, since = self.limits, lease.idle_since
+        times = (
+            since + limits.host_after_s,
+            since + limits.disk_after_s,
+            since + limits.protect_s.get(lease.asked, math.inf),
+            lease.keep_until,
+            self._pins.get((lease.root, lease.session), -math.inf),
+        )
+        return min((time for time in times if time > now), default=math.inf)
 
     def _thin_out(self, tail: Block, now: float) -> None:
         """A tail that grew is not worth memory: its successor has its bytes too. A record stays until there is need."""
@@ -412,7 +536,7 @@ class TieredCache:
         if needed or not self._index.is_superseded(tail):
             return
         if Tier.DISK not in tail.places:
-            self._forget(tail, [])
+            self._forget(tail, [], "superseded")
         else:
             self._sink(tail, Tier.DISK, now, [])
 
@@ -420,16 +544,104 @@ class TieredCache:
         """Say what a session waits for. Of a lease that has ended meanwhile, nothing is left to say."""
         lease = self._leases.get(lease_id)
         if lease is not None:
-            self._leases.reclass(lease, to)
+            lease.asked = to
+            self._set_class(lease, now)
+            self._leases.schedule(lease, min(lease.due, self._next_look(lease, now)))
 
     def end(self, lease_id: int, now: float) -> None:
         """The session is over: its own blocks are worth least from now on."""
         lease = self._leases.get(lease_id)
         if lease is not None:
-            self._leases.end(lease, SessionClass.CLOSED)
+            self._end_lease(lease, SessionClass.CLOSED)
 
     def leases(self) -> Iterable[Lease]:
         return self._leases.all
+
+    # -- pins and deletion -------------------------------------------------------------------------------------------
+
+    @property
+    def pin_quota(self) -> int:
+        """Blocks that all pins together may cover."""
+        tier = Tier.HOST if self._pools[Tier.HOST].capacity else Tier.DEVICE
+        return math.floor(self.limits.pins * self._pools[tier].capacity)
+
+    def pin(self, root: BlockKey, session: str, until: float, now: float) -> int | None:
+        """Keep a session's leases on the device or the host until then. The blocks covered; 0: it has no lease.
+
+        None: all pins together would cover more than their quota, and nothing has changed. A pin covers the session's
+        later turns too, as long as the quota has room for them.
+        """
+        leases = [x for x in self._leases.all if (x.root, x.session) == (root, session)]
+        blocks = {block for lease in leases for block in lease.blocks}
+        if self._leases.pinned + self._unpinned(blocks) > self.pin_quota:
+            return None
+        if blocks:
+            self._pins[root, session] = until
+            self._follow_pin(leases, now)
+        return len(blocks)
+
+    def unpin(self, root: BlockKey, session: str, now: float) -> bool:
+        """End a pin; False if there was none."""
+        existed = self._pins.pop((root, session), None) is not None
+        leases = [x for x in self._leases.all if (x.root, x.session) == (root, session)]
+        self._follow_pin(leases, now)
+        return existed
+
+    def pins(self, now: float) -> dict[tuple[BlockKey, str], tuple[float, int]]:
+        """{(root, session): (until, blocks covered)}"""
+        self._pins = {name: until for name, until in self._pins.items() if until > now}
+        covered: dict[tuple[BlockKey, str], set[Block]] = {name: set() for name in self._pins}
+        for lease in self._leases.all:
+            if lease.session_class is SessionClass.PINNED:
+                covered.setdefault((lease.root, lease.session), set()).update(lease.blocks)
+        return {name: (until, len(covered[name])) for name, until in self._pins.items()}
+
+    def _follow_pin(self, leases: list[Lease], now: float) -> None:
+        for lease in leases:
+            self._set_class(lease, now)
+            self._leases.schedule(lease, min(lease.due, self._next_look(lease, now)))
+
+    def _unpinned(self, blocks: Collection[Block]) -> int:
+        return sum(not block.leases[SessionClass.PINNED] for block in blocks)
+
+    def forget_chain(
+        self, keys: Sequence[BlockKey], shared: Collection[BlockKey], now: float
+    ) -> list[Action]:
+        """A response was deleted: its blocks leave every tier, last first, but not what anybody else needs.
+
+        Needed is what is `shared` (with the response before it), what a hold or another lease has, and what a block
+        that stays continues. A block that a copy reads or writes goes when that has ended.
+        """
+        actions: list[Action] = []
+        for lease in [x for x in self._leases.all if x.blocks and x.blocks[-1].key == keys[-1:][0]]:
+            self._end_lease(lease, SessionClass.CLOSED)
+        spared = set(shared)
+        for key in reversed(keys):
+            if key in spared:
+                break
+            block = self._index.get(key)
+            if block is None:
+                if self._gone is not None:  # perhaps on the part of the disk that is not known yet
+                    actions.append(Drop(key))
+                    self._gone.add(key)
+                continue
+            if block.refs or any(block.leases) or self._index.has_children(block):
+                break
+            if block.busy:
+                self._doomed.append(block)
+                break
+            self._forget(block, actions, "deleted")
+        return actions
+
+    def _finish_deleting(self, actions: list[Action]) -> None:
+        waiting, self._doomed = self._doomed, []
+        for block in waiting:
+            if self._index.get(block.key) is not block or block.refs or any(block.leases):
+                continue
+            if block.busy:
+                self._doomed.append(block)
+            elif not self._index.has_children(block):
+                self._forget(block, actions, "deleted")
 
     # -- moving down -------------------------------------------------------------------------------------------------
 
@@ -460,19 +672,30 @@ class TieredCache:
         missing = slots - self.free_slots - self.leaving_slots
         if missing <= 0:
             return actions
-        self._victims.clear()
-        victims = Victims(self._residents[Tier.DEVICE].values())
-        while missing > 0 and (block := victims.take()) is not None:
-            if Tier.HOST in block.places:
-                self._vacate(block, Tier.DEVICE)
-            elif self._copy_to_host(block, now, actions):
-                pass
-            elif Tier.DISK in block.places:
-                self._vacate(block, Tier.DEVICE)
-            elif not self._forget_with_descendants(block, actions):
-                continue
-            missing -= 1
+        passed_over: list[Block] = []
+        while missing > 0 and (found := self._where.worst(Tier.DEVICE)) is not None:
+            block, cause = found
+            if self._leave_device(block, cause, now, actions):
+                missing -= 1
+            else:
+                self._where.set_aside(block, Tier.DEVICE)
+                passed_over.append(block)
+        for block in passed_over:
+            self._where.weigh(block)
         return actions
+
+    def _leave_device(self, block: Block, cause: str, now: float, actions: list[Action]) -> bool:
+        if Tier.HOST in block.places:
+            self._vacate(block, Tier.DEVICE, cause)
+            return True
+        if self._copy_to_host(block, cause, now, actions):
+            return True
+        if session_class(block) is SessionClass.PINNED and self._pools[Tier.HOST].capacity:
+            return False  # the host will have room for it: pins cover a part of it only
+        if Tier.DISK in block.places:
+            self._vacate(block, Tier.DEVICE, cause)
+            return True
+        return self._forget_with_descendants(block, actions, cause)
 
     def write_behind(self, now: float, *, all_dirty: bool = False) -> list[Action]:
         """Spill what has waited for `max_lag_s`, or all that is dirty. Parents go before their children."""
@@ -481,18 +704,37 @@ class TieredCache:
             lambda block: self._dirty[block] + self.limits.max_lag_s <= until, self._dirty
         )
         actions: list[Action] = []
-        self._victims.clear()
         for block in list(late):
             self._spill(block, now, actions)
         return actions
 
     def tick(self, now: float) -> list[Action]:
-        """Move idle leases down; a lease ends when all that is its own is on disk only."""
+        """Move idle leases down, and what stands above a tier's high watermark.
+
+        A lease ends when all that is its own is on disk only.
+        """
         actions: list[Action] = []
-        self._victims.clear()
+        self._finish_deleting(actions)
         while (lease := self._leases.pop_due(now)) is not None:
+            self._set_class(lease, now)
             self._sink_lease(lease, now, actions)
+        for tier, marks in self.limits.watermarks.items():
+            pool = self._pools[tier]
+            if pool.capacity - pool.free > marks.high * pool.capacity:
+                self._empty_to(tier, math.floor(marks.low * pool.capacity), now, actions)
         return actions
+
+    def _empty_to(self, tier: Tier, slots: int, now: float, actions: list[Action]) -> None:
+        """Ahead of need, until so many are taken; but nothing that the disk has still to get is forgotten for it."""
+        pool = self._pools[tier]
+        if tier is Tier.DEVICE:
+            actions += self.make_room(pool.capacity - slots, now)
+            return
+        while pool.capacity - pool.free > slots and (found := self._where.worst(tier)) is not None:
+            block, cause = found
+            if tier is Tier.HOST and len(block.places) == 1 and self._pools[Tier.DISK].capacity:
+                return
+            self._evict(block, tier, cause, now, actions)
 
     def next_event(self, now: float) -> float | None:
         """When `tick` or `write_behind` will have something to do if nothing else happens."""
@@ -504,7 +746,6 @@ class TieredCache:
         """Move one session down now, except what others share with it; or everything that no hold holds."""
         assert to is not Tier.DEVICE
         actions: list[Action] = []
-        self._victims.clear()
         leases = [lease for lease in self._leases.all if session in (None, lease.session)]
         mine = Counter(block for lease in leases for block in lease.blocks)
         for block in list(self._index.blocks) if session is None else list(mine):
@@ -516,7 +757,8 @@ class TieredCache:
         return actions
 
     def _sink_lease(self, lease: Lease, now: float, actions: list[Action]) -> None:
-        if now >= lease.idle_since + self.limits.disk_after_s:
+        kept = lease.keep_until > now or lease.session_class is SessionClass.PINNED
+        if now >= lease.idle_since + self.limits.disk_after_s and not kept:
             lease.target = Tier.DISK
         elif now >= lease.idle_since + self.limits.host_after_s:
             lease.target = max(lease.target, Tier.HOST)
@@ -528,11 +770,11 @@ class TieredCache:
             )
             for block in own:
                 self._sink(block, lease.target, now, actions)
+        next_look = self._next_look(lease, now)
         if lease.target is not Tier.DISK:
-            next_look = lease.idle_since + self.limits.disk_after_s
             self._leases.schedule(lease, min(next_look, now + RETRY_S) if skipped else next_look)
         elif all(block.places.keys() <= {Tier.DISK} for block in own):
-            self._leases.end(lease, SessionClass.HUMAN_WAIT)
+            self._end_lease(lease, min(lease.session_class, SessionClass.HUMAN_WAIT))
         elif any(block.busy for block in own):
             self._leases.schedule(lease, now + RETRY_S)
         else:  # the disk has no room for it
@@ -544,22 +786,26 @@ class TieredCache:
             return
         if to is Tier.DISK and Tier.DISK not in block.places:
             if block.places:
+                block.unwanted = False
+                self._note_dirty(block, now)
                 self._spill(block, now, actions, vacate=(Tier.DEVICE, Tier.HOST))
             return
         absent = to is Tier.HOST and Tier.HOST not in block.places and Tier.DEVICE in block.places
-        if absent and (self._copy_to_host(block, now, actions) or len(block.places) == 1):
+        if absent and (
+            self._copy_to_host(block, "demoted", now, actions) or len(block.places) == 1
+        ):
             return
         for tier in [tier for tier in block.places if tier < to]:
-            self._vacate(block, tier)
+            self._vacate(block, tier, "demoted")
 
-    def _copy_to_host(self, block: Block, now: float, actions: list[Action]) -> bool:
+    def _copy_to_host(self, block: Block, cause: str, now: float, actions: list[Action]) -> bool:
         """Begin to move a block from the device. False: no room on the host."""
         slot = self._make_slot(Tier.HOST, block, now, actions)
         if slot is None:
             return False
-        block.arriving[Tier.HOST] = slot
+        self._where.expect(block, Tier.HOST, slot)
         copy = Copy(block.key, Tier.DEVICE, block.places[Tier.DEVICE], Tier.HOST, slot)
-        self._issue(actions, copy, Flight(block, vacate=(Tier.DEVICE,)))
+        self._issue(actions, copy, Flight(block, vacate=(Tier.DEVICE,), cause=cause))
         return True
 
     def _spill(
@@ -568,19 +814,20 @@ class TieredCache:
         """Begin to write a dirty block behind its dirty ancestors. Without room it stays dirty, to be tried again."""
         chain: list[Block] = []
         above: Block | None = block
-        while above is not None and above in self._dirty:
+        while above is not None and above.places and (above in self._dirty or above.unwanted):
+            above.unwanted = False
             chain.append(above)
             above = self._index.get(above.parent)
         while chain:
             dirty = chain.pop()
-            del self._dirty[dirty]
+            self._dirty.pop(dirty, None)
             slot = self._make_slot(Tier.DISK, dirty, now, actions)
             if slot is None:
                 for postponed in (dirty, *reversed(chain)):
                     self._dirty.pop(postponed, None)
                     self._dirty[postponed] = now
                 return
-            dirty.arriving[Tier.DISK] = slot
+            self._where.expect(dirty, Tier.DISK, slot)
             source = min(dirty.places)
             spill = Spill(
                 key=dirty.key,
@@ -601,41 +848,34 @@ class TieredCache:
     ) -> Slot | None:
         """An arriving slot of HOST or DISK, evicting if need be, but nothing that is worth more than the newcomer."""
         pool = self._pools[tier]
-        if not pool.free:
-            if tier not in self._victims:
-                self._victims[tier] = Victims(self._residents[tier].values())
-            ahead = pool.capacity // EVICT_AHEAD if tier is Tier.DISK else 0
-            while pool.free <= ahead:
-                victim = self._victims[tier].take(policy.rank(newcomer))
-                if victim is None:
-                    break
-                if self._may_leave(victim, tier):
-                    self._evict(victim, tier, now, actions)
-        return pool.take(SlotState.ARRIVING)
+        slot = pool.take(SlotState.ARRIVING)
+        if slot is not None:
+            return slot
+        self._where.announce(newcomer, tier)
+        found = self._where.worst(tier, newcomer)
+        while slot is None and found is not None:
+            victim, cause = found
+            self._evict(victim, tier, cause, now, actions)
+            slot = pool.take(SlotState.ARRIVING)
+            found = self._where.worst(tier, newcomer)
+        self._where.announce_end(newcomer)
+        return slot
 
-    def _may_leave(self, block: Block, tier: Tier) -> bool:
-        """Whether a victim may leave a tier. Its place may be gone: the order is older than this call's decisions.
-
-        A record that children on disk continue stays too: after a restart they would be unreachable.
-        """
-        if tier not in block.places:
-            return False
+    def _evict(
+        self, block: Block, tier: Tier, cause: str, now: float, actions: list[Action]
+    ) -> None:
         if len(block.places) == 1:
-            return not self._index.children(block)
-        return tier is not Tier.DISK or all(
-            child in self._dirty for child in self._index.children(block)
-        )
-
-    def _evict(self, block: Block, tier: Tier, now: float, actions: list[Action]) -> None:
-        if len(block.places) == 1:
-            self._forget(block, actions)
+            self._forget(block, actions, self._with_expiry(block, cause, now))
         elif tier is Tier.DISK:
-            self._drop(block, actions)
-            self._note_dirty(block, now)
+            self._drop(block, actions, cause)
+            block.unwanted = True  # or it would be written, and dropped, again and again
         else:
-            self._vacate(block, tier)
+            self._vacate(block, tier, cause)
 
-    def _forget_with_descendants(self, block: Block, actions: list[Action]) -> bool:
+    def _with_expiry(self, block: Block, cause: str, now: float) -> str:
+        return "expired" if 0.0 < block.kept_until <= now else cause
+
+    def _forget_with_descendants(self, block: Block, actions: list[Action], cause: str) -> bool:
         """Forget a victim and all that continues it, last first. False: something of it is in flight.
 
         Nobody holds a part of it: whoever refers to a block refers to all before it.
@@ -646,30 +886,44 @@ class TieredCache:
         if any(each.busy for each in doomed):
             return False
         for each in reversed(doomed):
-            self._forget(each, actions)
+            self._forget(each, actions, cause)
         return True
 
-    def _forget(self, block: Block, actions: list[Action]) -> None:
+    def _forget(self, block: Block, actions: list[Action], cause: str) -> None:
+        last = max(block.places, default=None)
         for tier in list(block.places):
             if tier is Tier.DISK:
-                self._drop(block, actions)
+                self._drop(block, actions, cause)
             else:
-                self._vacate(block, tier)
+                self._vacate(block, tier, cause)
         assert not block.refs
         assert not block.busy
+        assert not self._index.has_children(block)
+        if last is None or cause == "deleted":
+            self._ledger.note(block.key, cause)
+        else:
+            self._ledger.note(block.key, f"evicted_{last.name.lower()}_{cause}")
+        self._remove(block)
+
+    def _remove(self, block: Block) -> None:
+        """A block that is nowhere is not known any more. Its children, if any, are out of reach until it is again."""
         self._index.remove(block)
+        self._policy.left(block)
         self._dirty.pop(block, None)
         self._forgotten += 1
+        parent = self._index.get(block.parent)
+        if parent is not None:
+            self._where.weigh(parent)
 
-    def _vacate(self, block: Block, tier: Tier) -> None:
-        self._pools[tier].give(self._displace(block, tier), SlotState.HELD)
-        self._evictions[tier] += 1
+    def _vacate(self, block: Block, tier: Tier, cause: str) -> None:
+        self._pools[tier].give(self._where.displace(block, tier), SlotState.HELD)
+        self._evictions[tier][cause] += 1
 
-    def _drop(self, block: Block, actions: list[Action]) -> None:
+    def _drop(self, block: Block, actions: list[Action], cause: str) -> None:
         actions.append(Drop(block.key))
         if self._gone is not None:
             self._gone.add(block.key)
-        self._vacate(block, Tier.DISK)
+        self._vacate(block, Tier.DISK, cause)
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -679,23 +933,29 @@ class TieredCache:
             return
         flight = self._flights.pop(action)
         block = flight.block
-        block.busy -= 1
         tier, slot = _target(action)
+        self._end_flight(flight)
         if flight.private and flight.hold is not None:
             self._pools[tier].move(slot, SlotState.ARRIVING, SlotState.LENT)
             flight.hold.flight = None
         elif not flight.private and block.arriving.get(tier) == slot:
-            del block.arriving[tier]
+            self._where.expect_no_more(block, tier)
             self._pools[tier].move(slot, SlotState.ARRIVING, SlotState.HELD)
-            self._place(block, tier, slot)
+            self._where.place(block, tier, slot)
             self._note_dirty(block, now)  # its record may have failed for somebody else meanwhile
         else:  # nobody wants it any more
             self._pools[tier].give(slot, SlotState.ARRIVING)
         if not block.refs and not block.busy:  # asked again: someone may need it by now
             for vacated in flight.vacate:
                 if vacated in block.places:
-                    self._vacate(block, vacated)
+                    self._vacate(block, vacated, flight.cause)
         self._settle(block)
+
+    def _end_flight(self, flight: Flight) -> None:
+        flight.block.busy -= 1
+        if flight.vacate:
+            flight.block.leaving = 0
+        self._where.recount(flight.block)
 
     def failed(self, action: Action, now: float, reason: str) -> list[Action]:
         """An action was not performed; `reason` is a `StoreError`'s.
@@ -709,14 +969,14 @@ class TieredCache:
             return actions
         flight = self._flights.pop(action)
         block = flight.block
-        block.busy -= 1
         tier, slot = _target(action)
+        self._end_flight(flight)
         self._note_failure(
             block, flight, "io_failed" if reason in _DISK_FAULTS else "verify_failed"
         )
         self._pools[tier].give(slot, SlotState.ARRIVING)
         if not flight.private and block.arriving.get(tier) == slot:
-            del block.arriving[tier]
+            self._where.expect_no_more(block, tier)
         source = Tier.DISK if isinstance(action, Fetch) else action.source
         if isinstance(action, Spill):
             self._spill_failures += 1
@@ -727,7 +987,7 @@ class TieredCache:
         wanted = not flight.private and tier is Tier.DEVICE and block.refs
         if isinstance(action, Copy) and wanted and _is_to_be_brought(block):
             slot = self._take(Tier.DEVICE)
-            block.arriving[Tier.DEVICE] = slot
+            self._where.expect(block, Tier.DEVICE, slot)
             self._issue(actions, _bring(block, slot), Flight(block))
         self._note_dirty(block, now)
         self._settle(block)
@@ -735,9 +995,9 @@ class TieredCache:
 
     def _refuse_place(self, block: Block, tier: Tier, actions: list[Action]) -> None:
         if tier is Tier.DISK:
-            self._drop(block, actions)
+            self._drop(block, actions, "rotten")
         elif not block.busy:  # else whoever reads it now makes the same check
-            self._vacate(block, tier)
+            self._vacate(block, tier, "rotten")
         if not block.places:
             self._dirty.pop(block, None)
 
@@ -782,12 +1042,13 @@ class TieredCache:
                 and chain_key(entry.parent, entry.tokens) == entry.key
             ):
                 block = self._index.adopt(entry, last_used=entry.last_used - _LONG_AGO_S)
+                self._where.reweigh(self._index.siblings(block))
             else:
                 actions.append(Drop(entry.key))
                 continue
             slot = self._adopted_slot(block, now, actions)
             if slot is not None:
-                self._place(block, Tier.DISK, slot)
+                self._where.place(block, Tier.DISK, slot)
             else:
                 actions.append(Drop(entry.key))
                 self._note_dirty(block, now)
@@ -800,7 +1061,7 @@ class TieredCache:
         slot = self._make_slot(Tier.DISK, block, now, actions)
         if slot is None and (children := self._index.children(block)):  # rather these than it
             for child in children:
-                self._forget_with_descendants(child, actions)
+                self._forget_with_descendants(child, actions, "capacity")
             slot = self._pools[Tier.DISK].take(SlotState.ARRIVING)
         if slot is not None:
             self._pools[Tier.DISK].move(slot, SlotState.ARRIVING, SlotState.HELD)
@@ -815,11 +1076,12 @@ class TieredCache:
     def _settle(self, block: Block) -> None:
         """After an answer or a release: a block whose bytes were bad, and are nowhere else, is lost."""
         if not block.places and not block.busy and not block.refs:
-            self._index.lose(block)
-            self._forgotten += 1
+            self._ledger.note(block.key, "verify_failed")
+            self._remove(block)
 
     def _note_dirty(self, block: Block, since: float) -> None:
-        if block.places and Tier.DISK not in block.places and Tier.DISK not in block.arriving:
+        durable = Tier.DISK in block.places or Tier.DISK in block.arriving
+        if block.places and not durable and not block.unwanted:
             self._dirty.setdefault(block, since)
 
     def _take(self, tier: Tier) -> Slot:
@@ -827,19 +1089,13 @@ class TieredCache:
         assert slot is not None
         return slot
 
-    def _place(self, block: Block, tier: Tier, slot: Slot) -> None:
-        block.places[tier] = slot
-        self._residents[tier][slot] = block
-
-    def _displace(self, block: Block, tier: Tier) -> Slot:
-        slot = block.places.pop(tier)
-        del self._residents[tier][slot]
-        return slot
-
     def _issue(self, actions: list[Action], action: Copy | Spill | Fetch, flight: Flight) -> None:
         assert action not in self._flights
         flight.block.busy += 1
         self._flights[action] = flight
+        for tier in flight.vacate:
+            flight.block.leaving |= 1 << tier
+        self._where.recount(flight.block)
         actions.append(action)
 
     # -- looking -----------------------------------------------------------------------------------------------------
@@ -850,8 +1106,8 @@ class TieredCache:
             tiers={
                 tier: TierStatistics(
                     pool=self._pools[tier].statistics(),
-                    leased=sum(any(block.leases) for block in self._residents[tier].values()),
-                    refs=sum(block.refs for block in self._residents[tier].values()),
+                    leased=sum(any(block.leases) for block in self._where.residents[tier].values()),
+                    refs=sum(block.refs for block in self._where.residents[tier].values()),
                 )
                 for tier in Tier
             },
@@ -861,7 +1117,8 @@ class TieredCache:
             leases=len(self._leases.all),
             dirty=len(self._dirty),
             flying=len(self._flights),
-            evictions={tier: self._evictions[tier] for tier in Tier},
+            evictions={tier: dict(self._evictions[tier]) for tier in Tier},
+            pinned=self._leases.pinned,
             forgotten=self._forgotten,
             spill_failures=self._spill_failures,
             load_failures=self._load_failures,
@@ -872,6 +1129,7 @@ class TieredCache:
         self._index.check()
         self._leases.check(self._index.blocks)
         self._check_slots()
+        self._where.check()
         refs = Counter(block for hold in self._holds for block in hold.referenced)
         busy = Counter(flight.block for flight in self._flights.values())
         for block in refs.keys() | busy.keys() | self._dirty.keys():
@@ -881,7 +1139,9 @@ class TieredCache:
             assert block.busy == busy[block]
             assert block.places or block.busy or block.refs, "what is nowhere must be forgotten"
             durable = Tier.DISK in block.places or Tier.DISK in block.arriving
-            assert (block in self._dirty) == (bool(block.places) and not durable)
+            assert (block in self._dirty) == (
+                bool(block.places) and not durable and not block.unwanted
+            )
         for hold in self._holds:
             self._check_hold(hold)
         for action, flight in self._flights.items():
@@ -897,12 +1157,8 @@ class TieredCache:
             for slot in (*hold.hole_slots, *hold.private[hold.flight is not None :])
         }
         for tier, pool in self._pools.items():
-            pool.check()
-            here = [block for block in self._index.blocks if tier in block.places]
-            assert {block.places[tier]: block for block in here} == self._residents[tier]
-            assert len(here) == len(self._residents[tier])
             unread = set(self._unread) if tier is Tier.DISK else set()
-            assert set(pool.slots(SlotState.HELD)) == self._residents[tier].keys() | unread
+            assert set(pool.slots(SlotState.HELD)) == self._where.residents[tier].keys() | unread
             assert set(pool.slots(SlotState.LENT)) == (lent if tier is Tier.DEVICE else set())
             targets = {slot for at, slot in map(_target, self._flights) if at is tier}
             assert set(pool.slots(SlotState.ARRIVING)) == targets

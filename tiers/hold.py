@@ -102,3 +102,4 @@ class Flight:
     hold: Hold | None = None  # that hold, as long as it wants the slot
     # places to give up on landing, unless someone needs the block by then
     vacate: tuple[Tier, ...] = ()
+    cause: str = "demoted"  # why they are given up

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from tiers.block import Block, chain_key
+from tiers.block import Block, Tier, chain_key
 from tiers.policy import SessionClass
 
 if TYPE_CHECKING:
@@ -77,6 +77,13 @@ class Index:
         block = self._blocks.get(chain_key(parent, tokens))
         return block if block and (block.parent, block.tokens) == (parent, tokens) else None
 
+    def siblings(self, block: Block) -> list[Block]:
+        """Those that begin with the same token, the block itself included."""
+        return self._children[block.parent][block.tokens[0]]
+
+    def has_children(self, block: Block) -> bool:
+        return block.key in self._children
+
     def children(self, block: Block) -> list[Block]:
         return [child for some in self._children.get(block.key, {}).values() for child in some]
 
@@ -99,7 +106,7 @@ class Index:
         best, best_worth = None, (0, False, 0)
         for child in self._children.get(parent, {}).get(wanted[0], ()) if wanted else ():
             if child.places:
-                rows = _shared_prefix(child.tokens, wanted)
+                rows = shared_prefix(child.tokens, wanted)
                 worth = (rows, rows == len(child.tokens), -min(child.places))
                 if best is None or worth > best_worth:
                     best, best_worth = child, worth
@@ -114,6 +121,10 @@ class Index:
         block = Block(
             key, root, parent, depth, tokens, last_used, resting, leases=[0] * len(SessionClass)
         )
+        for children in self._children.get(key, {}).values():  # there before it
+            for child in children:
+                for tier in Tier:
+                    block.kids[tier] += child.stays >> tier & 1
         self._blocks[key] = block
         self._children.setdefault(parent, {}).setdefault(tokens[0], []).append(block)
         self._lost.discard(key)
@@ -126,19 +137,14 @@ class Index:
         )
         if entry.depth and entry.parent not in self._blocks:
             self._lost.add(entry.parent)
-        for sibling in self._children[block.parent][block.tokens[0]]:
+        for sibling in self.siblings(block):
             if not any(sibling.leases) and not sibling.refs:
                 superseded = self.is_superseded(sibling)
                 sibling.resting = SessionClass.CLOSED if superseded else SessionClass.HUMAN_WAIT
         return block
 
     def remove(self, block: Block) -> None:
-        """Forget a block that no other continues."""
-        assert block.key not in self._children
-        self._unlink(block)
-
-    def lose(self, block: Block) -> None:
-        """Its record was bad. What continues it stays known, out of reach until the block comes back."""
+        """Forget a block. What continues it stays known, out of reach until the block comes back."""
         self._unlink(block)
         if block.key in self._children:
             self._lost.add(block.key)
@@ -156,7 +162,7 @@ class Index:
     def is_superseded(self, tail: Block) -> bool:
         """Whether a longer block starts with all of a tail's tokens: the tail is what its session had before."""
         return any(
-            len(other.tokens) > len(tail.tokens) == _shared_prefix(other.tokens, tail.tokens)
+            len(other.tokens) > len(tail.tokens) == shared_prefix(other.tokens, tail.tokens)
             for other in self._children[tail.parent][tail.tokens[0]]
         )
 
@@ -173,7 +179,7 @@ class Index:
         assert self._lost <= self._children.keys()
 
 
-def _shared_prefix(some: TokenIds, other: TokenIds) -> int:
+def shared_prefix(some: TokenIds, other: TokenIds) -> int:
     """Tokens that both begin with."""
     for at, (one, two) in enumerate(zip(some, other, strict=False)):
         if one != two:

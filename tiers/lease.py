@@ -1,10 +1,11 @@
 """What finished sequences leave behind for their sessions, and when to look at it again.
 
 A lease keeps no refs: its blocks may be evicted. It raises their class while it lives, and says how far down they have
-been told to go.
+been told to go. What the broker asked for (`asked`) decays with idleness; a client's TTL and a pin raise it for a time.
 
 Laws
-    `block.leases` counts, per class, the leases that cover a block; they change here only.
+    `block.leases` counts, per class, the leases that cover a block, and `pinned` the blocks that one of class PINNED
+    covers; they change here only.
     Every lease with a finite `due` is found by `pop_due` once that time has come, and exactly once for each schedule.
 """
 
@@ -22,7 +23,7 @@ from tiers.policy import SessionClass
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from tiers.block import Block
+    from tiers.block import Block, BlockKey
 
 
 @dataclass(eq=False, slots=True)
@@ -30,10 +31,13 @@ class Lease:
     """One finished sequence's chain, tail included. Compared by identity."""
 
     id: int
+    root: BlockKey
     session: str
     blocks: tuple[Block, ...]
     idle_since: float
-    session_class: SessionClass = SessionClass.BURST
+    keep_until: float = 0.0  # a client's TTL
+    asked: SessionClass = SessionClass.BURST
+    session_class: SessionClass = SessionClass.BURST  # in effect now
     target: Tier = Tier.DEVICE  # the tier that it has been told to move down to so far
     due: float = math.inf  # when to look at it next
 
@@ -46,6 +50,7 @@ class Leases:
         self._due: list[
             tuple[float, int]
         ] = []  # heap of (when, id); entries of an older schedule are stale
+        self.pinned = 0
 
     @property
     def all(self) -> Collection[Lease]:
@@ -57,20 +62,33 @@ class Leases:
     def add(self, lease: Lease) -> None:
         assert lease.id not in self._leases
         self._leases[lease.id] = lease
-        for block in lease.blocks:
-            block.leases[lease.session_class] += 1
+        self._cover(lease)
 
     def reclass(self, lease: Lease, to: SessionClass) -> None:
+        self._uncover(lease)
+        lease.session_class = to
+        self._cover(lease)
+
+    def _cover(self, lease: Lease) -> None:
+        for block in lease.blocks:
+            block.leases[lease.session_class] += 1
+            if (
+                lease.session_class is SessionClass.PINNED
+                and block.leases[SessionClass.PINNED] == 1
+            ):
+                self.pinned += 1
+
+    def _uncover(self, lease: Lease) -> None:
         for block in lease.blocks:
             block.leases[lease.session_class] -= 1
-            block.leases[to] += 1
-        lease.session_class = to
+            if lease.session_class is SessionClass.PINNED and not block.leases[SessionClass.PINNED]:
+                self.pinned -= 1
 
     def end(self, lease: Lease, resting: SessionClass) -> None:
         """From now on the blocks that no other lease covers are of class `resting`."""
         del self._leases[lease.id]
+        self._uncover(lease)
         for block in lease.blocks:
-            block.leases[lease.session_class] -= 1
             if not any(block.leases):
                 block.resting = resting
 
@@ -98,6 +116,7 @@ class Leases:
         covered = Counter(
             (block, lease.session_class) for lease in self.all for block in lease.blocks
         )
+        assert self.pinned == len({block for block, of in covered if of is SessionClass.PINNED})
         for block in blocks:
             assert block.leases == [covered[block, of] for of in SessionClass]
         scheduled = set(self._due)

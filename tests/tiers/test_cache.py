@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from tiers.block import Copy, Drop, Fetch, Spill, Tier, chain_key, root_key
 from tiers.cache import TieredCache
-from tiers.policy import Limits, SessionClass
+from tiers.policy import Limits, SessionClass, Watermarks
 from tiers.store import IndexEntry
 
 ROOT = root_key(b"model", b"tenant")
@@ -321,14 +322,21 @@ def test_a_full_disk_drops_what_is_worth_less_and_nothing_else():
     assert cache.match(ROOT, tuple(range(6))).blocks[0].key == old
 
 
-def test_a_full_disk_makes_more_room_than_it_needs_at_once():
-    cache = make(device=140, disk=128)
-    for at in range(128):
+def test_above_the_high_watermark_a_tier_empties_to_the_low_one_ahead_of_need():
+    marks = {tier: Watermarks(high=0.9, low=0.7) for tier in Tier}
+    cache = make(device=20, host=10, disk=10, limits=replace(NEVER, watermarks=marks))
+    for at in range(10):
         turn(cache, (at, at), at + 1, now=float(at))
-    spilled(cache, 200.0)
-    turn(cache, (1000,), 1000, now=200.0)
-    actions = cache.write_behind(200.0, all_dirty=True)
-    assert [type(action) for action in actions] == [Drop, Drop, Drop, Spill]
+    spilled(cache, 10.0)
+    assert len(cache.tick(10.0)) == 3
+    assert pool(cache, Tier.DISK).free == 3
+    turn(cache, (100, 100), 100, now=11.0)
+    (spill,) = spilled(cache, 11.0)
+    assert isinstance(spill, Spill), "there is room without a drop"
+    for at in range(9):
+        turn(cache, (at + 200, 0), at + 200, now=12.0)
+    assert land(cache, cache.tick(12.0)), "the device too, by copies"
+    assert pool(cache, Tier.DEVICE).held == 14
 
 
 def test_blocks_whose_spills_failed_are_written_parents_first_again():
@@ -590,6 +598,63 @@ def test_a_copy_on_the_host_that_fails_its_check_is_replaced_from_disk():
     land(cache, [fetch, *copies[1:]], 2.0)
     assert cache.ready(hold)
     assert hold.todo == []
+
+
+def test_every_token_that_is_computed_has_a_reason():
+    cache = make(device=3, host=0, disk=0)
+    one, two = tuple(range(10)), tuple(range(50, 60))
+    assert cache.explain(cache.match(ROOT, one), one) == {"new": 9, "logits": 1}
+    turn(cache, one, 1, now=1.0)
+    again = (*one, 10)
+    assert cache.explain(cache.match(ROOT, again), again) == {"logits": 1}
+    cache.end(1, 1.5)
+    cache.make_room(3, 2.0)
+    turn(cache, two, 2, now=2.0)
+    match = cache.match(ROOT, (*one, 10, 11))
+    assert cache.explain(match, (*one, 10, 11)) == {
+        "evicted_device_capacity": 10,
+        "new": 1,
+        "logits": 1,
+    }
+    other = (*two[:5], 99, *two[6:], 7, 8)
+    found = cache.match(ROOT, other)
+    assert found.tokens == 5
+    assert cache.explain(found, other, supersedes=2) == {"changed": 5, "new": 1, "logits": 1}
+    assert (
+        cache.forget_chain([block.key for block in cache.match(ROOT, (*two, 0)).blocks], (), 3.0)
+        == []
+    )
+    cache.check()
+
+
+def test_a_deleted_chain_leaves_every_tier_but_for_what_others_need():
+    cache = make()
+    head = tuple(range(8))
+    turn(cache, head, 1, now=1.0)
+    mine = turn(cache, (*head, 8, 9), 2, now=2.0, supersedes=1)
+    turn(cache, (*head[:4], 77, 78), 3, now=2.0)
+    spilled(cache, 2.0)
+    land(cache, cache.demote(Tier.HOST, None, 2.0))
+    dropped = cache.forget_chain(mine, mine[:1], 3.0)
+    assert [drop.key for drop in dropped] == [mine[2], mine[1]]
+    cache.check()
+    tokens = (*head, 8, 9, 10)
+    assert cache.match(ROOT, tokens).tokens == 4
+    assert cache.explain(cache.match(ROOT, tokens), tokens) == {"deleted": 6, "logits": 1}
+    assert cache.match(ROOT, (*head[:4], 77, 78, 79)).tokens == 6
+    (other,) = [block.key for block in cache.match(ROOT, (*head[:4], 9)).blocks]
+    assert cache.forget_chain((other,), (), 3.0) == [], "a block that others continue stays"
+
+
+def test_a_chain_that_is_being_written_is_deleted_when_that_has_ended():
+    cache = make()
+    keys = turn(cache, (0, 1, 2), 1)
+    (spill,) = cache.write_behind(1.0, all_dirty=True)
+    assert cache.forget_chain(keys, (), 1.0) == []
+    cache.landed(spill, 2.0)
+    assert cache.tick(2.0) == [Drop(keys[0])]
+    assert cache.statistics().blocks == 0
+    cache.check()
 
 
 def test_at_rest_refs_and_leases_are_zero():
