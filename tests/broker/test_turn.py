@@ -461,6 +461,19 @@ async def test_a_rewritten_item_is_named_by_its_place(desk: Desk) -> None:
     assert third.response["homeport:cache"]["part"] == "input[1]"
 
 
+async def test_items_are_counted_as_the_client_sent_them(desk: Desk) -> None:
+    """An answer of two items is one part of the prompt; what comes behind it keeps its own number."""
+    desk.engine.reply = saying(CALL, "Done.")
+    first = await desk.turn(input="look", tools=TOOLS)
+    message, call = first.response["output"]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "bin"}
+    history = [user("look"), message, call, result]
+    second = await desk.turn(input=history, tools=TOOLS)
+    history[3] = {**result, "output": "rewritten"}
+    last = await desk.turn(input=[*history, *second.response["output"], user("b")], tools=TOOLS)
+    assert last.response["homeport:cache"]["part"] == "input[3]"
+
+
 async def test_a_compacted_history_is_compared_with_its_sessions_last_turn(desk: Desk) -> None:
     first = await desk.turn(
         input=[{"role": "developer", "content": "base"}, user("hi")], prompt_cache_key="thread"

@@ -74,6 +74,16 @@ async def test_a_handshake_that_names_another_tenants_session_fetches_nothing():
             assert rig.engine.prefetched == []
 
 
+async def test_a_tool_call_on_an_open_socket_is_a_burst_until_the_socket_closes():
+    call = '<tool_call>\n{"name": "ls", "arguments": {}}\n</tool_call>'
+    async with open_rig(reply=saying(call)) as rig:
+        async with rig.websocket() as client:
+            await client.turn(tools=[{"type": "function", "name": "ls"}])
+            assert list(rig.engine.leases.values()) == [SessionClass.BURST]
+        await rig.settled()
+        assert list(rig.engine.leases.values()) == [SessionClass.CLOSED]
+
+
 async def test_a_deleted_response_cannot_be_continued_even_on_its_own_connection():
     async with open_rig() as rig, rig.websocket() as client:
         named = response_id(await client.turn())
