@@ -9,27 +9,38 @@ Laws
     The writer works in the order of its inbox. It puts what has gathered into one transaction, because a commit costs
     two syncs whatever its size; but a drop never shares a transaction with an earlier write of its key, and forgetting
     a response none with anything.
-    When a transaction fails, its commands are tried one by one: a drop must not fail with a spill that found no room.
+    When a transaction fails, its commands are tried one by one, and a manifest without its blocks: neither a drop nor a
+    manifest must fail with a spill that found no room.
     What the store is given and gives is the codec's payload of a block: both are made here, off the engine's thread,
     and nothing is decoded that was not verified.
     A `StoreError` is an answer. Anything else is our bug and ends the thread.
+
+A disk that is full or fails
+    Its first refusal makes it degraded: one line in the log, and what follows is counted. Spills are then refused at
+    once, so that nobody waits for them, but for a probe every few seconds; drops and manifests are tried. The first
+    blocks that land end it, with another line. Blocks over the store's own budget are no such refusal: their owner knows.
+    A read that fails is tried a second time; after that it says nothing about the record, only about the disk.
 
 Bounds
     Blocks waiting to be written: `max_pending_bytes`, then `offer_blocks` refuses and the caller stops spilling.
     Drops and manifests are small and never refused: at most one drop per disk slot, one manifest per turn.
     Fetches: each holds a slot of an arena, so there are never more than slots.
+    The scrubber: bytes per second, and nothing while anybody else wants the disk.
 """
 
 from __future__ import annotations
 
+import enum
 import logging
-from dataclasses import dataclass
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tiers.block import Drop, Fetch, Spill, StoreError
 from tiers.codec import AS_IT_IS
-from tiers.store import BlockWrite
+from tiers.store import BlockWrite, ReaderCheck
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,7 +48,14 @@ if TYPE_CHECKING:
     from tiers.block import BlockKey, TokenIds
     from tiers.codec import Codec
     from tiers.manifest import Manifest
-    from tiers.store import BlockStore, IndexEntry
+    from tiers.store import BlockStore, Examined, IndexEntry
+
+_CHECK_READERS_S = 60.0
+_SCRUBBER_RESTS_S = 60.0  # between two passes
+_SCRUBBER_YIELDS_S = 0.5  # to whoever else wants the disk
+_DISK_REASONS = frozenset({"full", "io"})  # what the disk is to blame for
+
+_Read = TypeVar("_Read")
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +69,7 @@ class Landed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Not done. After a fetch failed, the record is worth dropping; its slot's bytes are undefined."""
+    """Not done. A record that a fetch refused is worth dropping, unless the reason is io. The slot's bytes are undefined."""
 
     action: Spill | Fetch | Drop
     reason: str  # StoreError.reason
@@ -141,6 +159,13 @@ class ForgetResponse:
 
 
 @dataclass(frozen=True, slots=True)
+class DiscardRecord:
+    """Delete a record that nobody counts on. Not answered."""
+
+    key: BlockKey
+
+
+@dataclass(frozen=True, slots=True)
 class FetchBlock:
     action: Fetch
     into: memoryview
@@ -165,8 +190,13 @@ class Stop:
 
 
 _Write = WriteBlocks | Drop
-_Command = _Write | ForgetResponse | Stop
+_Command = _Write | ForgetResponse | DiscardRecord | Stop
 ReadCommand = FetchBlock | ReadIndex | FindChain | Stop
+
+
+class DiskState(enum.Enum):
+    OK = "ok"
+    DEGRADED = "degraded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +204,33 @@ class WriterStatistics:
     pending_bytes: int
     batches: int
     failed_batches: int
-    refused: int
+    refused: int  # offers that were not taken
+    state: DiskState
+    reason: str | None  # StoreError.reason of what made it degraded
+    degraded_s: float  # for how long it has been
+    failures: dict[str, int]  # {StoreError.reason: transactions}
+    commit_last_s: float
+    commit_total_s: float
+    oldest_read_s: float  # as found by the last check
+    cleared_readers: int  # places of readers that died
+
+
+@dataclass(frozen=True, slots=True)
+class _Trouble:
+    """Why the disk is degraded."""
+
+    reason: str
+    since: float
+    with_blocks: bool
+    failures: int
+    probe_at: float
 
 
 class DiskWriter:
-    """Gathers writes into transactions. `clock` gives seconds since the epoch: stored as the blocks' last use."""
+    """Gathers writes into transactions.
+
+    `clock` gives seconds since the epoch: stored as the blocks' last use. `monotonic` measures and waits.
+    """
 
     def __init__(
         self,
@@ -189,8 +241,12 @@ class DiskWriter:
         max_pending_bytes: int = 256 << 20,
         batch_bytes: int = 64 << 20,
         codec: Codec = AS_IT_IS,
+        probe_s: float = 3.0,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
+        self._probe_s = probe_s
+        self._monotonic = monotonic
         self._codec = codec
         self._reply = reply
         self._clock = clock
@@ -203,6 +259,12 @@ class DiskWriter:
         self._batches = 0
         self._failed_batches = 0
         self._refused = 0
+        self._failures: Counter[str] = Counter()
+        self._commit_last_s = 0.0
+        self._commit_total_s = 0.0
+        self._trouble: _Trouble | None = None  # replaced by the thread, read by anybody
+        self._readers = ReaderCheck(0.0, 0)
+        self._check_at = monotonic() + _CHECK_READERS_S
 
     # the engine's side: never waits
 
@@ -212,14 +274,16 @@ class DiskWriter:
         manifest: Manifest | None = None,
         ticket: int | None = None,
     ) -> bool:
-        """Queue blocks, and a manifest that goes with the last of them. False, and nothing queued, when too many wait.
+        """Queue blocks, and a manifest that goes with the last of them. False, and nothing queued, when too many wait,
+        or the disk is degraded and no probe is due.
 
         Each view must stay put until its spill is answered. One thread offers. With nothing waiting, any size is
         taken, so that a block larger than the bound is not refused for ever.
         """
         size = sum(view.nbytes for _, view in items)
         waiting = self._offered_bytes - self._answered_bytes
-        if size and waiting and waiting + size > self._max_pending_bytes:
+        behind = size and waiting and waiting + size > self._max_pending_bytes
+        if behind or (items and self._is_degraded()):
             self._refused += 1
             return False
         self._offered_bytes += size
@@ -244,17 +308,40 @@ class DiskWriter:
     def forget_response(self, tenant: str, response_id: str, ticket: int) -> None:
         self._inbox.put(ForgetResponse(tenant, response_id, ticket))
 
+    def discard(self, key: BlockKey) -> None:
+        """Queue the deletion of a record that the index does not list; one that it lists by then stays."""
+        self._inbox.put(DiscardRecord(key))
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits to be written."""
+        return self._inbox.empty() and self._offered_bytes == self._answered_bytes
+
     def stop(self) -> None:
         """Everything queued before is written and answered first."""
         self._inbox.put(Stop())
 
     def statistics(self) -> WriterStatistics:
+        trouble = self._trouble
         return WriterStatistics(
             pending_bytes=self._offered_bytes - self._answered_bytes,
             batches=self._batches,
             failed_batches=self._failed_batches,
             refused=self._refused,
+            state=DiskState.OK if trouble is None else DiskState.DEGRADED,
+            reason=None if trouble is None else trouble.reason,
+            degraded_s=0.0 if trouble is None else self._monotonic() - trouble.since,
+            failures=dict(self._failures),
+            commit_last_s=self._commit_last_s,
+            commit_total_s=self._commit_total_s,
+            oldest_read_s=self._readers.oldest_s,
+            cleared_readers=self._readers.cleared,
         )
+
+    def _is_degraded(self) -> bool:
+        """And no probe is due."""
+        trouble = self._trouble
+        return trouble is not None and self._monotonic() < trouble.probe_at
 
     # the thread's side
 
@@ -262,16 +349,42 @@ class DiskWriter:
         """Work until `stop`. One call, on one thread."""
         held: _Command | None = None  # taken from the inbox, but not fit for the batch before it
         while True:
-            command = held or self._inbox.get()
+            command = held or self._next()
             held = None
             match command:
                 case Stop():
                     return
                 case ForgetResponse():
                     self._forget(command)
+                case DiscardRecord(key):
+                    self._discard(key)
                 case WriteBlocks() | Drop():
                     batch, held = self._gather(command)
                     self._commit(batch)
+
+    def _next(self) -> _Command:
+        """What comes next, and every minute a look at the readers."""
+        while True:
+            wait_s = self._check_at - self._monotonic()
+            if wait_s <= 0:
+                self._check_readers()
+                continue
+            try:
+                return self._inbox.get(timeout=wait_s)
+            except Empty:
+                continue
+
+    def _check_readers(self) -> None:
+        self._check_at = self._monotonic() + _CHECK_READERS_S
+        try:
+            found = self._store.check_readers()
+        except StoreError as error:
+            _log.warning("the disk's readers are not known: %s", error)
+            return
+        cleared = self._readers.cleared + found.cleared
+        self._readers = ReaderCheck(found.oldest_s, cleared)
+        if found.oldest_s > _CHECK_READERS_S:
+            _log.warning("a read of the disk tier has not ended for %.0f s", found.oldest_s)
 
     def _gather(self, first: _Write) -> tuple[list[_Write], _Command | None]:
         """As much of the inbox as fits into one transaction, and the command that did not."""
@@ -284,7 +397,7 @@ class DiskWriter:
             except Empty:
                 return batch, None
             match command:
-                case Stop() | ForgetResponse():
+                case Stop() | ForgetResponse() | DiscardRecord():
                     return batch, command
                 case Drop(key):
                     if key in written:
@@ -297,38 +410,94 @@ class DiskWriter:
             batch.append(command)
 
     def _commit(self, batch: list[_Write]) -> None:
-        now = self._clock()
+        if (trouble := self._trouble) is not None and self._is_degraded():
+            batch = [self._without_blocks(command, trouble.reason) for command in batch]
+        error = self._write(batch)
+        if error is None:
+            for command in batch:
+                self._answer(command, None)
+        elif len(batch) > 1:
+            for command in batch:
+                self._commit([command])
+        else:
+            self._commit_the_rest(batch[0], error.reason)
+
+    def _commit_the_rest(self, command: _Write, reason: str) -> None:
+        """Of a command that failed alone: what was not at fault."""
+        if isinstance(command, WriteBlocks) and command.items and command.manifest is not None:
+            if reason == "manifest":
+                self._answer(WriteBlocks((), command.manifest, command.ticket), reason)
+                self._commit([WriteBlocks(command.items, None, None)])
+            else:
+                self._commit([self._without_blocks(command, reason)])
+        else:
+            self._answer(command, reason)
+
+    def _write(self, batch: list[_Write]) -> StoreError | None:
+        """One transaction, timed and counted; what it was refused for."""
+        now, began = self._clock(), self._monotonic()
         writes = [command for command in batch if isinstance(command, WriteBlocks)]
-        try:
-            self._store.write(
-                drops=[command.key for command in batch if isinstance(command, Drop)],
-                blocks=[
-                    BlockWrite(
-                        key=spill.key,
-                        root=spill.root,
-                        parent=spill.parent,
-                        depth=spill.depth,
-                        tokens=spill.tokens,
-                        payload=self._codec.encode(block),
-                        last_used=now,
-                    )
-                    for command in writes
-                    for spill, block in command.items
-                ],
-                manifests=[command.manifest for command in writes if command.manifest is not None],
+        blocks = [
+            BlockWrite(
+                key=spill.key,
+                root=spill.root,
+                parent=spill.parent,
+                depth=spill.depth,
+                tokens=spill.tokens,
+                payload=self._codec.encode(block),
+                last_used=now,
             )
+            for command in writes
+            for spill, block in command.items
+        ]
+        drops = [command.key for command in batch if isinstance(command, Drop)]
+        manifests = [command.manifest for command in writes if command.manifest is not None]
+        if not (drops or blocks or manifests):
+            return None
+        try:
+            self._store.write(drops=drops, blocks=blocks, manifests=manifests)
         except StoreError as error:
             self._failed_batches += 1
-            if len(batch) > 1:
-                for command in batch:
-                    self._commit([command])
-                return
-            _log.warning("disk write refused: %s: %s", error.reason, error)
-            self._answer(batch[0], error.reason)
-            return
+            self._failures[error.reason] += 1
+            self._note_failure(error, with_blocks=bool(blocks))
+            return error
+        self._commit_last_s = self._monotonic() - began
+        self._commit_total_s += self._commit_last_s
         self._batches += 1
-        for command in batch:
-            self._answer(command, None)
+        self._note_success(with_blocks=bool(blocks))
+        return None
+
+    def _note_failure(self, error: StoreError, *, with_blocks: bool) -> None:
+        if error.reason not in _DISK_REASONS:
+            _log.info("disk write refused: %s: %s", error.reason, error)
+            return
+        now, before = self._monotonic(), self._trouble
+        if before is None:
+            _log.warning("the disk tier is degraded: %s: %s", error.reason, error)
+            before = _Trouble(error.reason, now, with_blocks, 0, now)
+        self._trouble = replace(
+            before,
+            with_blocks=before.with_blocks or with_blocks,
+            failures=before.failures + 1,
+            probe_at=now + self._probe_s,
+        )
+
+    def _note_success(self, *, with_blocks: bool) -> None:
+        trouble = self._trouble
+        if trouble is None or (trouble.with_blocks and not with_blocks):
+            return
+        self._trouble = None
+        lasted_s = self._monotonic() - trouble.since
+        _log.warning(
+            "the disk tier has resumed after %.0f s and %d failures", lasted_s, trouble.failures
+        )
+
+    def _without_blocks(self, command: _Write, reason: str) -> _Write:
+        """Answer a command's spills with a refusal; what is left of it."""
+        if not isinstance(command, WriteBlocks) or not command.items:
+            return command
+        self._answer(WriteBlocks(command.items, None, None), reason)
+        return WriteBlocks((), command.manifest, command.ticket)
 
     def _answer(self, command: _Write, failure: str | None) -> None:
         """`failure` is the reason, or None."""
@@ -346,7 +515,8 @@ class DiskWriter:
         try:
             found = self._store.forget_response(command.tenant, command.response_id)
         except StoreError as error:
-            _log.warning("forgetting a response failed: %s: %s", error.reason, error)
+            self._failures[error.reason] += 1
+            self._note_failure(error, with_blocks=False)
             self._reply(PersistFailed(command.ticket, error.reason))
             return
         if found is None:
@@ -357,6 +527,13 @@ class DiskWriter:
                     command.ticket, existed=True, keys=found.keys, shared_keys=found.shared_keys
                 )
             )
+
+    def _discard(self, key: BlockKey) -> None:
+        try:
+            self._store.discard(key)
+        except StoreError as error:
+            self._failures[error.reason] += 1
+            self._note_failure(error, with_blocks=False)
 
 
 class DiskReader:
@@ -406,7 +583,7 @@ class DiskReader:
 
     def _read_index(self, after: BlockKey | None, limit: int) -> IndexSlice | IndexFailed:
         try:
-            entries = self._store.index(after, limit)
+            entries = _twice(lambda: self._store.index(after, limit))
         except StoreError as error:
             _log.warning("the index is not read: %s: %s", error.reason, error)
             return IndexFailed(after, error.reason)
@@ -414,7 +591,7 @@ class DiskReader:
 
     def _find_chain(self, ticket: int, root: BlockKey, tokens: TokenIds) -> ChainFound:
         try:
-            return ChainFound(ticket, tuple(self._store.find_chain(root, tokens)))
+            return ChainFound(ticket, tuple(_twice(lambda: self._store.find_chain(root, tokens))))
         except StoreError as error:
             _log.warning("no chain looked up: %s: %s", error.reason, error)
             return ChainFound(ticket, ())
@@ -422,12 +599,107 @@ class DiskReader:
     def _read(self, action: Fetch, into: memoryview) -> Landed | Failed:
         room = self._codec.room(into)
         try:
-            self._store.read(action.key, action.parent, action.tokens, room)
+            _twice(lambda: self._store.read(action.key, action.parent, action.tokens, room))
         except StoreError as error:
             _log.warning("record %s not used: %s: %s", action.key.hex()[:16], error.reason, error)
             return Failed(action, error.reason)
         self._codec.decode(room, into)
         return Landed(action)
+
+
+@dataclass(frozen=True, slots=True)
+class ScrubberStatistics:
+    records: int
+    bytes: int
+    passes: int  # over the whole store
+    bad: dict[str, int]  # {reason: records}
+
+
+class Scrubber:
+    """Verifies one record after the other, for ever, at a bounded rate, and only while nobody else wants the disk.
+
+    A bad record that the tables may count on is answered with `Rotten`; one that only takes room is discarded.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        inbox: SimpleQueue[Stop],
+        reply: Callable[[Reply], None],
+        *,
+        writer: DiskWriter,
+        fetches: SimpleQueue[ReadCommand],
+        bytes_per_s: float,
+    ) -> None:
+        assert bytes_per_s > 0
+        self._store = store
+        self._inbox = inbox
+        self._reply = reply
+        self._writer = writer
+        self._fetches = fetches
+        self._bytes_per_s = bytes_per_s
+        self._records = 0
+        self._bytes = 0
+        self._passes = 0
+        self._bad: Counter[str] = Counter()
+
+    def stop(self) -> None:
+        self._inbox.put(Stop())
+
+    def statistics(self) -> ScrubberStatistics:
+        return ScrubberStatistics(self._records, self._bytes, self._passes, dict(self._bad))
+
+    def run(self) -> None:
+        """Work until `stop`. One call, on one thread."""
+        after: BlockKey | None = None
+        wait_s = _SCRUBBER_RESTS_S  # a start has better things to do
+        while not self._is_stopped_within(wait_s):
+            if not self._writer.idle or not self._fetches.empty():
+                wait_s = _SCRUBBER_YIELDS_S
+                continue
+            try:
+                found = self._store.examine(after)
+            except StoreError as error:
+                _log.warning("the scrubber cannot read: %s: %s", error.reason, error)
+                wait_s = _SCRUBBER_RESTS_S
+                continue
+            if found is None:
+                after = None
+                self._passes += 1
+                wait_s = _SCRUBBER_RESTS_S
+                continue
+            after = found.key
+            self._note(found)
+            wait_s = found.bytes / self._bytes_per_s
+
+    def _is_stopped_within(self, wait_s: float) -> bool:
+        try:
+            self._inbox.get(timeout=wait_s)
+        except Empty:
+            return False
+        return True
+
+    def _note(self, found: Examined) -> None:
+        self._records += 1
+        self._bytes += found.bytes
+        if found.reason is None:
+            return
+        self._bad[found.reason] += 1
+        _log.warning("record %s is rotten: %s", found.key.hex()[:16], found.reason)
+        if found.listed:
+            self._reply(Rotten(found.key, found.reason))
+        else:
+            self._writer.discard(found.key)
+
+
+def _twice(read: Callable[[], _Read]) -> _Read:
+    """A read that failed, not one that was refused, deserves another."""
+    try:
+        return read()
+    except StoreError as error:
+        if error.reason != "io":
+            raise
+    return read()
 
 
 def _payload_bytes(command: _Write) -> int:

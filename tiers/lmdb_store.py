@@ -5,57 +5,75 @@
     manifests  response name -> age u64, encoded manifest
     ages       age u64, big endian -> seal, response name, size u64: oldest first, for the budget
     names      item or content name -> response name
-    meta       "format" -> seal, u32
+    meta       "format" -> seal, u32; "totals" -> seal, block bytes u64, manifest bytes u64, next age u64, then for each
+               model fingerprint 32, blocks u64
+
+The totals change in the transaction that changes what they count, so no crash or abort can part them, and opening reads
+one small record whatever the store holds. They are counted anew, by a walk, only where they or an index entry are damaged.
 
 How it is used, each for a measured reason (lmdb 3.0.0, engine 0.9.36)
-    sync=True: acknowledged means on the platter; sync=False gave silently wrong values after a simulated power loss.
+    sync=True: acknowledged means on the platter; sync=False gave silently wrong values after a simulated power loss, so
+    what was written so is discarded unless the kernel that held it is still the one that runs.
     Never writemap: with it a full disk is a SIGBUS, without it an `lmdb.Error`.
     A write transaction begins, puts and commits in one call, so on one thread: ended elsewhere, it hangs all others.
     No read transaction outlives its `with`: even a finished one keeps its reader slot until it is collected, and the
     traceback of a refused record can keep it for long (measured: 64 slots taken by four readers).
     Views (`buffers=True`) are verified and copied inside their transaction.
     The map is far larger than the capacity and never resized; our own budget, not MDB_MAP_FULL, is the limit.
+    lmdb touches every page of a value that it passes, also for its key alone: what is needed of a block stands in the
+    index, and nothing but the scrubber walks `blocks`.
     LMDB has no checksum for values: ours are in the record, in the manifest, and in the seals (xxh3-64 of key and
-    value) of the two tables that a start believes.
+    value) of the small tables.
 
-A damaged environment
+A write that fails
+    After a failed commit LMDB refuses everything, or the meta page may be either one: what the process believes is worth
+    nothing. So the environment is closed, and opened again before the next write; it must then stand at the transaction
+    that was last acknowledged, or at the failed one, which is then whole but was never acknowledged. lmdb must not be
+    closed under a reader, nor the same file opened twice in one process: readers pass a gate, which is shut meanwhile.
+    Until then they go on reading: a snapshot is of committed pages, and every record is verified.
+    A store that had such a failure leaves no clean mark, so the next start walks it.
+
+Starting (inspection.py says how it was left, and whether it may be mapped)
     It is created beside its place and renamed into it, so a crash while creating leaves none.
-    Reading a page beyond the end of a truncated file is a SIGBUS, and a page of zeros can be a failed assertion: both
-    kill. So where the file is shorter than LMDB believes, another process walks it first, and may die of it.
-    (A file may legally be shorter: pages allocated and freed within one transaction are never written. It is then
-    made as long as it should be, so that the next start has no question.)
-    Whatever LMDB refuses at open, or while the small tables are read through, is put aside and replaced by nothing.
+    What fails the walk, and whatever LMDB refuses at open, is put aside and replaced by nothing, and so is another format:
+    there is no other format in the field, and a walk that converts it would be code that nobody needs twice.
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import math
 import os
-import shutil
 import struct
-import subprocess
-import sys
+import threading
+import time
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import lmdb
 import xxhash
 
+from tiers import inspection as inspections
 from tiers import manifest as manifests_format
-from tiers import record
 from tiers.block import KEY_BYTES, BlockKey, StoreError
-from tiers.state_dir import make_private, sync_directory
+from tiers.inspection import ENVIRONMENT, Damaged, Finding
+from tiers.record import encode_head, head_size, verify
+from tiers.state_dir import sync_directory, this_boot
 from tiers.store import (
+    Durability,
+    Examined,
     IndexEntry,
     Name,
+    ReaderCheck,
     StoreStatistics,
     chain_entries,
     check_manifest_fits,
     content_name,
+    fault,
     forgotten_response,
     item_name,
     other_names,
@@ -64,27 +82,30 @@ from tiers.store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from tiers.block import TokenIds
+    from tiers.inspection import Inspection
     from tiers.manifest import Manifest
     from tiers.state_dir import StateDir
     from tiers.store import BlockWrite, ForgottenResponse, StoreLimits
 
-_ENVIRONMENT = "kv"
 _ENGINE = 0  # LMDB 0.9: formats 0.9 and 1.0 are mutually unreadable, so never the binding's default
 _TABLES = (b"blocks", b"index", b"manifests", b"ages", b"names", b"meta")
 _MAX_READERS = 126
 _SCRUB_MAP_BYTES = 1 << 30  # lmdb makes it larger where the file is
-_WALK_S = 600.0  # a walk that takes longer goes in circles
-_LONGEST_HOLE = 256 << 20  # bytes; one transaction cannot legally leave out more
+_READERS_LEAVE_S = 10.0  # a read that takes longer hangs in the kernel; guessed
 _SEAL_BYTES = 8
 _TRIAL = b"trial"  # shorter than any name
 _FORMAT = 2  # of the tables; 1 had no roots, no depths and no meta
 _FORMAT_NAME = b"format"
-_INDEX = struct.Struct("<32s32s32sIdQ")
-_VERSION = struct.Struct("<I")
+_TOTALS_NAME = b"totals"
 _SLICE = 4096  # entries of the index read in one transaction, whoever they belong to
+_VERSION = struct.Struct("<I")
+_TOTALS = struct.Struct("<QQQ")
+_MODEL = struct.Struct("<32sQ")
+_INDEX = struct.Struct("<32s32s32sIdQ")
 _AGE = struct.Struct(">Q")  # big endian, so that LMDB's byte order is the order of ages
 _AGE_ENTRY = struct.Struct("<32sQ")
 
@@ -105,52 +126,122 @@ _DAMAGE = (
 _log = logging.getLogger(__name__)
 
 
-class _Damaged(Exception):
-    """The environment cannot be trusted to be walked."""
-
-
 class _OtherFormat(Exception):
     """The environment is whole, but its tables are not ours to read."""
 
 
 @dataclass(slots=True)
-class _Usage:
-    """What the tables hold, kept beside them so that no write has to walk them."""
+class _Totals:
+    """What the tables hold."""
 
-    blocks: dict[BlockKey, int]  # {key: bytes on disk}, every model's
-    block_bytes: int
-    foreign: dict[BlockKey, float]  # {key: last_used} of records that only take room
-    manifests: int
-    manifest_bytes: int
-    next_age: int
+    block_bytes: int = 0
+    manifest_bytes: int = 0
+    next_age: int = 0
+    blocks: Counter[bytes] = field(default_factory=Counter)  # {fingerprint: blocks}
 
-    def statistics(self) -> StoreStatistics:
-        return StoreStatistics(
-            blocks=len(self.blocks) - len(self.foreign),
-            foreign_blocks=len(self.foreign),
-            block_bytes=self.block_bytes,
-            manifests=self.manifests,
-            manifest_bytes=self.manifest_bytes,
+    def packed(self) -> bytes:
+        value = _TOTALS.pack(self.block_bytes, self.manifest_bytes, self.next_age)
+        counts = (
+            _MODEL.pack(model, count) for model, count in sorted(self.blocks.items()) if count
         )
+        return _seal(_TOTALS_NAME, value + b"".join(counts))
+
+    @classmethod
+    def unpacked(cls, sealed: bytes) -> _Totals | None:
+        """None for totals that are not as they were written."""
+        value = _unseal(_TOTALS_NAME, sealed)
+        if value is None or len(value) < _TOTALS.size or (len(value) - _TOTALS.size) % _MODEL.size:
+            return None
+        counts = Counter[bytes](dict(_MODEL.iter_unpack(value[_TOTALS.size :])))
+        block_bytes, manifest_bytes, next_age = _TOTALS.unpack_from(value)
+        return cls(block_bytes, manifest_bytes, next_age, counts)
+
+
+@dataclass(slots=True)
+class _Change:
+    """A write transaction on its way."""
+
+    txn: Any
+    totals: _Totals
+    foreign_behind: bytes  # foreign records have been looked for up to this key
+    recount: bool = False  # something was removed that nobody knows how it was counted
+
+
+class _Gate:
+    """Readers pass while it is open. Whoever shuts it waits for those inside. Any thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside: dict[int, float] = {}  # {ticket: since when, on the monotonic clock}
+        self._tickets = itertools.count()
+        self._shut = False
+
+    def enter(self) -> int:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._shut)
+            ticket = next(self._tickets)
+            self._inside[ticket] = time.monotonic()
+            return ticket
+
+    def leave(self, ticket: int) -> None:
+        with self._changed:
+            del self._inside[ticket]
+            self._changed.notify_all()
+
+    def oldest_s(self) -> float:
+        """How long the longest of those inside has been there."""
+        with self._changed:
+            now = time.monotonic()
+            return max((now - since for since in self._inside.values()), default=0.0)
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        ticket = self.enter()
+        try:
+            yield
+        finally:
+            self.leave(ticket)
+
+    @contextmanager
+    def shut(self) -> Iterator[None]:
+        """Nobody is inside. Raises `StoreError("io")` if somebody does not leave."""
+        with self._changed:
+            self._shut = True
+            left = self._changed.wait_for(lambda: not self._inside, _READERS_LEAVE_S)
+        try:
+            if not left:
+                raise StoreError(
+                    "io", "a read does not end: the environment cannot be opened again"
+                )
+            yield
+        finally:
+            with self._changed:
+                self._shut = False
+                self._changed.notify_all()
 
 
 class _Snapshot:
     """A read transaction that frames and tracebacks cannot keep. lmdb's errors leave it as `StoreError("io")`."""
 
-    def __init__(self, env: Any) -> None:
-        self._env = env
+    def __init__(self, gate: _Gate, begin: Callable[[], Any]) -> None:
+        self._gate = gate
+        self._begin = begin
+        self._ticket = -1
         self._txn: Any = None
 
     def __enter__(self) -> _Snapshot:
+        self._ticket = self._gate.enter()
         try:
-            self._txn = self._env.begin(buffers=True)
-        except lmdb.Error as error:
-            raise StoreError("io", f"read failed: {error}") from error
+            self._txn = self._begin()
+        except BaseException:
+            self._gate.leave(self._ticket)
+            raise
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._txn.abort()
         self._txn = None
+        self._gate.leave(self._ticket)
         if isinstance(error, lmdb.Error):
             raise StoreError("io", f"read failed: {error}") from error
 
@@ -163,11 +254,12 @@ class _Snapshot:
     ) -> list[tuple[bytes, bytes]]:
         """Copies of up to `limit` items in the order of keys, the first one behind `after`."""
         cursor = self._txn.cursor(db=table)
-        there = cursor.first() if after is None else cursor.set_range(after)
-        if there and cursor.key() == after:
-            there = cursor.next()
-        found = itertools.islice(cursor.iternext(), limit) if there else ()
-        return [(bytes(key), bytes(value)) for key, value in found]
+        found = cursor.iternext() if _seek_behind(cursor, after) else ()
+        return [(bytes(key), bytes(value)) for key, value in itertools.islice(found, limit)]
+
+    def key_behind(self, after: bytes | None, table: Any) -> bytes | None:
+        cursor = self._txn.cursor(db=table)
+        return bytes(cursor.key()) if _seek_behind(cursor, after) else None
 
 
 class LmdbStore:
@@ -175,25 +267,40 @@ class LmdbStore:
 
     def __init__(
         self,
-        env: Any,
+        path: Path,
         *,
         fingerprint: bytes,
         payload_bytes: int,
         block_tokens: int,
         limits: StoreLimits,
+        durability: Durability,
+        boot: str,
+        map_bytes: int,
     ) -> None:
-        """Take an environment with all tables, walk the small ones. Use `open` instead."""
+        """Take an environment that is known to be safe to map. Use `open` instead."""
         assert len(fingerprint) == 32
-        self._env = env
+        self._path = path
         self._fingerprint = fingerprint
         self._limits = limits
+        self._durability = durability
+        self._boot = boot
+        self._map_bytes = map_bytes
         self._block_tokens = block_tokens
-        self._record_bytes = record.head_size(block_tokens) + payload_bytes
-        self._blocks, self._index, self._manifests, self._ages, self._names, _ = _tables(env)
-        usage = self._take_stock()
-        self._try_writing()
-        self._usage: _Usage | None = usage  # None: a write failed, count anew
-        self._statistics = usage.statistics()
+        self._record_bytes = head_size(block_tokens) + payload_bytes
+        self._gate = _Gate()
+        self._env: Any = None
+        self._broken = False  # a write failed: open the environment again before the next one
+        self._marked_open = False
+        self._suspect = False  # a write failed in this life: leave no clean mark
+        self._foreign_behind = b""
+        self._unsound: set[bytes] = set()  # keys whose index entries were met damaged
+        self._attach()
+        self._acknowledged = self._standing()
+        try:
+            self._try_writing()
+        except BaseException:
+            self._detach()
+            raise
 
     @classmethod
     def open(
@@ -204,44 +311,47 @@ class LmdbStore:
         payload_bytes: int,
         block_tokens: int,
         limits: StoreLimits,
+        durability: Durability = Durability.POWER,
+        inspection: Inspection | None = None,
         map_bytes: int | None = None,
+        boot: str | None = None,
     ) -> LmdbStore:
         """Open the environment of `state`, or an empty one where there is none or a damaged one.
 
-        `map_bytes` is for tests; the default leaves room for every page that a full store could need.
+        `inspection` is one of `state` that has already begun. `map_bytes` and `boot` are for tests; the default leaves
+        room for every page that a full store could need.
         Raises `StateDirRefused` for files that are not safely ours, `StoreError` if the disk fails.
         """
         size = map_bytes or max(
             4 << 30, 2 * limits.block_bytes + 2 * limits.manifest_bytes + (1 << 30)
         )
-        path = state.path / _ENVIRONMENT
-        for attempt in ("existing", "fresh"):
-            try:
-                env = _open_environment(state, path, size)
+        boot = this_boot() if boot is None else boot
+        path = state.path / ENVIRONMENT
+        try:
+            for _ in range(2):
                 try:
+                    inspection = inspection or inspections.inspect(state, boot)
+                    _settle(state, inspection)
                     return cls(
-                        env,
+                        path,
                         fingerprint=fingerprint,
                         payload_bytes=payload_bytes,
                         block_tokens=block_tokens,
                         limits=limits,
+                        durability=durability,
+                        boot=boot,
+                        map_bytes=size,
                     )
-                except BaseException:
-                    env.close()
-                    raise
-            except _OtherFormat as error:
-                _log.warning("%s: %s", path, error)
-                state.put_aside(path, "other-format")
-            except (*_DAMAGE, _Damaged) as error:
-                if attempt == "fresh":
-                    raise StoreError(
-                        "io", f"{path}: an empty environment cannot be used: {error}"
-                    ) from error
-                _log.error("%s: %s", path, error)
-                state.put_aside(path, "damaged")
-            except (OSError, lmdb.Error) as error:
-                raise StoreError("io", f"{path}: cannot be opened: {error}") from error
-        raise AssertionError("unreachable: the second attempt returns or raises")
+                except _OtherFormat as error:
+                    _log.warning("%s: %s", path, error)
+                    state.put_aside(path, "other-format")
+                except (*_DAMAGE, Damaged) as error:
+                    _log.error("%s: %s", path, error)
+                    state.put_aside(path, "damaged")
+                inspection = None
+        except (OSError, lmdb.Error) as error:
+            raise StoreError("io", f"{path}: cannot be opened: {error}") from error
+        raise StoreError("io", f"{path}: an empty environment cannot be used")
 
     @property
     def block_slots(self) -> int:
@@ -257,21 +367,23 @@ class LmdbStore:
         encoded = [(manifest, manifests_format.encode(manifest)) for manifest in manifests]
         for _, data in encoded:
             check_manifest_fits(data, self._limits)
-        with self._writing() as (txn, usage):
-            for key in [*drops, *self._victims(usage, blocks, drops)]:
-                self._drop_block(txn, usage, key)
+        if blocks:
+            self._check_free_space(sum(map(_bytes_on_disk, blocks)))
+        with self._writing() as change:
+            for key in [*drops, *self._victims(change, blocks, drops)]:
+                self._drop_block(change, key)
             for block in blocks:
-                self._put_block(txn, usage, block)
+                self._put_block(change, block)
             for manifest, data in encoded:
-                self._put_manifest(txn, usage, manifest, data)
-            self._trim_manifests(txn, usage)
+                self._put_manifest(change, manifest, data)
+            self._trim_manifests(change)
 
     def read(self, key: BlockKey, parent: BlockKey, tokens: TokenIds, into: memoryview) -> None:
         with self._reading() as snapshot:
             found = snapshot.get(key, self._blocks)
             if found is None:
                 raise StoreError("missing", f"no record of {key.hex()[:16]}")
-            payload = record.verify(
+            payload = verify(
                 found, fingerprint=self._fingerprint, key=key, parent=parent, tokens=tokens
             )
             into[:] = (
@@ -326,46 +438,209 @@ class LmdbStore:
         found = self.find_response(tenant, response_id)
         if found is None:
             return None
-        with self._writing() as (txn, usage):
-            self._delete_manifest(txn, usage, response_name(tenant, response_id))
+        with self._writing() as change:
+            self._delete_manifest(change, response_name(tenant, response_id))
         return forgotten_response(self, found)
 
+    def examine(self, after: BlockKey | None) -> Examined | None:
+        with self._reading() as snapshot:
+            nearest = (snapshot.key_behind(after, table) for table in (self._index, self._blocks))
+            behind = [key for key in nearest if key is not None]
+            if not behind:
+                return None
+            key = BlockKey(min(behind))
+            value, found = snapshot.get(key, self._index), snapshot.get(key, self._blocks)
+            size = 0 if found is None else found.nbytes
+            own = value is not None and self._own_entry(key, value) is not None
+            return Examined(key, size, _fault_of_block(key, value, found), own)
+
+    def discard(self, key: BlockKey) -> None:
+        with self._reading() as snapshot:
+            value, found = snapshot.get(key, self._index), snapshot.get(key, self._blocks)
+            own = value is not None and self._own_entry(key, value) is not None
+            there = value is not None or found is not None
+            bad = there and _fault_of_block(key, value, found) is not None
+        if bad and not own:  # who calls is the only writer, so it is so still
+            with self._writing() as change:
+                self._drop_block(change, key)
+
+    def check_readers(self) -> ReaderCheck:
+        try:
+            with self._gate.passing():
+                cleared = 0 if self._env is None else self._env.reader_check()
+        except lmdb.Error as error:
+            raise StoreError("io", f"readers cannot be checked: {error}") from error
+        return ReaderCheck(self._gate.oldest_s(), cleared)
+
     def statistics(self) -> StoreStatistics:
-        return self._statistics
+        return replace(self._statistics, unsound_entries=len(self._unsound))
 
     def close(self) -> None:
-        """Every thread that reads or writes must have ended."""
-        self._env.close()
+        """Every thread that reads or writes must have ended. What was written stays believed if nothing failed."""
+        if self._env is None:
+            return
+        try:
+            if self._durability is not Durability.POWER:
+                self._env.sync(force=True)
+            self._detach()
+            if self._marked_open and not self._suspect:
+                inspections.mark_clean(self._path)
+        except (OSError, lmdb.Error) as error:
+            _log.warning("%s: the next start will walk it: %s", self._path, error)
+            self._detach()
+
+    # the environment
+
+    def _attach(self) -> None:
+        """Raises what lmdb raises, and `_OtherFormat`."""
+        self._env = _environment(self._path, self._map_bytes, self._durability)
+        try:
+            self._blocks, self._index, self._manifests, self._ages, self._names, self._meta = (
+                _tables(self._env)
+            )
+            with self._env.begin() as txn:
+                self._statistics = self._statistics_of(txn, self._load_totals(txn))
+        except BaseException:
+            self._detach()
+            raise
+
+    def _standing(self) -> int:
+        """LMDB's number of the last transaction."""
+        number: int = self._env.info()["last_txnid"]
+        return number
+
+    def _detach(self) -> None:
+        env, self._env = self._env, None
+        if env is not None:
+            env.close()
+
+    def _attach_again(self) -> None:
+        """After a failed write. Raises `StoreError`, and then the next write tries again."""
+        with self._gate.shut():
+            self._detach()
+            try:
+                self._attach()
+                found = self._standing()
+            except (*_DAMAGE, _OtherFormat) as error:
+                raise StoreError("io", f"{self._path}: damaged while in use: {error}") from error
+            if found not in (self._acknowledged, self._acknowledged + 1):
+                self._detach()
+                raise StoreError(
+                    "io", f"stands at transaction {found}, acknowledged was {self._acknowledged}"
+                )
+        self._broken = False
+
+    def _mark_open(self) -> None:
+        """What was written without syncs in another life becomes durable first, if this one promises it."""
+        if self._durability is Durability.POWER:
+            self._env.sync(force=True)
+        inspections.mark_open(self._path, self._durability, self._boot)
+        self._marked_open = True
 
     # transactions
 
     def _reading(self) -> _Snapshot:
-        return _Snapshot(self._env)
+        return _Snapshot(self._gate, self._begin_reading)
+
+    def _begin_reading(self) -> Any:
+        if self._env is None:
+            raise StoreError("io", f"{self._path}: closed by a failure")
+        try:
+            return self._env.begin(buffers=True)
+        except lmdb.Error as error:
+            raise StoreError("io", f"read failed: {error}") from error
 
     @contextmanager
-    def _writing(self) -> Iterator[tuple[Any, _Usage]]:
-        """A transaction and the running totals. They are counted anew after anything went wrong half way."""
+    def _writing(self) -> Iterator[_Change]:
+        """A transaction that keeps the totals. After lmdb failed in it, nothing is believed before it is opened again."""
         try:
-            usage = self._usage or self._take_stock()
-            self._usage = None
+            if self._broken:
+                self._attach_again()
+            if not self._marked_open:
+                self._mark_open()
             with self._env.begin(write=True) as txn:
-                yield txn, usage
-        except (lmdb.MapFullError, lmdb.DiskError) as error:
-            raise StoreError("full", f"write failed: {error}") from error
-        except (lmdb.Error, _Damaged) as error:
-            raise StoreError(self._blame(), f"write failed: {error}") from error
-        self._usage = usage
-        self._statistics = usage.statistics()
+                before = txn.get(_TOTALS_NAME, db=self._meta)
+                change = _Change(txn, self._load_totals(txn), self._foreign_behind)
+                yield change
+                if change.recount:
+                    change.totals = self._recount(txn)
+                after = change.totals.packed()
+                if after != before:
+                    txn.put(_TOTALS_NAME, after, db=self._meta)
+                statistics = self._statistics_of(txn, change.totals)
+            self._acknowledged = self._standing()
+        except lmdb.Error as error:
+            self._broken = self._suspect = True
+            raise StoreError(self._blame(error), f"write failed: {error}") from error
+        except OSError as error:
+            raise StoreError(_reason_of(error), f"write failed: {error}") from error
+        self._statistics = statistics
+        self._foreign_behind = change.foreign_behind
 
-    def _blame(self) -> str:
+    def _check_free_space(self, wanted: int) -> None:
+        """Before LMDB meets the end of the file system. Raises `StoreError("full")`."""
+        if not self._limits.min_free_bytes:
+            return
+        try:
+            free = _free_bytes(self._path)
+        except OSError as error:
+            raise StoreError("io", f"no free space known: {error}") from error
+        if free - wanted < self._limits.min_free_bytes:
+            raise StoreError(
+                "full", f"{free} bytes are free, {self._limits.min_free_bytes} are to stay so"
+            )
+
+    def _blame(self, error: lmdb.Error) -> str:
         """LMDB 0.9 calls a short write an I/O error, so ask the file system whether it is merely full."""
-        status = os.statvfs(self._env.path())
-        return "full" if status.f_bavail * status.f_frsize < self._record_bytes else "io"
+        if isinstance(error, lmdb.MapFullError | lmdb.DiskError):
+            return "full"
+        try:
+            return "full" if _free_bytes(self._path) < self._record_bytes else "io"
+        except OSError:
+            return "io"
+
+    # totals
+
+    def _statistics_of(self, txn: Any, totals: _Totals) -> StoreStatistics:
+        own = totals.blocks[self._fingerprint]
+        return StoreStatistics(
+            blocks=own,
+            foreign_blocks=max(0, txn.stat(db=self._blocks)["entries"] - own),
+            block_bytes=totals.block_bytes,
+            manifests=txn.stat(db=self._manifests)["entries"],
+            manifest_bytes=totals.manifest_bytes,
+        )
+
+    def _load_totals(self, txn: Any) -> _Totals:
+        totals = _Totals.unpacked(txn.get(_TOTALS_NAME, db=self._meta) or b"")
+        if totals is None:
+            _log.warning("%s: its totals are damaged: counting anew", self._path)
+            totals = self._recount(txn)
+        return totals
+
+    def _recount(self, txn: Any) -> _Totals:
+        """Walk all tables but the blocks. A record without an index entry is taken for one of ours in size."""
+        totals = _Totals()
+        entries = txn.stat(db=self._index)["entries"]
+        for key, value in txn.cursor(db=self._index):
+            entry = _index_entry(key, value)
+            if entry is None:
+                found = txn.get(key, db=self._blocks)
+                totals.block_bytes += 0 if found is None else record_bytes_on_disk(len(found))
+            else:
+                totals.block_bytes += record_bytes_on_disk(entry.record_bytes)
+                totals.blocks[entry.fingerprint] += 1
+        orphans = max(0, txn.stat(db=self._blocks)["entries"] - entries)
+        totals.block_bytes += orphans * record_bytes_on_disk(self._record_bytes)
+        for _, value in txn.cursor(db=self._manifests):
+            totals.manifest_bytes += len(value) - _AGE.size
+            totals.next_age = max(totals.next_age, _AGE.unpack_from(value)[0] + 1)
+        return totals
 
     # blocks
 
-    def _put_block(self, txn: Any, usage: _Usage, block: BlockWrite) -> None:
-        head = record.encode_head(
+    def _put_block(self, change: _Change, block: BlockWrite) -> None:
+        head = encode_head(
             fingerprint=self._fingerprint,
             key=block.key,
             parent=block.parent,
@@ -378,49 +653,81 @@ class LmdbStore:
             self._fingerprint, block.root, block.parent, block.depth, block.last_used, size
         )
         entry += struct.pack(f"<{len(block.tokens)}I", *block.tokens)
-        txn.put(block.key, b"".join((head, block.payload)), db=self._blocks)
-        txn.put(block.key, _seal(block.key, entry), db=self._index)
-        usage.block_bytes -= usage.blocks.get(block.key, 0)
-        usage.blocks[block.key] = self._bytes_on_disk(block)
-        usage.block_bytes += usage.blocks[block.key]
-        usage.foreign.pop(block.key, None)
+        self._discount(change, block.key)
+        change.txn.put(block.key, b"".join((head, block.payload)), db=self._blocks)
+        change.txn.put(block.key, _seal(block.key, entry), db=self._index)
+        change.totals.block_bytes += _bytes_on_disk(block)
+        change.totals.blocks[self._fingerprint] += 1
+
+    def _drop_block(self, change: _Change, key: BlockKey) -> None:
+        self._discount(change, key)
+        change.txn.delete(key, db=self._blocks)
+        change.txn.delete(key, db=self._index)
+
+    def _discount(self, change: _Change, key: BlockKey) -> None:
+        """Take a record that goes, or is replaced, out of the totals."""
+        self._unsound.discard(key)
+        counted = self._counted_as(change.txn, key)
+        if counted is None:
+            return
+        fingerprint, size = counted
+        change.totals.block_bytes -= size
+        if fingerprint is None:
+            change.recount = True
+        else:
+            change.totals.blocks[fingerprint] -= 1
+
+    def _counted_as(self, txn: Any, key: BlockKey) -> tuple[bytes | None, int] | None:
+        """Whose record it is, None if nobody knows any more, and its bytes on disk."""
+        value = txn.get(key, db=self._index)
+        entry = None if value is None else _index_entry(key, value)
+        if entry is not None:
+            return entry.fingerprint, record_bytes_on_disk(entry.record_bytes)
+        found = txn.get(key, db=self._blocks)  # costs its pages; only damage leads here
+        if found is not None:
+            return None, record_bytes_on_disk(len(found))
+        return None if value is None else (None, 0)
+
+    def _size(self, txn: Any, key: BlockKey) -> int:
+        counted = self._counted_as(txn, key)
+        return 0 if counted is None else counted[1]
 
     def _own_entry(self, key: bytes, value: memoryview | bytes) -> IndexEntry | None:
         found = _index_entry(key, value)
-        return found.own if found and found.fingerprint == self._fingerprint else None
-
-    def _drop_block(self, txn: Any, usage: _Usage, key: BlockKey) -> None:
-        txn.delete(key, db=self._blocks)
-        txn.delete(key, db=self._index)
-        usage.block_bytes -= usage.blocks.pop(key, 0)
-        usage.foreign.pop(key, None)
+        if found is None:
+            self._unsound.add(bytes(key))  # any reader may; a set is counted right all the same
+            return None
+        return found.own if found.fingerprint == self._fingerprint else None
 
     def _victims(
-        self, usage: _Usage, blocks: Sequence[BlockWrite], drops: Sequence[BlockKey]
+        self, change: _Change, blocks: Sequence[BlockWrite], drops: Sequence[BlockKey]
     ) -> list[BlockKey]:
-        """The foreign records that must go for `blocks` to fit, oldest first. Our own are their owner's to choose."""
-        new = {block.key: self._bytes_on_disk(block) for block in blocks}
+        """The foreign records that must go for `blocks` to fit. Our own are their owner's to choose.
+
+        There is one search for them in a store's life: none come while it is open, so it goes on where it stopped.
+        """
+        new = {block.key: _bytes_on_disk(block) for block in blocks}
         leaving = new.keys() | set(drops)
-        growth = sum(new.values()) - sum(usage.blocks.get(key, 0) for key in leaving)
-        excess = usage.block_bytes + growth - self._limits.block_bytes
+        growth = sum(new.values()) - sum(self._size(change.txn, key) for key in leaving)
+        excess = change.totals.block_bytes + growth - self._limits.block_bytes
         victims: list[BlockKey] = []
         if excess > 0:
-            for key in sorted(
-                usage.foreign.keys() - leaving, key=lambda key: (usage.foreign[key], key)
-            ):
-                victims.append(key)
-                excess -= usage.blocks[key]
+            cursor = change.txn.cursor(db=self._index)
+            behind = cursor.iternext() if _seek_behind(cursor, change.foreign_behind) else ()
+            for key, value in behind:
+                change.foreign_behind = key
+                if key in leaving or self._own_entry(key, value) is not None:
+                    continue
+                victims.append(BlockKey(key))
+                excess -= self._size(change.txn, BlockKey(key))
                 if excess <= 0:
                     break
         # A smaller capacity than last time must not refuse what shrinks the store.
         if excess > 0 and growth > 0:
             raise StoreError(
-                "full", f"{excess} bytes over the capacity of {self._limits.block_bytes}"
+                "capacity", f"{excess} bytes over the capacity of {self._limits.block_bytes}"
             )
         return victims
-
-    def _bytes_on_disk(self, block: BlockWrite) -> int:
-        return record_bytes_on_disk(record.head_size(len(block.tokens)) + block.payload.nbytes)
 
     # manifests
 
@@ -432,88 +739,78 @@ class LmdbStore:
         response = snapshot.get(name, self._names)
         return None if response is None else self._get_manifest(snapshot, Name(bytes(response)))
 
-    def _put_manifest(self, txn: Any, usage: _Usage, manifest: Manifest, data: bytes) -> None:
+    def _put_manifest(self, change: _Change, manifest: Manifest, data: bytes) -> None:
         response = response_name(manifest.tenant, manifest.response_id)
-        self._delete_manifest(txn, usage, response)
-        age = _AGE.pack(usage.next_age)
-        txn.put(response, age + data, db=self._manifests)
-        txn.put(age, _seal(age, _AGE_ENTRY.pack(response, len(data))), db=self._ages)
+        self._delete_manifest(change, response)
+        age = _AGE.pack(change.totals.next_age)
+        change.txn.put(response, age + data, db=self._manifests)
+        change.txn.put(age, _seal(age, _AGE_ENTRY.pack(response, len(data))), db=self._ages)
         for name in other_names(manifest):
-            txn.put(name, response, db=self._names)
-        usage.next_age += 1
-        usage.manifests += 1
-        usage.manifest_bytes += len(data)
+            change.txn.put(name, response, db=self._names)
+        change.totals.next_age += 1
+        change.totals.manifest_bytes += len(data)
 
-    def _delete_manifest(self, txn: Any, usage: _Usage, response: Name) -> None:
-        found = txn.pop(response, db=self._manifests)
+    def _delete_manifest(self, change: _Change, response: Name) -> None:
+        found = change.txn.pop(response, db=self._manifests)
         if found is None:
             return
-        self._forget_age(txn, usage, found[: _AGE.size])
+        change.totals.manifest_bytes -= len(found) - _AGE.size
+        age, data = found[: _AGE.size], found[_AGE.size :]
+        aged = self._aged(change.txn, age)
+        if aged is None or aged.response == response:  # else its age is damaged, and another's
+            change.txn.delete(age, db=self._ages)
         try:
-            manifest = manifests_format.decode(found[_AGE.size :])
+            manifest = manifests_format.decode(data)
         except StoreError:
             return  # its names cannot be known any more; a lookup by one of them finds nothing
         for name in other_names(manifest):
-            if txn.get(name, db=self._names) == response:
-                txn.delete(name, db=self._names)
+            if change.txn.get(name, db=self._names) == response:
+                change.txn.delete(name, db=self._names)
 
-    def _forget_age(self, txn: Any, usage: _Usage, age: bytes) -> Name | None:
-        """The response of that age. The totals count what the ages say, so an entry leaves them as it came."""
-        found = _age_entry(age, txn.pop(age, db=self._ages) or b"")
-        if found is None:
-            return None
-        usage.manifests -= 1
-        usage.manifest_bytes -= found.bytes
-        return found.response
+    def _aged(self, txn: Any, age: bytes) -> _Aged | None:
+        return _age_entry(age, txn.get(age, db=self._ages) or b"")
 
-    def _trim_manifests(self, txn: Any, usage: _Usage) -> None:
-        limits = self._limits
-        while usage.manifests > limits.manifests or usage.manifest_bytes > limits.manifest_bytes:
+    def _trim_manifests(self, change: _Change) -> None:
+        """Oldest first. An age that names nothing goes, and whatever manifest has lost its age with it."""
+        limits, txn = self._limits, change.txn
+        while (
+            txn.stat(db=self._manifests)["entries"] > limits.manifests
+            or change.totals.manifest_bytes > limits.manifest_bytes
+        ):
             cursor = txn.cursor(db=self._ages)
-            cursor.first()
-            response = self._forget_age(txn, usage, cursor.key())
-            if response is not None:
-                self._delete_manifest(txn, usage, response)
+            age = cursor.key() if cursor.first() else b""
+            aged = _age_entry(age, cursor.value()) if age else None
+            if aged is None:
+                if age:
+                    txn.delete(age, db=self._ages)
+                self._drop_ageless(change)
+                continue
+            found = txn.get(aged.response, db=self._manifests) or b""
+            if found[: _AGE.size] == age:
+                self._delete_manifest(change, aged.response)
+            else:
+                txn.delete(age, db=self._ages)
 
-    # opening
+    def _drop_ageless(self, change: _Change) -> None:
+        """A walk over all manifests; only damage leads here."""
+        ageless = [
+            Name(name)
+            for name, value in change.txn.cursor(db=self._manifests)
+            if (aged := self._aged(change.txn, value[: _AGE.size])) is None or aged.response != name
+        ]
+        for name in ageless:
+            self._delete_manifest(change, name)
 
     def _try_writing(self) -> None:
         """Make LMDB look at its list of free pages, which no read does. A full or failing disk is no damage."""
         try:
-            with self._env.begin(write=True) as txn:
-                txn.put(_TRIAL, b"", db=self._names)
-                txn.delete(_TRIAL, db=self._names)
-        except _DAMAGE:
-            raise
-        except lmdb.Error as error:
+            with self._writing() as change:
+                change.txn.put(_TRIAL, b"", db=self._names)
+                change.txn.delete(_TRIAL, db=self._names)
+        except StoreError as error:
+            if isinstance(error.__cause__, _DAMAGE):
+                raise error.__cause__ from None
             _log.warning("the disk tier starts without being able to write: %s", error)
-
-    def _take_stock(self) -> _Usage:
-        """Read the small tables through. Raises what lmdb raises: the caller knows what it means."""
-        usage = _Usage({}, 0, {}, 0, 0, 0)
-        with self._env.begin(buffers=True) as txn:
-            for key, value in txn.cursor(db=self._index):
-                found = _index_entry(key, value)
-                size = found.record_bytes if found else self._record_bytes
-                usage.blocks[BlockKey(bytes(key))] = record_bytes_on_disk(size)
-                if found is None or found.fingerprint != self._fingerprint:
-                    usage.foreign[BlockKey(bytes(key))] = found.own.last_used if found else 0.0
-            if txn.stat(db=self._blocks)["entries"] != len(usage.blocks):
-                # Only damage does this. The walk is slow: lmdb touches every page of every value it passes.
-                for key in txn.cursor(db=self._blocks).iternext(keys=True, values=False):
-                    if BlockKey(bytes(key)) not in usage.blocks:
-                        usage.blocks[BlockKey(bytes(key))] = record_bytes_on_disk(
-                            self._record_bytes
-                        )
-                        usage.foreign[BlockKey(bytes(key))] = 0.0
-            usage.block_bytes = sum(usage.blocks.values())
-            for age, value in txn.cursor(db=self._ages):
-                written = _age_entry(age, value)
-                if written is not None:
-                    usage.next_age = written.age + 1
-                    usage.manifests += 1
-                    usage.manifest_bytes += written.bytes
-        return usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -560,34 +857,64 @@ def _unseal(key: memoryview | bytes, sealed: memoryview | bytes) -> bytes | None
     return value if sealed[:_SEAL_BYTES] == xxhash.xxh3_64_digest(bytes(key) + value) else None
 
 
-def _open_environment(state: StateDir, path: Path, map_bytes: int) -> Any:
-    """The environment at `path`, created empty where there is none."""
-    beside = path.with_name(path.name + ".new")
-    if beside.is_dir():
-        shutil.rmtree(beside)  # a crash while creating; we hold the lock
-    if not os.path.lexists(path):
-        beside.mkdir(mode=0o700)
-        env = _environment(beside, map_bytes)
-        for table in _TABLES:
-            env.open_db(table)
+def _bytes_on_disk(block: BlockWrite) -> int:
+    return record_bytes_on_disk(head_size(len(block.tokens)) + block.payload.nbytes)
+
+
+def _free_bytes(path: Path) -> int:
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def _reason_of(error: OSError) -> str:
+    return "full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "io"
+
+
+def _seek_behind(cursor: Any, after: bytes | None) -> bool:
+    """Put `cursor` on the first key behind `after`; False if there is none."""
+    there: bool = cursor.set_range(after) if after else cursor.first()
+    return bool(cursor.next()) if there and cursor.key() == after else there
+
+
+def _settle(state: StateDir, inspection: Inspection) -> None:
+    """Make sure that there is an environment which may be mapped. Raises `Damaged`, and what the disk raises."""
+    match inspection.finding:
+        case Finding.UNSYNCED:
+            _log.warning(
+                "%s was written without syncs, and the machine has started anew since: deleted",
+                inspection.path,
+            )
+            inspections.discard(state, inspection.path)
+            _create(state, inspection.path)
+        case Finding.NOTHING_THERE:
+            _create(state, inspection.path)
+        case Finding.UNCLEAN:
+            inspection.join()
+        case Finding.CLEAN:
+            pass
+
+
+def _create(state: StateDir, path: Path) -> None:
+    beside = inspections.beside(path)
+    beside.mkdir(mode=0o700)
+    env = _environment(beside, _SCRUB_MAP_BYTES, Durability.POWER)
+    try:
         with env.begin(write=True) as txn:
-            version = _seal(_FORMAT_NAME, _VERSION.pack(_FORMAT))
-            txn.put(_FORMAT_NAME, version, db=env.open_db(b"meta", txn=txn, create=False))
+            *_, meta = (env.open_db(table, txn=txn) for table in _TABLES)
+            txn.put(_FORMAT_NAME, _seal(_FORMAT_NAME, _VERSION.pack(_FORMAT)), db=meta)
+            txn.put(_TOTALS_NAME, _Totals().packed(), db=meta)
+    finally:
         env.close()
-        for file in beside.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        sync_directory(beside)
-        beside.rename(path)
-        sync_directory(state.path)
-    make_private(path)
-    for file in path.iterdir():
-        make_private(file)
-    _check_length(path, map_bytes)
-    return _environment(path, map_bytes)
+    inspections.mark_clean(beside)
+    for file in beside.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    sync_directory(beside)
+    beside.rename(path)
+    sync_directory(state.path)
 
 
-def _environment(path: Path, map_bytes: int) -> Any:
+def _environment(path: Path, map_bytes: int, durability: Durability) -> Any:
     return lmdb.open(
         str(path),
         map_size=map_bytes,
@@ -595,52 +922,25 @@ def _environment(path: Path, map_bytes: int) -> Any:
         max_dbs=len(_TABLES),
         max_readers=_MAX_READERS,
         readahead=True,
+        sync=durability is Durability.POWER,
         lib_version=_ENGINE,
     )
 
 
 def _tables(env: Any) -> list[Any]:
     """Every table of a whole environment in our format. Raises `_OtherFormat`, and what lmdb raises where one is missing."""
-    *tables, meta = (env.open_db(name, create=name == b"meta") for name in _TABLES)
+    *tables, meta = _TABLES
+    opened = [env.open_db(name, create=False) for name in tables]
+    try:
+        opened.append(env.open_db(meta, create=False))
+    except lmdb.NotFoundError:
+        raise _OtherFormat("it is older than its format's name") from None
     with env.begin() as txn:
-        written = _unseal(_FORMAT_NAME, txn.get(_FORMAT_NAME, db=meta) or b"")
-    if written is None or written != _VERSION.pack(_FORMAT):
+        written = _unseal(_FORMAT_NAME, txn.get(_FORMAT_NAME, db=opened[-1]) or b"")
+    if written != _VERSION.pack(_FORMAT):
         found = "unknown" if written is None else str(int.from_bytes(written, "little"))
         raise _OtherFormat(f"its format is {found}, this is format {_FORMAT}")
-    return [*tables, meta]
-
-
-def _check_length(path: Path, map_bytes: int) -> None:
-    """Make sure that no page LMDB may touch lies beyond the end of its file. Raises `_Damaged`."""
-    env = _environment(path, map_bytes)
-    expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    env.close()
-    data = path / "data.mdb"
-    missing = expected - data.stat().st_size
-    if missing <= 0:
-        return
-    if missing > _LONGEST_HOLE:
-        raise _Damaged(f"{missing} of {expected} bytes are missing from its end")
-    _log.warning("%s is %d bytes shorter than expected: checking all of it", data, missing)
-    walk = [sys.executable, "-m", __name__, str(path)]
-    try:
-        subprocess.run(
-            walk, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=_WALK_S
-        )
-    except subprocess.SubprocessError as error:
-        raise _Damaged(f"its end is missing: {error}") from error
-    os.truncate(data, expected)
-
-
-def _walk(path: str) -> None:
-    """Touch every page of every table."""
-    env = _environment(Path(path), _SCRUB_MAP_BYTES)
-    for name in _TABLES:
-        table = env.open_db(name, create=False)
-        with env.begin(buffers=True) as txn:
-            for _ in txn.cursor(db=table):  # lmdb itself reads one byte of each page it passes
-                pass
-    env.close()
+    return opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -648,83 +948,82 @@ class ScrubStep:
     """One record looked at. `reason` is None for a good one, else why it would be refused."""
 
     done: int
-    total: int
+    total: int  # may grow at the end, where records are found that no index names
     name: str  # of the record, in hexadecimal
     reason: str | None
 
 
 def scrub(state: StateDir) -> Iterator[ScrubStep]:
-    """Verify every byte of every block, whichever model's, and every manifest. Changes nothing.
+    """Verify every byte of every block, whichever model's, and every manifest. Changes nothing, needs no model.
 
-    Raises `StoreError("io")` where the environment cannot be walked; the daemon would put it aside and start empty.
+    A record that the index does not name has the reason "index", an entry without its record "missing"; a manifest whose
+    age does not name it "age". Raises `StoreError("io")` where the daemon would put the environment aside and begin empty.
     """
-    path = state.path / _ENVIRONMENT
-    if not os.path.lexists(path):
-        return
     try:
-        env = _open_environment(state, path, _SCRUB_MAP_BYTES)
+        inspection = inspections.inspect(state, this_boot())
+        path = inspection.path
+        match inspection.finding:
+            case Finding.NOTHING_THERE:
+                return
+            case Finding.UNSYNCED:
+                raise StoreError("io", f"{path}: was not synced before the machine started anew")
+            case Finding.UNCLEAN | Finding.CLEAN:
+                inspection.join()
+        env = _environment(path, _SCRUB_MAP_BYTES, Durability.POWER)
         try:
             yield from _scrub(env)
         finally:
             env.close()
-    except (OSError, lmdb.Error, _Damaged, _OtherFormat) as error:
-        raise StoreError("io", f"{path}: cannot be walked: {error}") from error
+    except (OSError, lmdb.Error, Damaged, _OtherFormat) as error:
+        raise StoreError("io", f"the disk tier cannot be walked: {error}") from error
 
 
 def _scrub(env: Any) -> Iterator[ScrubStep]:
-    tables = dict(zip(_TABLES, _tables(env), strict=True))
-    blocks, names = (
-        _keys_of(env, tables[b"index"], tables[b"blocks"]),
-        _keys_of(env, tables[b"manifests"]),
-    )
-    total = len(blocks) + len(names)
-    for done, key in enumerate(blocks, 1):
-        yield ScrubStep(done, total, key.hex(), _fault_of_block(env, tables, BlockKey(key)))
-    for done, name in enumerate(names, len(blocks) + 1):
-        yield ScrubStep(done, total, name.hex(), _fault_of_manifest(env, tables, Name(name)))
-
-
-def _keys_of(env: Any, *tables: Any) -> list[bytes]:
+    blocks, index, manifests, ages, _, _ = _tables(env)
+    keys, names = _keys_of(env, index), _keys_of(env, manifests)
     with env.begin() as txn:
-        keys = {
-            key
-            for table in tables
-            for key in txn.cursor(db=table).iternext(keys=True, values=False)
-        }
-    return sorted(keys)
+        records = txn.stat(db=blocks)["entries"]
+    total, done = len(keys) + len(names), 0
+    for key in keys:
+        done += 1
+        with env.begin(buffers=True) as txn:
+            value, found = txn.get(key, db=index), txn.get(key, db=blocks)
+            records -= found is not None
+            reason = _fault_of_block(BlockKey(key), value, found)
+        yield ScrubStep(done, total, key.hex(), reason)
+    for name in names:
+        done += 1
+        with env.begin() as txn:
+            found = txn.get(name, db=manifests)
+            aged = _age_entry(found[: _AGE.size], txn.get(found[: _AGE.size], db=ages) or b"")
+        yield ScrubStep(done, total, name.hex(), _fault_of_manifest(Name(name), found, aged))
+    total += records
+    if records:  # the walk that touches every page again
+        for key in set(_keys_of(env, blocks)).difference(keys):
+            done += 1
+            yield ScrubStep(done, total, key.hex(), "index")
 
 
-def _fault_of_block(env: Any, tables: dict[bytes, Any], key: BlockKey) -> str | None:
-    with env.begin(buffers=True) as txn:
-        written = txn.get(key, db=tables[b"index"])
-        found = txn.get(key, db=tables[b"blocks"])
-        entry = None if written is None else _index_entry(key, written)
-        if entry is None:
-            return "index"
-        if found is None:
-            return "missing"
-        try:
-            record.verify(
-                found,
-                fingerprint=entry.fingerprint,
-                key=key,
-                parent=entry.own.parent,
-                tokens=entry.own.tokens,
-            )
-        except StoreError as error:
-            return error.reason
-    return None
-
-
-def _fault_of_manifest(env: Any, tables: dict[bytes, Any], name: Name) -> str | None:
+def _keys_of(env: Any, table: Any) -> list[bytes]:
     with env.begin() as txn:
-        found = txn.get(name, db=tables[b"manifests"])
+        return list(txn.cursor(db=table).iternext(keys=True, values=False))
+
+
+def _fault_of_block(
+    key: BlockKey, value: memoryview | None, found: memoryview | None
+) -> str | None:
+    """`value` is its entry in the index, `found` the record."""
+    entry = None if value is None else _index_entry(key, value)
+    if entry is None:
+        return "index"
+    return "missing" if found is None else fault(found, entry.fingerprint, entry.own)
+
+
+def _fault_of_manifest(name: Name, found: bytes, aged: _Aged | None) -> str | None:
     try:
         manifest = manifests_format.decode(found[_AGE.size :])
     except StoreError as error:
         return error.reason
-    return None if response_name(manifest.tenant, manifest.response_id) == name else "key"
-
-
-if __name__ == "__main__":  # what _check_length runs
-    _walk(sys.argv[1])
+    if response_name(manifest.tenant, manifest.response_id) != name:
+        return "key"
+    return None if aged is not None and aged.response == name else "age"

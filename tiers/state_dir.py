@@ -13,12 +13,10 @@ import logging
 import os
 import shutil
 import stat
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
 
 _LOCK = "homeport.lock"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _log = logging.getLogger(__name__)
 
 
@@ -85,6 +83,29 @@ def make_private(path: Path) -> None:
     if status.st_mode & 0o077:
         _log.warning("%s was open to other users: mode %o", path, stat.S_IMODE(status.st_mode))
         path.chmod(0o700 if stat.S_ISDIR(status.st_mode) else 0o600)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Old content or new content, whatever happens, and the new one durably on return. Raises `OSError`."""
+    beside = path.with_name(path.name + ".new")
+    fd = os.open(
+        beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+    )
+    try:
+        os.write(fd, content)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(beside, path)
+    sync_directory(path.parent)
+
+
+def this_boot() -> str:
+    """What the running kernel calls this life of its; empty where it does not say, which then equals nothing."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
 
 
 def sync_directory(path: Path) -> None:

@@ -6,13 +6,15 @@ Laws
     `write` is one transaction: when it returns, everything in it is durable; when it raises, nothing of it is there.
     `read` fills the caller's buffer with the verified payload, or raises and leaves the buffer alone.
     Records of another model share the capacity but are invisible: never read, never indexed, and the first to go
-    when room is needed. They stay until then, so that switching back to a model finds its cache.
+    when room is needed, in the order of keys: to go by age, all of them would have to be known. They stay until then,
+    so that switching back to a model finds its cache.
     Manifests have a budget of their own; the oldest goes first. A lookup under one tenant never finds another's.
     A response that is not `stored` has no id here: only its items and its content find it.
 """
 
 from __future__ import annotations
 
+import enum
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType, Protocol
@@ -66,6 +68,15 @@ class ForgottenResponse:
     shared_keys: tuple[BlockKey, ...]
 
 
+class Durability(enum.Enum):
+    """What an acknowledged write survives."""
+
+    POWER = "power"  # the loss of power
+    PROCESS = (
+        "process"  # the death of this process; after that of the kernel the store begins empty
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
     """Budgets. `block_bytes` counts whole pages, as the disk does."""
@@ -73,17 +84,40 @@ class StoreLimits:
     block_bytes: int
     manifests: int = 100_000
     manifest_bytes: int = 1 << 30
+    min_free_bytes: int = 0  # of the file system: below that no block is taken
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStatistics:
-    """`blocks` are this model's; `foreign_blocks` belong to other models or failed a check at start."""
+    """`blocks` are this model's; `foreign_blocks` belong to other models, or to nobody knows whom."""
 
     blocks: int
     foreign_blocks: int
     block_bytes: int  # of both
     manifests: int
     manifest_bytes: int
+    unsound_entries: int = 0  # of the index, met while it was read; their records are not used
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """One record looked at. `reason` is None for a good one, else why it would be refused.
+
+    A `listed` one the index names as this model's, so its owner may count on it; the others only take room.
+    """
+
+    key: BlockKey
+    bytes: int
+    reason: str | None
+    listed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderCheck:
+    """Reads under way. One that does not end keeps every page that was freed since."""
+
+    oldest_s: float
+    cleared: int  # places of readers that died
 
 
 class BlockStore(Protocol):
@@ -103,7 +137,8 @@ class BlockStore(Protocol):
     ) -> None:
         """Drop, then write blocks (replacing equal keys), then manifests (replacing equal ids), durably.
 
-        Raises `StoreError`: full, io, or manifest for one over its limits.
+        Raises `StoreError`: capacity, where these blocks are over the budget; full, where the file system has no room,
+        perhaps for less; io; or manifest for one over its limits.
         """
         ...
 
@@ -140,6 +175,16 @@ class BlockStore(Protocol):
         Its blocks stay: they belong to no id. Their keys are returned, for whoever knows who else needs them.
         """
         ...
+
+    def examine(self, after: BlockKey | None) -> Examined | None:
+        """Read and verify the next record behind `after`, whichever model's; None: that was the last. Raises `StoreError`."""
+        ...
+
+    def discard(self, key: BlockKey) -> None:
+        """Delete, durably, a record that is not `listed`, and bad if it is foreign; any other stays. Raises `StoreError`."""
+        ...
+
+    def check_readers(self) -> ReaderCheck: ...
 
     def statistics(self) -> StoreStatistics: ...
 
@@ -260,9 +305,7 @@ class MemoryStore:
         before, now = (sum(map(_bytes_of, blocks.values())) for blocks in (self._blocks, after))
         excess = now - self._limits.block_bytes
         foreign = [stored for stored in after.values() if stored.fingerprint != self._fingerprint]
-        for stored in sorted(
-            foreign, key=lambda stored: (stored.entry.last_used, stored.entry.key)
-        ):
+        for stored in sorted(foreign, key=lambda stored: stored.entry.key):
             if excess <= 0:
                 break
             excess -= _bytes_of(stored)
@@ -270,7 +313,7 @@ class MemoryStore:
         # A smaller capacity than last time must not refuse what shrinks the store.
         if excess > 0 and now > before:
             raise StoreError(
-                "full", f"{excess} bytes over the capacity of {self._limits.block_bytes}"
+                "capacity", f"{excess} bytes over the capacity of {self._limits.block_bytes}"
             )
         self._blocks = after
         for manifest, data in encoded:
@@ -315,6 +358,25 @@ class MemoryStore:
             return None
         self._remove_manifest(response_name(tenant, response_id))
         return forgotten_response(self, found)
+
+    def examine(self, after: BlockKey | None) -> Examined | None:
+        behind = [key for key in self._blocks if after is None or key > after]
+        if not behind:
+            return None
+        stored = self._blocks[min(behind)]
+        reason = fault(memoryview(stored.record), stored.fingerprint, stored.entry)
+        own = stored.fingerprint == self._fingerprint
+        return Examined(stored.entry.key, len(stored.record), reason, own)
+
+    def discard(self, key: BlockKey) -> None:
+        stored = self._blocks.get(key)
+        if stored is None or stored.fingerprint == self._fingerprint:
+            return
+        if fault(memoryview(stored.record), stored.fingerprint, stored.entry) is not None:
+            del self._blocks[key]
+
+    def check_readers(self) -> ReaderCheck:
+        return ReaderCheck(0.0, 0)
 
     def statistics(self) -> StoreStatistics:
         own = sum(stored.fingerprint == self._fingerprint for stored in self._blocks.values())
@@ -382,6 +444,17 @@ def forgotten_response(store: BlockStore, deleted: Manifest) -> ForgottenRespons
             parent = store.find_response(deleted.tenant, deleted.parent)
             shared = () if parent is None else parent.keys
     return ForgottenResponse(deleted.keys, shared)
+
+
+def fault(found: memoryview, fingerprint: bytes, entry: IndexEntry) -> str | None:
+    """Why a record would be refused, if it would."""
+    try:
+        record.verify(
+            found, fingerprint=fingerprint, key=entry.key, parent=entry.parent, tokens=entry.tokens
+        )
+    except StoreError as error:
+        return error.reason
+    return None
 
 
 def check_manifest_fits(encoded: bytes, limits: StoreLimits) -> None:

@@ -1,18 +1,19 @@
 """The disk threads: every command answered once, in order, after the commit; bounded; ended by a stop."""
 
 from contextlib import contextmanager
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Event
+from types import SimpleNamespace
 
-import lmdb
 import pytest
 import trio
 
-from tests.tiers.faulty_lmdb import Countdown, FaultyEnv
+from tests.tiers.faulty_lmdb import Fault, faulty_disk
 from tiers.block import Drop, Fetch, Slot, Spill, StoreError, Tier, chain_key, root_key
 from tiers.disk import (
     ChainFound,
     DiskReader,
+    DiskState,
     DiskWriter,
     Failed,
     Forgotten,
@@ -21,11 +22,14 @@ from tiers.disk import (
     Landed,
     Persisted,
     PersistFailed,
+    Rotten,
+    Scrubber,
+    Stop,
 )
 from tiers.lmdb_store import LmdbStore
 from tiers.manifest import MAX_BODY_BYTES, Manifest
 from tiers.state_dir import StateDir
-from tiers.store import MemoryStore, StoreLimits, whole_index
+from tiers.store import MemoryStore, ReaderCheck, StoreLimits, whole_index
 
 FINGERPRINT = b"f" * 32
 ROOT = root_key(FINGERPRINT, b"")
@@ -85,6 +89,14 @@ class Gate:
 
     def __getattr__(self, name):
         return getattr(self._store, name)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Answers:
@@ -259,8 +271,8 @@ async def test_a_spill_without_room_fails_alone():
     writer.stop()
     await run_to_the_end(writer)
     assert answers.taken() == [
-        Failed(spill(20)[0], "full"),
-        Failed(spill(21)[0], "full"),
+        Failed(spill(20)[0], "capacity"),
+        Failed(spill(21)[0], "capacity"),
         Landed(drop(0)),
         Persisted(1),
         Landed(spill(22)[0]),
@@ -281,26 +293,270 @@ async def test_a_manifest_over_its_limits_fails_alone_and_the_thread_lives_on(tm
     assert answers.taken() == [Landed(spill(1)[0]), PersistFailed(1, "manifest"), Persisted(2)]
 
 
-async def test_a_failing_disk_answers_each_command_and_serves_again_when_it_heals(tmp_path):
-    answers = Answers()
-    with opened(tmp_path) as store:
-        healthy = store._env
-        for calls in range(1, 25):
-            store._env = FaultyEnv(healthy, Countdown(calls, lmdb.Error))
-            writer = writer_of(store, answers)
-            writer.offer_blocks([spill(1)], manifest("r"), 1)
+@pytest.mark.parametrize("fault", Fault)
+async def test_a_disk_that_fails_at_any_call_answers_each_command_and_serves_again(tmp_path, fault):
+    """The n-th call of the disk fails, n = 1, 2, 3, until a run meets no fault."""
+    answers, clock = Answers(), Clock()
+    with faulty_disk() as faults, opened(tmp_path) as store:
+        n = 0
+        while n == 0 or faults.fired:
+            n += 1
+            writer = writer_of(store, answers, monotonic=clock)
+            faults.arm(n, fault)
+            assert writer.offer_blocks([spill(1)], manifest("r"), 1)
+            writer.drop(drop(2))
             writer.forget_response("", "r", 2)
             writer.stop()
             await run_to_the_end(writer)
-            first, second, third = answers.taken()
-            assert first in (Landed(spill(1)[0]), Failed(spill(1)[0], "io"))
-            assert second == (Persisted(1) if isinstance(first, Landed) else PersistFailed(1, "io"))
-            assert third in (
-                PersistFailed(2, "io"),
-                Forgotten(2, existed=isinstance(first, Landed)),
-            )
-        store._env = healthy
-        assert third == Forgotten(2, existed=True)
+            faults.disarm()
+            spilled, persisted, dropped, forgotten = answers.taken()
+            assert spilled in (Landed(spill(1)[0]), *refusals(spill(1)[0]))
+            assert persisted in (Persisted(1), PersistFailed(1, "io"), PersistFailed(1, "full"))
+            assert dropped in (Landed(drop(2)), *refusals(drop(2)))
+            known = isinstance(persisted, Persisted)
+            assert isinstance(forgotten, PersistFailed) or forgotten.existed >= known
+            clock.now += 10
+            assert writer.offer_blocks([spill(1), spill(2)])  # a probe is due
+            writer.stop()
+            await run_to_the_end(writer)
+            assert answers.taken() == [Landed(spill(1)[0]), Landed(spill(2)[0])]
+            assert writer.statistics().state is DiskState.OK
+            assert present(store) == keys(1, 2)
+        assert n > 30
+
+
+def refusals(action) -> list[Failed]:
+    return [Failed(action, "io"), Failed(action, "full")]
+
+
+async def test_a_degraded_disk_refuses_spills_at_once_probes_and_resumes(caplog):
+    class Full(MemoryStore):
+        full = True
+
+        def write(self, *, blocks=(), manifests=(), drops=()) -> None:
+            if self.full and blocks:
+                raise StoreError("full", "no space")
+            super().write(blocks=blocks, manifests=manifests, drops=drops)
+
+    store, answers, clock = Full(**SHAPE), Answers(), Clock()
+    writer = writer_of(store, answers, monotonic=clock, probe_s=3.0)
+
+    async def settled(*given) -> list:
+        """Whether the offer was taken, and what was answered."""
+        taken = writer.offer_blocks(*given)
+        writer.stop()
+        await run_to_the_end(writer)
+        return [taken, *answers.taken()]
+
+    assert writer.statistics().state is DiskState.OK
+    assert await settled([spill(1)], manifest("a"), 1) == [
+        True,
+        Failed(spill(1)[0], "full"),
+        Persisted(1),  # a manifest needs no block
+    ]
+    for _ in range(3):
+        assert await settled([spill(1)], manifest("b"), 2) == [False]
+        assert await settled([], manifest("b"), 2) == [True, Persisted(2)]
+    clock.now += 2.9
+    assert await settled([spill(1)]) == [False]
+    clock.now += 0.1
+    assert await settled([spill(1)]) == [True, Failed(spill(1)[0], "full")]
+    assert await settled([spill(1)]) == [False]
+    found = writer.statistics()
+    assert (found.state, found.reason, found.refused) == (DiskState.DEGRADED, "full", 5)
+    assert found.failures == {"full": 2}
+    assert found.degraded_s == pytest.approx(3.0)
+    store.full = False
+    clock.now += 3.0
+    assert await settled([spill(1)]) == [True, Landed(spill(1)[0])]
+    assert writer.statistics().state is DiskState.OK
+    assert await settled([spill(2)]) == [True, Landed(spill(2)[0])]
+    said = [line.getMessage() for line in caplog.records if line.levelname == "WARNING"]
+    assert said == [
+        "the disk tier is degraded: full: no space",
+        "the disk tier has resumed after 6 s and 2 failures",
+    ]
+
+
+async def test_what_waits_when_the_disk_fails_is_refused_without_trying(tmp_path):
+    class Broken(MemoryStore):
+        tried = 0
+
+        def write(self, *, blocks=(), manifests=(), drops=()) -> None:
+            self.tried += bool(blocks)
+            raise StoreError("io", "broken")
+
+    store, answers = Broken(**SHAPE), Answers()
+    writer = writer_of(store, answers, batch_bytes=PAYLOAD_BYTES, monotonic=Clock())
+    for number in range(6):
+        assert writer.offer_blocks([spill(number)])
+    writer.stop()
+    await run_to_the_end(writer)
+    assert answers.taken() == [Failed(spill(number)[0], "io") for number in range(6)]
+    assert store.tried == 1
+    assert writer.idle
+
+
+async def test_blocks_over_the_budget_are_no_trouble_of_the_disk():
+    answers, store = Answers(), MemoryStore(**SHAPE)
+    writer = writer_of(store, answers)
+    writer.offer_blocks([spill(number) for number in range(9)])
+    writer.offer_blocks([spill(20)])
+    writer.stop()
+    await run_to_the_end(writer)
+    assert {answer.reason for answer in answers.taken() if isinstance(answer, Failed)} == {
+        "capacity"
+    }
+    assert writer.statistics().state is DiskState.OK
+    assert present(store) == keys(20)
+
+
+async def test_a_manifest_at_fault_takes_no_blocks_along(tmp_path):
+    answers, store = Answers(), MemoryStore(**SHAPE)
+    writer = writer_of(store, answers)
+    writer.offer_blocks([spill(1)], manifest("big", bytes(MAX_BODY_BYTES + 1)), 1)
+    writer.stop()
+    await run_to_the_end(writer)
+    assert answers.taken() == [PersistFailed(1, "manifest"), Landed(spill(1)[0])]
+
+
+async def test_the_readers_are_looked_at_every_minute(caplog):
+    class Held(MemoryStore):
+        def check_readers(self) -> ReaderCheck:
+            return ReaderCheck(90.0, 2)
+
+    answers, clock = Answers(), Clock()
+    writer = writer_of(Held(**SHAPE), answers, monotonic=clock)
+    for minute, cleared in ((0, 0), (1, 2), (1, 2), (2, 4)):
+        clock.now = 60.0 * minute
+        writer.persist(manifest("r"), None)
+        writer.stop()
+        await run_to_the_end(writer)
+        assert writer.statistics().cleared_readers == cleared
+    assert writer.statistics().oldest_read_s == 90.0
+    assert "has not ended for 90 s" in caplog.text
+
+
+async def test_a_read_that_fails_once_is_read_again_and_a_refused_one_is_not():
+    class Shaky(MemoryStore):
+        failures = 0
+        reads = 0
+
+        def read(self, key, parent, tokens, into) -> None:
+            self.reads += 1
+            if self.failures:
+                self.failures -= 1
+                raise StoreError("io", "")
+            super().read(key, parent, tokens, into)
+
+    store, answers = Shaky(**SHAPE), Answers()
+    writer = writer_of(store, answers)
+    writer.offer_blocks([spill(1)])
+    writer.stop()
+    await run_to_the_end(writer)
+    for number, failures, reason, reads in (
+        (1, 0, None, 1),
+        (1, 1, None, 2),
+        (1, 2, "io", 2),
+        (2, 0, "missing", 1),
+    ):
+        answers.taken()
+        store.failures, store.reads = failures, 0
+        reader = DiskReader(store, SimpleQueue(), answers)
+        reader.fetch(fetch(number), memoryview(bytearray(PAYLOAD_BYTES)))
+        reader.stop()
+        await run_to_the_end(reader)
+        expected = Landed(fetch(number)) if reason is None else Failed(fetch(number), reason)
+        assert answers.taken() == [expected]
+        assert store.reads == reads
+
+
+class Waits:
+    """An inbox that notes how long the scrubber would wait, and ends it after so many waits."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+        self.waits: list[float] = []
+
+    def get(self, timeout: float) -> Stop:
+        self.waits.append(timeout)
+        self.left -= 1
+        if self.left < 0:
+            return Stop()
+        raise Empty
+
+
+def scrubber_of(store, answers, writer, inbox, fetches=None) -> Scrubber:
+    fetches = fetches or SimpleQueue()
+    return Scrubber(store, inbox, answers, writer=writer, fetches=fetches, bytes_per_s=1000.0)
+
+
+async def test_the_scrubber_reads_everything_at_its_rate_and_reports_what_is_rotten(tmp_path):
+    answers = Answers()
+    with opened(tmp_path) as store:
+        writer = writer_of(store, answers)
+        writer.offer_blocks([spill(number) for number in range(5)])
+        writer.stop()
+        await run_to_the_end(writer)
+        answers.taken()
+        discarded = []
+        rotten, unlisted, orphan = (spill(number)[0].key for number in (1, 2, 3))
+        with store._env.begin(write=True) as txn:
+            for key, table in ((rotten, store._blocks), (unlisted, store._index)):
+                value = bytearray(txn.get(key, db=table))
+                value[-1] ^= 4
+                txn.put(key, bytes(value), db=table)
+            txn.delete(orphan, db=store._index)
+        store._acknowledged += 1
+        inbox = Waits(12)
+        scrubber = scrubber_of(
+            store, answers, SimpleNamespace(idle=True, discard=discarded.append), inbox
+        )
+        scrubber.run()
+        size = 512 + PAYLOAD_BYTES
+        assert inbox.waits == [60.0, *[size / 1000] * 5, 60.0, *[size / 1000] * 5, 60.0]
+        assert discarded == sorted((unlisted, orphan)) * 2
+        for key in (*discarded, *keys(0)):
+            writer.discard(key)
+        found = scrubber.statistics()
+        assert (found.records, found.bytes, found.passes) == (10, 10 * size, 2)
+        assert found.bad == {"checksum": 2, "index": 4}
+        assert answers.taken() == [Rotten(rotten, "checksum")] * 2
+        writer.stop()
+        await run_to_the_end(writer)
+        assert present(store) == keys(0, 1, 4)  # the rotten one is for the tables to drop
+        with store._env.begin() as txn:
+            assert txn.stat(db=store._blocks)["entries"] == 3
+            assert store.statistics() == store._statistics_of(txn, store._recount(txn))
+
+
+async def test_the_scrubber_stands_back_and_outlives_a_disk_that_cannot_be_read():
+    class Unreadable(MemoryStore):
+        def examine(self, after):
+            raise StoreError("io", "")
+
+    answers, fetches = Answers(), SimpleQueue()
+    store = MemoryStore(**SHAPE)
+    writer = writer_of(store, answers)
+    fetches.put(Stop())
+    busy = Waits(3)
+    scrubber_of(store, answers, writer, busy, fetches).run()
+    assert busy.waits == [60.0, 0.5, 0.5, 0.5]
+    writer.offer_blocks([spill(1)])
+    busy = Waits(3)
+    scrubber_of(store, answers, writer, busy).run()
+    assert busy.waits == [60.0, 0.5, 0.5, 0.5]
+    broken = Waits(2)
+    scrubber_of(Unreadable(**SHAPE), answers, writer_of(store, answers), broken).run()
+    assert broken.waits == [60.0, 60.0, 60.0]
+
+
+async def test_a_scrubber_ends_when_it_is_told(tmp_path):
+    answers = Answers()
+    store = MemoryStore(**SHAPE)
+    scrubber = scrubber_of(store, answers, writer_of(store, answers), SimpleQueue())
+    scrubber.stop()
+    await run_to_the_end(scrubber)
 
 
 async def test_several_readers_share_the_work_and_stop_after_it(tmp_path):

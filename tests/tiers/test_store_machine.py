@@ -1,4 +1,4 @@
-"""`LmdbStore` and `MemoryStore` through the same rules: what one does, the other does, faults and reopening included.
+"""`LmdbStore` and `MemoryStore` through the same rules: what one does, the other does, faults and crashes included.
 
 Capacities are a few blocks and a few manifests, so that full is the normal case; keys are shared by two models,
 which real keys never are, so that only the fingerprint in the record keeps them apart.
@@ -13,18 +13,17 @@ from operator import methodcaller
 from pathlib import Path
 
 import hypothesis.strategies as st
-import lmdb
-import pytest
 from hypothesis import event, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.tiers.faulty_lmdb import ERRORS, Countdown, FaultyEnv
+from tests.tiers.faulty_lmdb import Fault, faulty_disk
 from tiers.block import StoreError, chain_key, root_key
 from tiers.lmdb_store import LmdbStore, scrub
 from tiers.manifest import Manifest
 from tiers.state_dir import StateDir
 from tiers.store import (
     BlockWrite,
+    Durability,
     IndexEntry,
     MemoryStore,
     StoreLimits,
@@ -36,7 +35,10 @@ MODELS = (b"a" * 32, b"b" * 32)
 PAYLOAD_BYTES = 700
 SLOTS = 4
 RECORD_BYTES = record_bytes_on_disk(512 + PAYLOAD_BYTES)
-LIMITS = StoreLimits(block_bytes=SLOTS * RECORD_BYTES, manifests=3, manifest_bytes=1500)
+MIN_FREE = 1000
+LIMITS = StoreLimits(
+    block_bytes=SLOTS * RECORD_BYTES, manifests=3, manifest_bytes=1500, min_free_bytes=MIN_FREE
+)
 SHAPE = {"payload_bytes": PAYLOAD_BYTES, "block_tokens": 4, "limits": LIMITS}
 POISON = 0xEE
 
@@ -81,7 +83,7 @@ some_manifests = st.lists(
     ),
     max_size=3,
 )
-faults = st.builds(Countdown, st.integers(1, 12), st.sampled_from(ERRORS))
+faults = st.tuples(st.integers(1, 40), st.sampled_from(Fault))
 
 
 def payload(model: bytes, key: bytes, version: int) -> bytes:
@@ -108,19 +110,26 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.path = Path(tempfile.mkdtemp())
         self.state = StateDir.open(self.path / "state")
+        self.disk = faulty_disk()
+        self.faults = self.disk.__enter__()
         self.now = 0.0
         self.version = 0
+        self.boot = 0
 
-    @initialize(model=st.sampled_from(MODELS))
-    def create(self, model) -> None:
+    @initialize(model=st.sampled_from(MODELS), durability=st.sampled_from(Durability))
+    def create(self, model, durability) -> None:
         self.model = model
         self.limits = LIMITS
+        self.durability = durability
         self.lmdb = self.open()
         self.memory = MemoryStore(fingerprint=model, **SHAPE)
 
     def teardown(self) -> None:
         if hasattr(self, "lmdb"):
             self.lmdb.close()
+            damaged = (self.path / "state" / "kv.damaged").exists()
+            assert not damaged, "a sound environment was put aside"
+        self.disk.__exit__(None, None, None)
         self.state.close()
         shutil.rmtree(self.path)
 
@@ -129,6 +138,14 @@ class StoreMachine(RuleBasedStateMachine):
         expected, found = (outcome(lambda: call(self.memory)), outcome(lambda: call(self.lmdb)))
         assert found == expected
         return found
+
+    def both_write(self, **parts):
+        """As `both`; but below the floor of free space no block is taken, which a memory knows nothing of."""
+        if self.faults.free_bytes is None or not parts["blocks"]:
+            return self.both(lambda store: store.write(**parts))
+        answer = outcome(lambda: self.lmdb.write(**parts))
+        assert answer == "refused: full"
+        return answer
 
     def writes(self, numbers):
         self.now += 1
@@ -143,9 +160,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(blocks=some_blocks, manifests=some_manifests, drops=some_blocks)
     def write(self, blocks, manifests, drops) -> None:
         writes, drop_keys = self.writes(blocks), [BLOCKS[number].key for number in drops]
-        answer = self.both(
-            lambda store: store.write(blocks=writes, manifests=manifests, drops=drop_keys)
-        )
+        answer = self.both_write(blocks=writes, manifests=manifests, drops=drop_keys)
         event(f"write: {answer}, foreign {self.memory.statistics().foreign_blocks > 0}")
 
     @rule(chain=st.integers(0, 1), manifests=some_manifests)
@@ -153,9 +168,7 @@ class StoreMachine(RuleBasedStateMachine):
         """A whole chain and its manifest, with room made ahead, as the cache does."""
         writes = self.writes(range(chain * 4, chain * 4 + 4))
         own = {entry.key for entry in whole_index(self.memory)} - {write.key for write in writes}
-        answer = self.both(
-            lambda store: store.write(blocks=writes, manifests=manifests, drops=sorted(own))
-        )
+        answer = self.both_write(blocks=writes, manifests=manifests, drops=sorted(own))
         event(f"turn: {answer}")
         if not isinstance(answer, str):
             for write in writes:
@@ -169,6 +182,7 @@ class StoreMachine(RuleBasedStateMachine):
         def call(store):
             store.write(blocks=writes, manifests=manifests, drops=drop_keys)
 
+        self.faults.free_bytes = None
         self.with_fault(fault, call)
 
     @rule(tenant=st.sampled_from(TENANTS), response=st.sampled_from(RESPONSES), fault=faults)
@@ -176,15 +190,21 @@ class StoreMachine(RuleBasedStateMachine):
         self.with_fault(fault, lambda store: store.forget_response(tenant, response))
 
     def with_fault(self, fault, call) -> None:
-        healthy = self.lmdb._env
-        self.lmdb._env = FaultyEnv(healthy, fault)
+        self.faults.arm(*fault)
         answer = outcome(lambda: call(self.lmdb))
-        self.lmdb._env = healthy
-        event(f"fault {fault.fired}: {answer}")
-        if fault.fired:
+        self.faults.disarm()
+        fired = self.faults.fired
+        event(f"fault in {fired[0] if fired else 'nothing'}: {answer}")
+        if fired:
             assert answer in ("refused: full", "refused: io")
         else:
             assert answer == outcome(lambda: call(self.memory))
+        if fired == ["commit"] and fault[1] is Fault.LATE:  # it landed, and nobody was told
+            outcome(lambda: call(self.memory))
+
+    @rule(full=st.booleans())
+    def fill_the_disk(self, full) -> None:
+        self.faults.free_bytes = MIN_FREE if full else None
 
     @rule(tenant=st.sampled_from(TENANTS), response=st.sampled_from(RESPONSES))
     def forget(self, tenant, response) -> None:
@@ -210,33 +230,74 @@ class StoreMachine(RuleBasedStateMachine):
         flipped = bytearray(stored.record)
         flipped[bit // 8] ^= 1 << bit % 8
         self.memory._blocks[key] = dataclasses.replace(stored, record=bytes(flipped))
+        if self.lmdb._broken:
+            outcome(lambda: self.lmdb.write())
         with self.lmdb._env.begin(write=True) as txn:
             txn.put(key, bytes(flipped), db=self.lmdb._blocks)
+        self.lmdb._acknowledged = self.lmdb._standing()
 
-    @rule(model=st.sampled_from(MODELS), slots=st.sampled_from([SLOTS, SLOTS, SLOTS - 2]))
-    def reopen(self, model, slots) -> None:
+    @rule(
+        model=st.sampled_from(MODELS),
+        slots=st.sampled_from([SLOTS, SLOTS, SLOTS - 2]),
+        durability=st.sampled_from(Durability),
+        boots=st.integers(0, 1),
+    )
+    def reopen(self, model, slots, durability, boots) -> None:
         event("same model" if model == self.model else "another model")
         self.lmdb.close()
+        self.boot += boots  # what was closed in order is there whatever happened since
+        self.open_as(model, slots, durability)
+
+    @rule(
+        model=st.sampled_from(MODELS),
+        durability=st.sampled_from(Durability),
+        boots=st.integers(0, 1),
+    )
+    def crash(self, model, durability, boots) -> None:
+        """Of the process, or of the machine: what was acknowledged is there, or was never promised to be."""
+        written = self.lmdb._marked_open
+        self.lmdb._detach()
+        self.boot += boots
+        if boots and self.durability is Durability.PROCESS and written:
+            self.memory = MemoryStore(fingerprint=model, **SHAPE)
+            event("crash: discarded")
+        else:
+            event("crash: kept")
+        self.open_as(model, SLOTS, durability)
+
+    def open_as(self, model, slots, durability) -> None:
         self.model = model
+        self.durability = durability
         self.limits = dataclasses.replace(LIMITS, block_bytes=slots * RECORD_BYTES)
         self.lmdb = self.open()
         self.memory.reopen(fingerprint=model, limits=self.limits)
 
     def open(self) -> LmdbStore:
         shape = {**SHAPE, "limits": self.limits}
-        return LmdbStore.open(self.state, fingerprint=self.model, **shape)
+        how = {"durability": self.durability, "boot": str(self.boot)}
+        return LmdbStore.open(self.state, fingerprint=self.model, **how, **shape)
 
     @precondition(lambda self: self.now)
     @rule()
     def scrubbed(self) -> None:
-        """The offline scrub finds exactly the damage."""
+        """The offline scrub finds exactly the damage, and the online one the same."""
+        looked_at, after = [], None
+        while (found := self.both(lambda store, after=after: store.examine(after))) is not None:
+            looked_at.append(found)
+            after = found.key
         self.lmdb.close()
         bad = {step.name for step in scrub(self.state) if step.reason}
         self.lmdb = self.open()
         assert bad == {
             key.hex() for key, stored in self.memory._blocks.items() if self.damaged(stored)
         }
+        assert bad == {found.key.hex() for found in looked_at if found.reason}
+        assert {found.key for found in looked_at} == set(self.memory._blocks)
         event(f"scrub: {len(bad)} bad")
+
+    @rule(number=st.sampled_from(range(len(BLOCKS))))
+    def discard(self, number) -> None:
+        self.both(lambda store: store.discard(BLOCKS[number].key))
 
     def damaged(self, stored) -> bool:
         versions = {payload(stored.fingerprint, stored.entry.key, version) for version in range(5)}
@@ -286,9 +347,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def totals_agree_and_keep_to_the_limits(self) -> None:
-        found = self.lmdb.statistics()
+        with self.lmdb._env.begin() as txn:
+            counted = self.lmdb._statistics_of(txn, self.lmdb._recount(txn))
+            found = self.lmdb._statistics_of(txn, self.lmdb._load_totals(txn))
+        assert found == counted
         assert found == self.memory.statistics()
-        assert found == self.lmdb._take_stock().statistics()
+        assert self.lmdb._broken or found == self.lmdb.statistics()
         assert found.block_bytes <= LIMITS.block_bytes
         assert found.manifests <= LIMITS.manifests
         assert found.manifest_bytes <= LIMITS.manifest_bytes
@@ -310,40 +374,3 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStores = StoreMachine.TestCase
 TestStores.settings = settings(max_examples=settings().max_examples // 10, stateful_step_count=20)
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
-def test_a_write_that_fails_at_any_call_leaves_nothing_and_the_next_one_works(tmp_path, error):
-    """The n-th I/O call fails, n = 1, 2, 3, until a run meets no fault."""
-    state = StateDir.open(tmp_path)
-    store = LmdbStore.open(state, fingerprint=MODELS[0], **SHAPE)
-    healthy = store._env
-    old = Manifest("r0", "", "s", None, 1.0, True, (1,), 0, ("i0",), b"d0", (), b"old")
-    new = dataclasses.replace(old, body=b"new")
-    key, dropped = BLOCKS[0].key, BLOCKS[4].key
-    first = block_write(BLOCKS[4], bytes(PAYLOAD_BYTES), 1.0)
-    second = block_write(BLOCKS[0], b"\1" * PAYLOAD_BYTES, 2.0)
-    store.write(blocks=[first], manifests=[old])
-    before = (set(whole_index(store)), store.find_response("", "r0"), store.find_item("", "i0"))
-    reason = "full" if error in (lmdb.MapFullError, lmdb.DiskError) else "io"
-    calls = 0
-    fault = None
-    while fault is None or fault.fired:
-        calls += 1
-        fault = Countdown(calls, error)
-        store._env = FaultyEnv(healthy, fault)
-        answer = outcome(lambda: store.write(blocks=[second], manifests=[new], drops=[dropped]))
-        store._env = healthy
-        assert answer == (f"refused: {reason}" if fault.fired else None)
-        if fault.fired:
-            after = (
-                set(whole_index(store)),
-                store.find_response("", "r0"),
-                store.find_item("", "i0"),
-            )
-            assert after == before
-    assert calls > 10
-    assert {entry.key for entry in whole_index(store)} == {key}
-    assert store.find_item("", "i0") == new
-    store.close()
-    state.close()
