@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.campaign import cancels, flips, full_disk, kills, round_trips, truncations
+from tests.campaign import cancels, flips, full_disk, hundred, kills, round_trips, truncations
 
 CAMPAIGNS = {
     "kills": kills.main,
@@ -13,6 +13,7 @@ CAMPAIGNS = {
     "full_disk": full_disk.main,
     "round_trips": round_trips.main,
     "cancels": cancels.main,
+    "hundred": hundred.main,
 }
 
 

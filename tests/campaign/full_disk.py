@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 FILE_SYSTEM_BYTES = 32 << 20
 RESUME_S = 30.0
-FULL_S = 2.0  # how long it stays full under turns
+FULL_S = 1.0  # how long it stays full under turns
 QUICK_CYCLES, QUICK_CALLS = 2, 6
 FOR_EVER = 10**9
 SESSIONS = 6
@@ -121,7 +121,7 @@ class Full:
         after = self.report()
         refused = after["spill_failures_total"] - before["spill_failures_total"]
         self.client.counts["spills refused while full"] += refused
-        if number % 3 == 2:
+        if number % 3 == 1:
             self.verdict.require(self.daemon.kill() == -9, "ended by itself while full")
             self.daemon.start()
             self.client.counts["starts while full"] += 1

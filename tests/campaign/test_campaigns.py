@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.campaign import cancels, flips, kills, round_trips, truncations
+from tests.campaign import cancels, flips, full_disk, kills, round_trips, truncations
 from tests.campaign.zygote import Zygote
 
 # Blocks in host memory have no checksum yet; where they do, "engine: host" belongs here, too.
@@ -27,6 +27,11 @@ def test_flipped_bits_and_moved_values_are_refused_and_counted(tmp_path):
 def test_a_daemon_starts_and_serves_on_a_damaged_file(zygote, tmp_path):
     offsets = truncations.QUICK
     assert truncations.campaign(zygote, tmp_path, offsets=offsets, seed=1) == 0
+
+
+def test_turns_go_on_while_the_disk_is_full_or_fails(zygote, tmp_path):
+    cycles, calls = full_disk.QUICK_CYCLES, full_disk.QUICK_CALLS
+    assert full_disk.campaign(zygote, tmp_path, cycles=cycles, calls=calls, seed=1) == 0
 
 
 def test_round_trips_through_the_tiers_change_no_bit(tmp_path):
