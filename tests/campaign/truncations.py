@@ -131,7 +131,7 @@ class Truncations:
         """How many of the responses are still known."""
         kept = 0
         latest = list(turns)[TURNS - 1 :: TURNS]
-        for response in [*latest, *self.random.sample(list(turns), 3)]:
+        for response in [*self.random.sample(latest, 3), *self.random.sample(list(turns), 2)]:
             there = self.known(daemon, response, turns[response])
             kept += there
             turn = following(turns[response], f"after the damage {len(turns[response].prompt)}")
