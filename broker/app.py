@@ -179,7 +179,9 @@ async def open_model_engine(config: Config) -> AsyncIterator[Service]:
     """The real engine. Imported here: torch takes seconds, and no other command needs it."""
     from engine.restore import RestoreLimits
     from engine.service import EngineSettings, open_engine
-    from tiers.policy import Limits
+    from tiers.block import Tier
+    from tiers.policy import Limits, SessionClass, Watermarks
+    from tiers.store import Durability
 
     tiers = config.tiers
     settings = EngineSettings(
@@ -200,7 +202,25 @@ async def open_model_engine(config: Config) -> AsyncIterator[Service]:
             host_after_s=tiers.host.after,
             disk_after_s=tiers.disk.after,
             max_lag_s=tiers.disk.max_lag,
+            protect_s={
+                SessionClass.BURST: tiers.protect.burst,
+                SessionClass.TOOL_WAIT: tiers.protect.tool_wait,
+                SessionClass.HUMAN_WAIT: tiers.protect.human_wait,
+            },
+            watermarks={
+                Tier.DEVICE: Watermarks(tiers.device.high, tiers.device.low),
+                Tier.HOST: Watermarks(tiers.host.high, tiers.host.low),
+                Tier.DISK: Watermarks(tiers.disk.high, tiers.disk.low),
+            },
+            tenant_share=tiers.tenant_share,
+            pins=tiers.pins,
         ),
+        policy=tiers.policy,
+        probation_s=tiers.probation,
+        compact=tiers.disk.compact,
+        durability=Durability(tiers.disk.durability),
+        min_free_bytes=tiers.disk.min_free,
+        scrub_bytes_s=tiers.disk.scrub,
         readers=tiers.disk.readers,
         threads=config.engine.threads,
         restore=RestoreLimits(

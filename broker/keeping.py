@@ -3,7 +3,7 @@
 Laws
     A session belongs to the tenant that the key proves; another tenant's and an unknown one are the same answer.
     A pin is leased: it ends by itself, is never longer than `tiers.ttl_max`, and all of them together never cover more
-    than `tiers.pins` of the host tier. It protects the session's KV as it is now; turns to come are covered as they end.
+    than `tiers.pins` of the host tier. It covers the session's later turns too, as long as the quota has room for them.
     Deleting a session deletes its responses, stored or not, and their KV from every tier, except the blocks that others
     need: a shared head stays with whoever shares it. Bytes freed inside LMDB's file are reused by later writes, not wiped.
 """
@@ -53,8 +53,8 @@ async def pin(port: Port, tenant: Tenant, session: str, asked_s: float) -> Pinne
     held = await port.engine.pin(tenant.salt, session, seconds)
     report = await port.engine.inspect()
     tokens = _tokens(report, session)
-    if held is None:
-        if port.sessions.of_session(tenant.name, session) and tokens:
+    if not held:
+        if held is None and port.sessions.of_session(tenant.name, session) and tokens:
             raise ClientError(
                 f"Pins may cover at most {port.config.tiers.pins:.0%} of the host tier, and '{session}'"
                 " does not fit in what is left. End another pin, or raise tiers.pins.",

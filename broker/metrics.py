@@ -115,6 +115,16 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
         "Blocks that left a tier to make room.",
         by("tier", engine.evictions_total, _TIERS),
     )
+    put(
+        "evictions_by_cause_total",
+        "counter",
+        "Blocks that left a tier, by why.",
+        [
+            ({"tier": tier, "cause": cause}, engine.eviction_causes.get(tier, {}).get(cause, 0))
+            for tier in _TIERS
+            for cause in (*_CAUSES, "deleted", "verify_failed", "io_failed")
+        ],
+    )
     put("spills_total", "counter", "Blocks written to disk.", one(engine.spills_total))
     put(
         "spill_failures_total",
@@ -153,6 +163,26 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
         one(disk.scrubbed_total),
     )
     put("disk_rotten_total", "counter", "Records that it found damaged.", one(disk.rotten_total))
+    put(
+        "disk_failures_total",
+        "counter",
+        "Write transactions that the disk refused.",
+        by("reason", disk.failures_total, ("full", "io")),
+    )
+    put("disk_degraded_seconds", "gauge", "For how long it has refused.", one(disk.degraded_s))
+    put("disk_commits_total", "counter", "Write transactions.", one(disk.commits_total))
+    put(
+        "disk_commit_seconds_total",
+        "counter",
+        "Time spent in write transactions.",
+        one(disk.commit_s_total),
+    )
+    put(
+        "disk_oldest_read_seconds",
+        "gauge",
+        "Age of the oldest read of the store, as last checked: an old one keeps freed pages.",
+        one(disk.oldest_read_s),
+    )
     put("pins", "gauge", "Pinned sessions.", one(len(engine.pins)))
     put(
         "pinned_bytes",

@@ -271,6 +271,11 @@ class DiskReport:
     reading: int = 0  # fetches in flight
     scrubbed_total: int = 0  # records that the online scrubber has read
     rotten_total: int = 0  # and found damaged
+    degraded_s: float = 0.0  # for how long it has been
+    failures_total: dict[str, int] = field(default_factory=dict)  # {reason: transactions}
+    commits_total: int = 0
+    commit_s_total: float = 0.0  # spent in them
+    oldest_read_s: float = 0.0  # the longest read under way, as found by the last check
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +297,9 @@ class EngineReport:
     verify_failures_total: dict[str, int]  # {reason: records}; every one is tier disk
     tiers: tuple[TierReport, ...]
     sessions: tuple[SessionReport, ...]
+    eviction_causes: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # {tier name: {cause: blocks}}; sums to evictions_total
     recomputed_total: dict[str, int] = field(default_factory=dict)  # {reason: prompt tokens}
     amplification: float = (
         1.0  # (fresh + recomputed) / fresh prompt tokens; 1 is a cache that forgets nothing

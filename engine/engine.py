@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     from engine.restore import RestoreCosts, RestoreLimits
     from engine.scheduler import Chunk, Scheduler
     from tiers.block import Action, BlockKey
-    from tiers.cache import Hold, Lease, TieredCache
+    from tiers.cache import Hold, Lease, TieredCache, TierStatistics
     from tiers.disk import DiskReader, DiskWriter
     from tiers.disk import Reply as DiskReply
     from tiers.index import Match
@@ -773,12 +773,25 @@ class Engine:
             recomputed_total=dict(counters.recomputed),
             amplification=_amplification(counters.recomputed),
             hit_share=_hit_share(counters),
-            disk=DiskReport(
-                index_complete=self._adoption.complete,
-                records=cache.tiers[Tier.DISK].pool.held,
-                reading=self._reads.reading,
-            ),
+            eviction_causes={tier.name.lower(): dict(cache.evictions[tier]) for tier in Tier},
+            disk=self._disk_report(cache.tiers[Tier.DISK]),
             rates=self._costs.rates.as_dict(),
+        )
+
+    def _disk_report(self, tier: TierStatistics) -> DiskReport:
+        writer = self._writer.statistics()
+        return DiskReport(
+            state=writer.state.value if tier.pool.capacity else "off",
+            reason=writer.reason,
+            index_complete=self._adoption.complete,
+            records=tier.pool.held,
+            pending_bytes=writer.pending_bytes,
+            reading=self._reads.reading,
+            degraded_s=writer.degraded_s,
+            failures_total=writer.failures,
+            commits_total=writer.batches,
+            commit_s_total=writer.commit_total_s,
+            oldest_read_s=writer.oldest_read_s,
         )
 
 

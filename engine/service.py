@@ -53,11 +53,12 @@ from engine.text import Text
 from tiers.arena import Arena
 from tiers.block import StoreError, Tier, root_key
 from tiers.cache import TieredCache
-from tiers.disk import DiskReader, DiskWriter
+from tiers.codec import codec
+from tiers.disk import DiskReader, DiskWriter, Scrubber
 from tiers.lmdb_store import LmdbStore
-from tiers.policy import SessionClass
+from tiers.policy import SessionClass, policy_named
 from tiers.state_dir import StateDir
-from tiers.store import StoreLimits
+from tiers.store import Durability, StoreLimits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -65,9 +66,10 @@ if TYPE_CHECKING:
 
     from engine.api import Command, LeaseId, Step, Submit
     from tiers.block import TokenIds
+    from tiers.codec import Codec
     from tiers.disk import ReadCommand, Reply
     from tiers.manifest import Manifest
-    from tiers.policy import Limits
+    from tiers.policy import Limits, PolicyName
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +99,12 @@ class EngineSettings:
     manifest_bytes: int = field(default=256 << 20)
     restore: RestoreLimits = field(default_factory=RestoreLimits)
     canary: float = 0.0  # fraction of restored blocks that are recomputed and compared
+    policy: PolicyName = "session_lru"
+    probation_s: float = 0.0  # how much older a block counts that nobody has come back for
+    compact: str = "off"  # the codec of blocks on disk
+    durability: Durability = Durability.POWER
+    min_free_bytes: int = 0  # of the file system: with less, no block is written
+    scrub_bytes_s: int = 0  # how fast the disk is read through in the background; 0: it is not
 
 
 class EngineService:
@@ -107,6 +115,7 @@ class EngineService:
         self.model_name = parts.name
         self.max_context = parts.engine.max_context
         self._inbox = parts.inbox
+        self._scrubber = parts.scrubber
         self._store = parts.store
         self._requests = itertools.count(1)
         self._tickets = itertools.count(1)
@@ -161,7 +170,15 @@ class EngineService:
     async def inspect(self) -> EngineReport:
         report = await self._ask(Inspect)
         assert isinstance(report, EngineReport)
-        return report
+        if self._scrubber is None:
+            return report
+        scrubbed = self._scrubber.statistics()
+        disk = replace(
+            report.disk,
+            scrubbed_total=scrubbed.records,
+            rotten_total=sum(scrubbed.bad.values()),
+        )
+        return replace(report, disk=disk)
 
     async def persist(self, manifest: Manifest) -> None:
         """Return once the manifest is on disk. Raises StoreError if the disk refused it."""
@@ -248,6 +265,7 @@ class _Parts:
     engine: Engine
     writer: DiskWriter
     readers: tuple[DiskReader, ...]
+    scrubber: Scrubber | None
     store: LmdbStore
     text: Text
     name: str
@@ -283,8 +301,9 @@ async def open_engine(
 async def _running(parts: _Parts) -> AsyncIterator[EngineService]:
     service = EngineService(parts)
     async with trio.open_nursery() as disk_threads:
-        for body in (parts.writer.run, *(reader.run for reader in parts.readers)):
-            disk_threads.start_soon(_host, body)
+        scrubbers = () if parts.scrubber is None else (parts.scrubber,)
+        for body in (parts.writer, *parts.readers, *scrubbers):
+            disk_threads.start_soon(_host, body.run)
         try:
             async with trio.open_nursery() as engine_thread:
                 engine_thread.start_soon(_host, functools.partial(parts.engine.run, service.emit))
@@ -294,8 +313,8 @@ async def _running(parts: _Parts) -> AsyncIterator[EngineService]:
                     parts.inbox.put(Stop())
         finally:
             parts.writer.stop()
-            for reader in parts.readers:
-                reader.stop()
+            for body in (*parts.readers, *scrubbers):
+                body.stop()
 
 
 async def _host(body: Callable[[], None]) -> None:
@@ -314,17 +333,24 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
             device=settings.device,
             dtype=settings.dtype,
             block_tokens=settings.block_tokens,
+            storage=settings.compact,
             threads=settings.threads,
         )
     )
     text = Text.from_dir(loaded.path)
     block_bytes = loaded.geometry.block_bytes
+    stored_as = codec(settings.compact, loaded.geometry)
     store = LmdbStore.open(
         state,
         fingerprint=loaded.fingerprint,
-        payload_bytes=block_bytes,
+        payload_bytes=stored_as.payload_bytes(loaded.geometry),
         block_tokens=settings.block_tokens,
-        limits=StoreLimits(block_bytes=settings.disk_bytes, manifest_bytes=settings.manifest_bytes),
+        limits=StoreLimits(
+            block_bytes=settings.disk_bytes,
+            manifest_bytes=settings.manifest_bytes,
+            min_free_bytes=settings.min_free_bytes,
+        ),
+        durability=settings.durability,
     )
     slots = {
         Tier.DEVICE: max(MIN_DEVICE_SLOTS, settings.device_bytes // block_bytes),
@@ -334,15 +360,34 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
     arenas = {Tier.DEVICE: Arena(loaded.geometry, slots[Tier.DEVICE], loaded.device)}
     if slots[Tier.HOST]:
         arenas[Tier.HOST] = Arena(loaded.geometry, slots[Tier.HOST])
-    cache = TieredCache(block_tokens=settings.block_tokens, slots=slots, limits=settings.limits)
+    cache = TieredCache(
+        block_tokens=settings.block_tokens,
+        slots=slots,
+        limits=settings.limits,
+        policy=policy_named(
+            settings.policy, slots=sum(slots.values()), probation_s=settings.probation_s
+        ),
+    )
     inbox: SimpleQueue[Command | Reply] = SimpleQueue()
     fetches: SimpleQueue[ReadCommand] = SimpleQueue()
-    writer = DiskWriter(store, inbox.put, wall_clock)
-    readers = tuple(DiskReader(store, fetches, inbox.put) for _ in range(settings.readers))
+    writer = DiskWriter(store, inbox.put, wall_clock, codec=stored_as)
+    readers = tuple(
+        DiskReader(store, fetches, inbox.put, codec=stored_as) for _ in range(settings.readers)
+    )
+    scrubber = None
+    if settings.scrub_bytes_s:
+        scrubber = Scrubber(
+            store,
+            SimpleQueue(),
+            inbox.put,
+            writer=writer,
+            fetches=fetches,
+            bytes_per_s=settings.scrub_bytes_s,
+        )
     memory = Memory(arenas, settings.block_tokens)
     runner = Runner(loaded, arenas[Tier.DEVICE])
     costs = RestoreCosts(
-        _calibrate(settings, loaded, store, memory, runner, slots),
+        _calibrate(settings, loaded, store, stored_as, memory, runner, slots),
         block_bytes=block_bytes,
         block_tokens=settings.block_tokens,
         step_tokens=settings.step_tokens,
@@ -382,13 +427,16 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         store.statistics().blocks,
     )
     remember = functools.partial(calibrate.remember, settings.state_dir, _machine(loaded))
-    return _Parts(inbox, engine, writer, readers, store, text, loaded.name, costs, remember)
+    return _Parts(
+        inbox, engine, writer, readers, scrubber, store, text, loaded.name, costs, remember
+    )
 
 
 def _calibrate(
     settings: EngineSettings,
     loaded: LoadedModel,
     store: LmdbStore,
+    stored_as: Codec,
     memory: Memory,
     runner: Runner,
     slots: Mapping[Tier, int],
@@ -401,7 +449,8 @@ def _calibrate(
         )
     if slots[Tier.HOST]:
         rates = calibrate.measure_copies(memory, rates)
-    rates = calibrate.measure_reads(store, memory.block_bytes, settings.readers, rates)
+    payload_bytes = stored_as.payload_bytes(loaded.geometry)
+    rates = calibrate.measure_reads(store, payload_bytes, settings.readers, rates)
     log.info(
         "copies %.2f GB/s, disk %.2f GB/s after %.1f ms, prefill %.0f tokens/s and %.0f behind %d tokens (%s)",
         1e-9 / rates.copy_s,

@@ -10,7 +10,7 @@ import trio
 
 from broker.admission import AdmissionStatistics
 from broker.metrics import EdgeReport, render
-from engine.api import EngineReport, RefuseReason, SessionReport, TierReport
+from engine.api import DiskReport, EngineReport, PinReport, RefuseReason, SessionReport, TierReport
 from tests.broker.rig import open_rig
 from tests.broker.wire.grammar import check_events, check_response
 from tests.fakes import FakeService, saying
@@ -567,6 +567,12 @@ async def test_every_series_of_a_known_label_is_always_there():
     ]
     for reason in reasons:
         assert f'homeport_recomputed_tokens_total{{reason="{reason}"}} 0' in text
+    for tier in tiers:
+        for cause in causes:
+            series = f'homeport_evictions_by_cause_total{{tier="{tier}",cause="{cause}"}} 0'
+            assert series in text
+    for reason in ("full", "io"):
+        assert f'homeport_disk_failures_total{{reason="{reason}"}} 0' in text
     for state in ("off", "degraded"):
         assert f'homeport_disk_state{{state="{state}"}} 0' in text
     assert 'homeport_disk_state{state="ok"} 1' in text
@@ -604,6 +610,27 @@ def test_metrics_show_every_number_of_the_report_without_rounding():
         verify_failures_total={"checksum": 13, "io": 14},
         tiers=(TierReport("device", 1 << 40, 15, 16, 17, 18),),
         sessions=(),
+        eviction_causes={"host": {"quota": 25}},
+        recomputed_total={"slow": 26},
+        amplification=1.0625,
+        hit_share=0.96875,
+        disk=DiskReport(
+            state="degraded",
+            reason="full",
+            index_complete=False,
+            records=27,
+            pending_bytes=28,
+            reading=29,
+            scrubbed_total=30,
+            rotten_total=31,
+            degraded_s=32.5,
+            failures_total={"full": 33},
+            commits_total=34,
+            commit_s_total=35.5,
+            oldest_read_s=36.5,
+        ),
+        canary={"checked": 37, "mismatched": 38},
+        pins=(PinReport("a", 40, 1.0), PinReport("b", 50, 1.0)),
     )
     text = render(report, EdgeReport(19, {"websocket": 20}, AdmissionStatistics(21, 22, 23), 24))
     for line in (
@@ -614,12 +641,28 @@ def test_metrics_show_every_number_of_the_report_without_rounding():
         'homeport_tier_capacity_bytes{tier="device"} 1099511627776',
         'homeport_evictions_total{tier="host"} 9',
         'homeport_turns_total{transport="http"} 0',
+        'homeport_evictions_by_cause_total{tier="host",cause="quota"} 25',
+        'homeport_recomputed_tokens_total{reason="slow"} 26',
+        "homeport_amplification 1.0625",
+        "homeport_hit_share 0.96875",
+        'homeport_disk_state{state="degraded"} 1',
+        'homeport_disk_state{state="ok"} 0',
+        "homeport_disk_index_complete 0",
+        "homeport_disk_pending_bytes 28",
+        "homeport_disk_degraded_seconds 32.5",
+        'homeport_disk_failures_total{reason="full"} 33',
+        "homeport_disk_commit_seconds_total 35.5",
+        "homeport_disk_oldest_read_seconds 36.5",
+        'homeport_canary_total{result="mismatched"} 38',
+        "homeport_pins 2",
+        "homeport_pinned_bytes 90",
         "homeport_dirty_blocks 6",
         "homeport_turns_refused_total 23",
     ):
         assert line in text.splitlines()
     shown = {line.rpartition(" ")[2] for line in text.splitlines() if not line.startswith("#")}
-    assert {str(n) for n in range(1, 18)} | {str(n) for n in range(19, 25)} <= shown
+    whole = {*range(1, 18), *range(19, 32), 33, 34, 37, 38}
+    assert {str(n) for n in whole} <= shown
     assert text.endswith("\n")
     names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(names) == len(set(names))

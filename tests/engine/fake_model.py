@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from tiers.block import Drop, Fetch, Spill, StoreError
-from tiers.disk import ChainFound, Failed, Forgotten, IndexSlice, Landed, Persisted
+from tiers.disk import (
+    ChainFound,
+    DiskState,
+    Failed,
+    Forgotten,
+    IndexSlice,
+    Landed,
+    Persisted,
+    WriterStatistics,
+)
 from tiers.store import BlockWrite, MemoryStore
 
 if TYPE_CHECKING:
@@ -131,6 +140,11 @@ class FakeDisk:
         """Answer the late ones as well."""
         self.pending += self.stalled or []
         self.stalled = None
+
+    def statistics(self) -> WriterStatistics:
+        state = DiskState.DEGRADED if self.full else DiskState.OK
+        reason = "full" if self.full else None
+        return WriterStatistics(0, 0, 0, 0, state, reason, 0.0, {}, 0.0, 0.0, 0.0, 0)
 
     def offer_blocks(self, items, manifest: Manifest | None, ticket: int | None) -> bool:
         if self.refuse:
