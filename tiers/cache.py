@@ -51,7 +51,7 @@ from tiers.hold import Flight, Hold, HoldState
 from tiers.index import Index, Match, shared_prefix
 from tiers.lease import Lease, Leases
 from tiers.ledger import Ledger
-from tiers.policy import SessionClass, SessionLru, session_class
+from tiers.policy import SessionClass, SessionLru
 from tiers.pool import PoolStatistics, SlotState
 from tiers.residency import Residency
 
@@ -128,7 +128,8 @@ class TieredCache:
         self._holds: set[Hold] = set()
         self._leases = Leases()
         self._pins: dict[tuple[BlockKey, str], float] = {}  # {(root, session): until}
-        self._doomed: list[Block] = []  # deleted, but for a copy that is still in flight
+        # deleted, but for a copy still in flight: (keys to go, last first; keys to spare)
+        self._deletions: list[tuple[Sequence[BlockKey], Collection[BlockKey]]] = []
         self._evictions: dict[Tier, Counter[str]] = {tier: Counter() for tier in Tier}
         self._forgotten = 0
         self._spill_failures = 0
@@ -500,7 +501,7 @@ class TieredCache:
         pinned = self._pins.get((lease.root, lease.session), -math.inf) > now
         if pinned and (
             lease.session_class is SessionClass.PINNED
-            or self._leases.pinned + self._unpinned(lease.blocks) <= self.pin_quota
+            or len(self._leases.pinned() | set(lease.blocks)) <= self.pin_quota
         ):
             to = SessionClass.PINNED
         elif lease.keep_until > now:
@@ -542,6 +543,7 @@ class TieredCache:
 
     def reclass(self, lease_id: int, to: SessionClass, now: float) -> None:
         """Say what a session waits for. Of a lease that has ended meanwhile, nothing is left to say."""
+        assert to is not SessionClass.PINNED, "that is what `pin` is for"
         lease = self._leases.get(lease_id)
         if lease is not None:
             lease.asked = to
@@ -572,8 +574,8 @@ class TieredCache:
         later turns too, as long as the quota has room for them.
         """
         leases = [x for x in self._leases.all if (x.root, x.session) == (root, session)]
-        blocks = {block for lease in leases for block in lease.blocks}
-        if self._leases.pinned + self._unpinned(blocks) > self.pin_quota:
+        blocks = {block for lease in leases for block in lease.blocks if block.places}
+        if len(self._leases.pinned() | blocks) > self.pin_quota:
             return None
         if blocks:
             self._pins[root, session] = until
@@ -601,9 +603,6 @@ class TieredCache:
             self._set_class(lease, now)
             self._leases.schedule(lease, min(lease.due, self._next_look(lease, now)))
 
-    def _unpinned(self, blocks: Collection[Block]) -> int:
-        return sum(not block.leases[SessionClass.PINNED] for block in blocks)
-
     def forget_chain(
         self, keys: Sequence[BlockKey], shared: Collection[BlockKey], now: float
     ) -> list[Action]:
@@ -612,36 +611,34 @@ class TieredCache:
         Needed is what is `shared` (with the response before it), what a hold or another lease has, and what a block
         that stays continues. A block that a copy reads or writes goes when that has ended.
         """
-        actions: list[Action] = []
-        for lease in [x for x in self._leases.all if x.blocks and x.blocks[-1].key == keys[-1:][0]]:
+        for lease in [x for x in self._leases.all if x.blocks and x.blocks[-1].key in keys[-1:]]:
             self._end_lease(lease, SessionClass.CLOSED)
-        spared = set(shared)
-        for key in reversed(keys):
-            if key in spared:
-                break
-            block = self._index.get(key)
-            if block is None:
-                if self._gone is not None:  # perhaps on the part of the disk that is not known yet
-                    actions.append(Drop(key))
-                    self._gone.add(key)
-                continue
-            if block.refs or any(block.leases) or self._index.has_children(block):
-                break
-            if block.busy:
-                self._doomed.append(block)
-                break
-            self._forget(block, actions, "deleted")
+        self._deletions.append((keys[::-1], frozenset(shared)))
+        actions: list[Action] = []
+        self._go_on_deleting(actions)
         return actions
 
-    def _finish_deleting(self, actions: list[Action]) -> None:
-        waiting, self._doomed = self._doomed, []
-        for block in waiting:
-            if self._index.get(block.key) is not block or block.refs or any(block.leases):
-                continue
-            if block.busy:
-                self._doomed.append(block)
-            elif not self._index.has_children(block):
-                self._forget(block, actions, "deleted")
+    def _go_on_deleting(self, actions: list[Action]) -> None:
+        deletions, self._deletions = self._deletions, []
+        for keys, shared in deletions:
+            for at, key in enumerate(keys):
+                block = self._index.get(key)
+                if key in shared or (block is not None and self._is_needed(block)):
+                    break
+                if block is None:
+                    if (
+                        self._gone is not None
+                    ):  # perhaps on a part of the disk that is not known yet
+                        actions.append(Drop(key))
+                        self._gone.add(key)
+                elif block.busy:
+                    self._deletions.append((keys[at:], shared))
+                    break
+                else:
+                    self._forget(block, actions, "deleted")
+
+    def _is_needed(self, block: Block) -> bool:
+        return bool(block.refs) or any(block.leases) or self._index.has_children(block)
 
     # -- moving down -------------------------------------------------------------------------------------------------
 
@@ -690,8 +687,6 @@ class TieredCache:
             return True
         if self._copy_to_host(block, cause, now, actions):
             return True
-        if session_class(block) is SessionClass.PINNED and self._pools[Tier.HOST].capacity:
-            return False  # the host will have room for it: pins cover a part of it only
         if Tier.DISK in block.places:
             self._vacate(block, Tier.DEVICE, cause)
             return True
@@ -714,7 +709,7 @@ class TieredCache:
         A lease ends when all that is its own is on disk only.
         """
         actions: list[Action] = []
-        self._finish_deleting(actions)
+        self._go_on_deleting(actions)
         while (lease := self._leases.pop_due(now)) is not None:
             self._set_class(lease, now)
             self._sink_lease(lease, now, actions)
@@ -743,13 +738,17 @@ class TieredCache:
         return soonest if soonest < math.inf else None
 
     def demote(self, to: Tier, session: str | None, now: float) -> list[Action]:
-        """Move one session down now, except what others share with it; or everything that no hold holds."""
+        """Move one session down now, except what others share with it; or everything that no hold holds.
+
+        What a pin covers stays in memory.
+        """
         assert to is not Tier.DEVICE
         actions: list[Action] = []
         leases = [lease for lease in self._leases.all if session in (None, lease.session)]
         mine = Counter(block for lease in leases for block in lease.blocks)
         for block in list(self._index.blocks) if session is None else list(mine):
-            if sum(block.leases) == mine[block]:
+            pinned = to is Tier.DISK and block.leases[SessionClass.PINNED]
+            if sum(block.leases) == mine[block] and not pinned:
                 self._sink(block, to, now, actions)
         for lease in leases:
             lease.target = max(lease.target, to)
@@ -757,21 +756,22 @@ class TieredCache:
         return actions
 
     def _sink_lease(self, lease: Lease, now: float, actions: list[Action]) -> None:
-        kept = lease.keep_until > now or lease.session_class is SessionClass.PINNED
-        if now >= lease.idle_since + self.limits.disk_after_s and not kept:
+        if now >= lease.idle_since + self.limits.disk_after_s:
             lease.target = Tier.DISK
         elif now >= lease.idle_since + self.limits.host_after_s:
             lease.target = max(lease.target, Tier.HOST)
+        kept = lease.keep_until > now or lease.session_class is SessionClass.PINNED
+        target = min(lease.target, Tier.HOST) if kept else lease.target
         own = [block for block in lease.blocks if not block.refs and sum(block.leases) == 1]
         skipped = False
-        if lease.target is not Tier.DEVICE:
+        if target is not Tier.DEVICE:
             skipped = any(
-                block.busy and min(block.places, default=Tier.DISK) < lease.target for block in own
+                block.busy and min(block.places, default=Tier.DISK) < target for block in own
             )
             for block in own:
-                self._sink(block, lease.target, now, actions)
+                self._sink(block, target, now, actions)
         next_look = self._next_look(lease, now)
-        if lease.target is not Tier.DISK:
+        if target is not Tier.DISK:
             self._leases.schedule(lease, min(next_look, now + RETRY_S) if skipped else next_look)
         elif all(block.places.keys() <= {Tier.DISK} for block in own):
             self._end_lease(lease, min(lease.session_class, SessionClass.HUMAN_WAIT))
@@ -945,7 +945,8 @@ class TieredCache:
             self._note_dirty(block, now)  # its record may have failed for somebody else meanwhile
         else:  # nobody wants it any more
             self._pools[tier].give(slot, SlotState.ARRIVING)
-        if not block.refs and not block.busy:  # asked again: someone may need it by now
+        pinned = isinstance(action, Spill) and block.leases[SessionClass.PINNED]
+        if not block.refs and not block.busy and not pinned:  # asked again: by now it may be needed
             for vacated in flight.vacate:
                 if vacated in block.places:
                     self._vacate(block, vacated, flight.cause)
@@ -1118,7 +1119,7 @@ class TieredCache:
             dirty=len(self._dirty),
             flying=len(self._flights),
             evictions={tier: dict(self._evictions[tier]) for tier in Tier},
-            pinned=self._leases.pinned,
+            pinned=len(self._leases.pinned()),
             forgotten=self._forgotten,
             spill_failures=self._spill_failures,
             load_failures=self._load_failures,

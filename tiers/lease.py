@@ -4,8 +4,7 @@ A lease keeps no refs: its blocks may be evicted. It raises their class while it
 been told to go. What the broker asked for (`asked`) decays with idleness; a client's TTL and a pin raise it for a time.
 
 Laws
-    `block.leases` counts, per class, the leases that cover a block, and `pinned` the blocks that one of class PINNED
-    covers; they change here only.
+    `block.leases` counts, per class, the leases that cover a block; they change here only.
     Every lease with a finite `due` is found by `pop_due` once that time has come, and exactly once for each schedule.
 """
 
@@ -50,7 +49,7 @@ class Leases:
         self._due: list[
             tuple[float, int]
         ] = []  # heap of (when, id); entries of an older schedule are stale
-        self.pinned = 0
+        self._pinned: set[Lease] = set()
 
     @property
     def all(self) -> Collection[Lease]:
@@ -72,17 +71,17 @@ class Leases:
     def _cover(self, lease: Lease) -> None:
         for block in lease.blocks:
             block.leases[lease.session_class] += 1
-            if (
-                lease.session_class is SessionClass.PINNED
-                and block.leases[SessionClass.PINNED] == 1
-            ):
-                self.pinned += 1
+        if lease.session_class is SessionClass.PINNED:
+            self._pinned.add(lease)
 
     def _uncover(self, lease: Lease) -> None:
         for block in lease.blocks:
             block.leases[lease.session_class] -= 1
-            if lease.session_class is SessionClass.PINNED and not block.leases[SessionClass.PINNED]:
-                self.pinned -= 1
+        self._pinned.discard(lease)
+
+    def pinned(self) -> set[Block]:
+        """What leases of class PINNED cover and is still somewhere. Costs a walk over those leases."""
+        return {block for lease in self._pinned for block in lease.blocks if block.places}
 
     def end(self, lease: Lease, resting: SessionClass) -> None:
         """From now on the blocks that no other lease covers are of class `resting`."""
@@ -116,7 +115,7 @@ class Leases:
         covered = Counter(
             (block, lease.session_class) for lease in self.all for block in lease.blocks
         )
-        assert self.pinned == len({block for block, of in covered if of is SessionClass.PINNED})
+        assert self._pinned == {x for x in self.all if x.session_class is SessionClass.PINNED}
         for block in blocks:
             assert block.leases == [covered[block, of] for of in SessionClass]
         scheduled = set(self._due)

@@ -15,16 +15,16 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from tiers.block import Tier
-from tiers.policy import SessionClass, session_class
+from tiers.policy import SessionClass
 from tiers.pool import Pool
 from tiers.victims import VictimOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from tiers.block import Block, BlockKey, Slot
     from tiers.index import Index
-    from tiers.policy import Policy
+    from tiers.policy import Policy, Rank
 
 
 class Residency:
@@ -38,7 +38,7 @@ class Residency:
         self._tenant_share = tenant_share
         self.pools = {tier: Pool(slots.get(tier, 0)) for tier in Tier}
         self.residents: dict[Tier, dict[Slot, Block]] = {tier: {} for tier in Tier}
-        self._orders = {tier: VictimOrder(policy.rank) for tier in Tier}
+        self._orders = {tier: VictimOrder(self.rank) for tier in Tier}
         self._usage: dict[Tier, Counter[BlockKey]] = {tier: Counter() for tier in Tier}
 
     # -- slots -------------------------------------------------------------------------------------------------------
@@ -125,24 +125,25 @@ class Residency:
     def worst(self, tier: Tier, newcomer: Block | None = None) -> tuple[Block, str] | None:
         """Whom to evict, and why (capacity or quota); None if all that may leave is worth more than the newcomer."""
         order = self._orders[tier]
-        greedy = max(
-            (root for root in order.roots if self._is_over_quota(tier, root)),
-            key=lambda root: (self._usage[tier][root], root),
-            default=None,
-        )
-        heads = [order.first(root) for root in (order.roots if greedy is None else (greedy,))]
-        victim = min(heads, key=lambda head: (order.ranks[head], head.key), default=None)
-        if victim is None:
+        heads = {root: order.first(root) for root in order.roots}
+        if tier is Tier.HOST:
+            heads = {root: head for root, head in heads.items() if not _is_pinned(head)}
+        if not heads:
             return None
-        compared = newcomer is not None and greedy in (None, newcomer.root)
-        if compared and newcomer is not None and self._policy.rank(newcomer) < order.ranks[victim]:
+        greedy = max(heads, key=lambda root: (self._usage[tier][root], root))
+        if self._usage[tier][greedy] > self._tenant_share * self.pools[tier].capacity:
+            victim, cause = heads[greedy], "quota"
+        else:
+            victim = min(heads.values(), key=lambda head: (order.ranks[head], head.key))
+            cause = "capacity"
+        compared = newcomer is not None and (cause == "capacity" or newcomer.root == victim.root)
+        if compared and newcomer is not None and self.rank(newcomer) < order.ranks[victim]:
             return None
-        if tier is Tier.HOST and session_class(victim) is SessionClass.PINNED:
-            return None
-        return victim, "capacity" if greedy is None else "quota"
+        return victim, cause
 
-    def _is_over_quota(self, tier: Tier, root: BlockKey) -> bool:
-        return self._usage[tier][root] > self._tenant_share * self.pools[tier].capacity
+    def rank(self, block: Block) -> Rank:
+        """What a block is worth: a pin goes before any policy."""
+        return _is_pinned(block), *self._policy.rank(block)
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
@@ -156,7 +157,7 @@ class Residency:
             assert len(here) == len(self.residents[tier])
             assert self._usage[tier] == Counter(block.root for block in here)
             self._orders[tier].check()
-            assert self._orders[tier].ranks == scan(blocks, tier, self._index, self._policy)
+            assert self._orders[tier].ranks == scan(blocks, tier, self._index, self.rank)
         for block in blocks:
             children = self._index.children(block)
             for tier in Tier:
@@ -166,9 +167,13 @@ class Residency:
                 assert (block.offered >> tier & 1) == (block in self._orders[tier].ranks)
 
 
+def _is_pinned(block: Block) -> bool:
+    return block.leases[SessionClass.PINNED] > 0
+
+
 def scan(
-    blocks: Iterable[Block], tier: Tier, index: Index, policy: Policy
-) -> dict[Block, tuple[float, ...]]:
+    blocks: Iterable[Block], tier: Tier, index: Index, rank: Callable[[Block], Rank]
+) -> dict[Block, Rank]:
     """The law, read off the tables: {block that may leave the tier: its rank}. For tests; costs a walk over all."""
     found = {}
     for block in blocks:
@@ -179,5 +184,5 @@ def scan(
         )
         last = len(block.places) == 1 and children and tier is not Tier.DEVICE
         if tier in block.places and not (block.refs or block.busy or staying or last):
-            found[block] = policy.rank(block)
+            found[block] = rank(block)
     return found

@@ -11,7 +11,7 @@ The laws are in `settle`, which follows every single call of the tables, and in 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
@@ -23,14 +23,27 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from tiers.block import Copy, Drop, Fetch, Spill, StoreError, Tier, chain_key, root_key
 from tiers.cache import HoldState, TieredCache
-from tiers.policy import Limits, SessionClass
+from tiers.policy import Limits, SessionClass, Watermarks, policy_named
 from tiers.pool import SlotState
 from tiers.store import BlockWrite, IndexEntry, whole_index
 
 ROW_BYTES = 8
 GARBAGE = b"garbage!"
 ROOTS = tuple(root_key(b"model", salt) for salt in (b"one", b"two"))
-LIMITS = Limits(host_after_s=5.0, disk_after_s=20.0, max_lag_s=1.0)
+LIMITS = Limits(
+    host_after_s=5.0,
+    disk_after_s=20.0,
+    max_lag_s=1.0,
+    protect_s={
+        SessionClass.BURST: 3.0,
+        SessionClass.TOOL_WAIT: 6.0,
+        SessionClass.HUMAN_WAIT: 30.0,
+    },
+    pins=0.5,
+)
+TIGHT = replace(
+    LIMITS, watermarks={tier: Watermarks(high=0.75, low=0.5) for tier in Tier}, tenant_share=0.5
+)
 MEMORY = (Tier.DEVICE, Tier.HOST)
 
 picks = st.integers(0, 7)
@@ -113,8 +126,11 @@ class CacheMachine(RuleBasedStateMachine):
         host=st.integers(0, 4),
         disk=st.integers(0, 8),
         rows=st.integers(2, 4),
+        limits=st.sampled_from([LIMITS, LIMITS, TIGHT]),
+        policy=st.sampled_from(["session_lru", "session_lru", "lru", "slru"]),
     )
-    def start(self, device, host, disk, rows):
+    def start(self, device, host, disk, rows, limits, policy):
+        self.limits, self.policy = limits, policy
         self.slots = {Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: disk}
         self.rows = rows
         self.store = self.open_store()
@@ -128,7 +144,13 @@ class CacheMachine(RuleBasedStateMachine):
         return DictStore()
 
     def open(self):
-        self.cache = TieredCache(block_tokens=self.rows, slots=self.slots, limits=LIMITS)
+        self.cache = TieredCache(
+            block_tokens=self.rows,
+            slots=self.slots,
+            limits=self.limits,
+            policy=policy_named(self.policy, slots=4, probation_s=2.0),
+        )
+        self.near = set()  # blocks on the host that a pin covers
         self.unread = []  # what was on disk at the start and is not known to the tables yet
         self.excess = 0  # records beyond what the disk tier may have by now, until all is read
         self.memory = {
@@ -173,8 +195,10 @@ class CacheMachine(RuleBasedStateMachine):
                     self.writing.append(action)
                     self.see("spill")
                 case Drop():
-                    assert action.key not in held, "a record that a hold counts on was dropped"
                     block = self.cache._index.get(action.key)
+                    assert action.key not in held or block.places, (
+                        "a record that a hold counts on was dropped"
+                    )
                     if block is not None and action.key != bad:
                         assert not any(map(self.is_durable, self.cache._index.children(block)))
                     self.writing.append(action)
@@ -266,6 +290,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.see(f"failed {type(action).__name__} {reason if reason == 'io' else 'bad'}")
         if reason != "io":
             refused = Tier.DISK if isinstance(action, Fetch) else source
+            self.near = {block for block in self.near if block.key != action.key}
             if isinstance(action, Fetch):
                 self.lost.add(action.key)  # the tables drop its record
             self.pinned = {
@@ -305,6 +330,13 @@ class CacheMachine(RuleBasedStateMachine):
                 assert above.refs >= below.refs
             if hold.state is HoldState.RUNNING and run.table:
                 assert hold.table == run.table, "a running sequence's blocks moved"
+        near = cache._leases.pinned()
+        assert near <= set(cache._index.blocks)
+        for block in near & self.near:
+            assert block.places.keys() & set(MEMORY), "a pinned block left the memory"
+        self.near = {block for block in near if Tier.HOST in block.places}
+        if self.near:
+            self.see("pinned on the host")
         now = {block: set(block.places) for run in self.running for block in run.hold.referenced}
         for block, tiers in self.pinned.items():
             assert block not in now or now[block] >= tiers, "a referenced block was evicted"
@@ -424,9 +456,15 @@ class CacheMachine(RuleBasedStateMachine):
     def finish(self, run):
         """A turn ends: its lease replaces the one it continued."""
         self.now += 0.01
-        done = run.tokens[: run.computed] if run.table else ()
+        holes = run.hold.holes  # a part of one is worth nothing
+        end = holes[0] * self.rows if holes else run.computed
+        done = run.tokens[:end] if run.table else ()
         lease, self.next_lease = self.next_lease, self.next_lease + 1
-        keys = self.cache.lease(run.hold, lease, "s", self.now, run.supersedes)
+        session = "st"[lease % 2]
+        keep_until = self.now + 10.0 if lease % 3 == 0 else 0.0
+        keys = self.cache.lease(
+            run.hold, lease, session, self.now, run.supersedes, keep_until=keep_until
+        )
         self.running.remove(run)
         self.settle()
         if done:
@@ -664,10 +702,52 @@ class CacheMachine(RuleBasedStateMachine):
     def demote(self, to, session):
         self.issue(self.cache.demote(to, session, self.now))
 
-    @rule(pick=picks, to=st.sampled_from(SessionClass))
+    @rule(pick=picks, to=st.sampled_from(list(SessionClass)[:-1]))
     def reclass(self, pick, to):
         self.cache.reclass(max(1, self.next_lease - pick), to, self.now)
         self.settle()
+
+    @precondition(lambda self: self.talks)
+    @rule(pick=picks, seconds=st.sampled_from([2.0, 15.0, 60.0]))
+    def pin(self, pick, seconds):
+        before = self.cache.statistics().pinned
+        leases = list(self.cache.leases())
+        named = leases[pick % len(leases)] if leases and pick else None
+        root, session = (named.root, named.session) if named else (ROOTS[0], "u")
+        granted = self.cache.pin(root, session, self.now + seconds, self.now)
+        assert self.cache.statistics().pinned <= max(before, self.cache.pin_quota)
+        self.see(f"pin {'refused' if granted is None else 'granted' if granted else 'unknown'}")
+        self.settle()
+
+    @rule(pick=picks)
+    def unpin(self, pick):
+        self.cache.unpin(ROOTS[pick % 2], "st"[pick // 2 % 2], self.now)
+        self.settle()
+
+    @precondition(lambda self: self.talks)
+    @rule(pick=picks, shared=st.integers(0, 2))
+    def delete(self, pick, shared):
+        """A response is deleted: what nobody else needs is nowhere any more, at once or when it is not busy."""
+        talk = self.talks.pop(pick % len(self.talks))
+        keys, parent = [], talk.root
+        for at in range(0, len(talk.tokens), self.rows):
+            parent = chain_key(parent, talk.tokens[at : at + self.rows])
+            keys.append(parent)
+        known = [
+            block for key in keys[shared:] if (block := self.cache._index.get(key)) is not None
+        ]
+        self.issue(self.cache.forget_chain(keys, keys[:shared], self.now))
+        gone = []
+        for block in reversed(known):
+            children = [x for x in self.cache._index.children(block) if x not in gone]
+            if block.refs or any(block.leases) or children:
+                break
+            gone.append(block)
+        self.quiet()
+        self.issue(self.cache.tick(self.now))
+        for block in gone:
+            assert self.cache._index.get(block.key) is not block, "a deleted block is still there"
+            self.see("deleted")
 
     @rule(pick=picks)
     def end_lease(self, pick):
@@ -748,6 +828,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.give_up(run)
         self.quiet()
         for lease in list(self.cache.leases()):
+            self.cache.unpin(lease.root, lease.session, self.now)
             self.cache.end(lease.id, self.now)
         self.issue(self.cache.demote(Tier.DISK, None, self.now))
         self.quiet()

@@ -394,7 +394,7 @@ def test_the_class_of_a_session_decides_before_its_age():
     (two,) = turn(cache, (2, 2), 2, now=2.0)
     cache.reclass(1, SessionClass.TOOL_WAIT, 3.0)
     cache.reclass(2, SessionClass.HUMAN_WAIT, 3.0)
-    cache.reclass(77, SessionClass.PINNED, 3.0)
+    cache.reclass(77, SessionClass.BURST, 3.0)
     assert [copy.key for copy in cache.make_room(2, 4.0)] == [two, one]
 
 

@@ -20,6 +20,10 @@ SEEN = (
     "failed Copy bad",
     "hole",
     "gave up",
+    "pin granted",
+    "pin refused",
+    "pinned on the host",
+    "deleted",
     "adopted",
     "restored",
 )
