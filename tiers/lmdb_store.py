@@ -101,6 +101,8 @@ _TRIAL = b"trial"  # shorter than any name
 _FORMAT = 2  # of the tables; 1 had no roots, no depths and no meta
 _FORMAT_NAME = b"format"
 _TOTALS_NAME = b"totals"
+_LONGEST_VALUE = (1 << 32) - 1  # bytes, in LMDB
+_IMPOSSIBLE = 1 << 62  # bytes, or anything that is counted here
 _SLICE = 4096  # entries of the index read in one transaction, whoever they belong to
 _VERSION = struct.Struct("<I")
 _TOTALS = struct.Struct("<QQQ")
@@ -139,6 +141,12 @@ class _Totals:
     next_age: int = 0
     blocks: Counter[bytes] = field(default_factory=Counter)  # {fingerprint: blocks}
 
+    @property
+    def possible(self) -> bool:
+        """Whether such a store can be. A seal tells that a total was written, not that it is true."""
+        numbers = (self.block_bytes, self.manifest_bytes, self.next_age, *self.blocks.values())
+        return all(0 <= number < _IMPOSSIBLE for number in numbers)
+
     def packed(self) -> bytes:
         value = _TOTALS.pack(self.block_bytes, self.manifest_bytes, self.next_age)
         counts = (
@@ -154,7 +162,8 @@ class _Totals:
             return None
         counts = Counter[bytes](dict(_MODEL.iter_unpack(value[_TOTALS.size :])))
         block_bytes, manifest_bytes, next_age = _TOTALS.unpack_from(value)
-        return cls(block_bytes, manifest_bytes, next_age, counts)
+        totals = cls(block_bytes, manifest_bytes, next_age, counts)
+        return totals if totals.possible else None
 
 
 @dataclass(slots=True)
@@ -562,7 +571,7 @@ class LmdbStore:
                 before = txn.get(_TOTALS_NAME, db=self._meta)
                 change = _Change(txn, self._load_totals(txn), self._foreign_behind)
                 yield change
-                if change.recount:
+                if change.recount or not change.totals.possible:
                     change.totals = self._recount(txn)
                 after = change.totals.packed()
                 if after != before:
@@ -633,8 +642,10 @@ class LmdbStore:
         orphans = max(0, txn.stat(db=self._blocks)["entries"] - entries)
         totals.block_bytes += orphans * record_bytes_on_disk(self._record_bytes)
         for _, value in txn.cursor(db=self._manifests):
-            totals.manifest_bytes += len(value) - _AGE.size
-            totals.next_age = max(totals.next_age, _AGE.unpack_from(value)[0] + 1)
+            totals.manifest_bytes += max(0, len(value) - _AGE.size)
+            age = int.from_bytes(value[: _AGE.size], "big")
+            if totals.next_age <= age < _IMPOSSIBLE - 1:
+                totals.next_age = age + 1
         return totals
 
     # blocks
@@ -827,7 +838,9 @@ def _index_entry(key: memoryview | bytes, value: memoryview | bytes) -> _Indexed
         return None
     fingerprint, root, parent, depth, last_used, size = _INDEX.unpack_from(entry)
     tokens = struct.unpack_from(f"<{(len(entry) - _INDEX.size) // 4}I", entry, _INDEX.size)
-    if not math.isfinite(last_used):  # it has no place in an order
+    if (
+        not math.isfinite(last_used) or size > _LONGEST_VALUE
+    ):  # it has no place in an order, or none in LMDB
         return None
     own = IndexEntry(BlockKey(bytes(key)), root, parent, depth, tokens, last_used)
     return _Indexed(own, fingerprint, size)

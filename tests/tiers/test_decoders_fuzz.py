@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import struct
 import tracemalloc
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 
+import lmdb
 import msgpack
 import pytest
 import xxhash
@@ -23,12 +25,15 @@ from hypothesis import strategies as st
 from broker.session import Node, Part, from_manifest, to_manifest
 from broker.wire.items import FunctionCall, FunctionCallOutput, ItemReference, Message, Reasoning
 from broker.wire.requests import ToolKind, ToolSpec
+from tests.tiers.small_store import PAYLOAD_BYTES, block, opened
+from tests.tiers.small_store import manifest as small_manifest
 from tests.tiers.vectors.make import MANIFEST
 from tiers import lmdb_store, manifest, record
 from tiers.block import BlockKey, StoreError, chain_key, root_key
 from tiers.lmdb_store import _age_entry, _index_entry, _seal
 from tiers.manifest import Manifest
 
+STORES = settings.default.max_examples // 25  # 0.1 s each
 ROUNDS = 8 * settings.default.max_examples  # of the loops that need no shrinking
 EDGES = [-(2**63), -(2**31), -1, 0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
 ODD = [*EDGES, True, False, None, 0.0, -0.0, 1e308, float("nan"), float("inf"), "", "1", b"", b"1"]
@@ -322,6 +327,91 @@ def test_an_entry_whose_seal_is_not_its_own_is_refused(value):
     assert _index_entry(KEY, value) is None
     other = chain_key(ROOT, (9,))
     assert _index_entry(other, _seal(KEY, value)) is None
+
+
+# --- a whole store that somebody made
+
+
+def reseal(table, key, value):
+    """`value`, bent before, under whatever checksum its table believes."""
+    if table in (b"index", b"ages", b"meta"):
+        return _seal(key, value[8:])
+    if table == b"blocks":
+        return sealed_record(bytearray(value))
+    if table == b"manifests":
+        return value[:8] + sealed(value[8 + manifest.CHECKSUM_BYTES :])
+    return value
+
+
+def spoil(path, rng):
+    """Bend some values of every table but the format's name, and seal them again."""
+    env = lmdb.open(str(path / "kv"), max_dbs=8, map_size=1 << 30)
+    for table in (b"blocks", b"index", b"manifests", b"ages", b"names", b"meta"):
+        opened_table = env.open_db(table)
+        with env.begin(write=True, db=opened_table) as txn:
+            for key, value in list(txn.cursor()):
+                if key != b"format" and rng.random() < 0.5:
+                    txn.put(key, reseal(table, key, bytes(bent(rng, bytearray(value)))))
+    env.close()
+
+
+def quietly(call, *arguments, **named):
+    """What it gives, or None if it refuses as a store may."""
+    try:
+        return call(*arguments, **named)
+    except StoreError:
+        return None
+
+
+def use(store):
+    """Everything that a daemon does with a store."""
+    entries, after = [], None
+    while found := quietly(store.index, after, 4):
+        entries += found
+        after = found[-1].key
+    for one in [*(block(number) for number in range(12)), *entries]:
+        into = memoryview(bytearray(PAYLOAD_BYTES))
+        quietly(store.read, one.key, one.parent, one.tokens, into)
+        quietly(store.find_chain, one.root, one.tokens)
+    for number in range(6):
+        own = small_manifest(number)
+        for found in (
+            quietly(store.find_response, "t", f"r{number}"),
+            quietly(store.find_item, "t", f"item{number}"),
+            quietly(store.find_content, "t", own.content_digest),
+        ):
+            if found is not None:
+                sound(found)
+                assert found.tenant == "t"
+    key = None
+    while examined := quietly(store.examine, key):
+        key = examined.key
+    quietly(store.forget_response, "t", "r1")
+    quietly(store.write, blocks=[block(20)], manifests=[small_manifest(20)], drops=[block(1).key])
+    into = memoryview(bytearray(PAYLOAD_BYTES))
+    fresh = block(20)
+    if quietly(store.read, fresh.key, fresh.parent, fresh.tokens, into) is None and any(into):
+        assert into == fresh.payload
+    store.statistics()
+
+
+def test_a_store_whose_every_table_was_bent_and_sealed_is_used_without_harm(tmp_path, caplog):
+    """Blocks of bent heads, indices that lie, totals that are wrong, names that lead elsewhere: refused, or harmless."""
+    rng = random.Random(4711)
+    with opened(tmp_path / "good") as store:
+        for number in range(0, 12, 2):
+            store.write(
+                blocks=[block(number), block(number + 1)], manifests=[small_manifest(number // 2)]
+            )
+    for number in range(STORES):
+        path = tmp_path / f"{number}"
+        shutil.copytree(tmp_path / "good", path)
+        spoil(path, rng)
+        with opened(path) as store:
+            use(store)
+        with opened(path) as store:  # and what that left behind
+            use(store)
+        shutil.rmtree(path)
 
 
 # --- what the broker keeps in a manifest
