@@ -112,13 +112,22 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
 
     bench = commands.add_parser("bench", help="measure")
-    agent = bench.add_subparsers(required=True, metavar="BENCHMARK").add_parser(
+    benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
+    agent = benchmarks.add_parser(
         "agent", help="an agent's loop, interrupted in every way we promise to survive"
     )
     from broker.bench import agent as agent_bench
 
     agent_bench.add_arguments(agent)
     agent.set_defaults(run=agent_bench.main)
+
+    policy = benchmarks.add_parser(
+        "policy", help="what each order of victims costs on a trace, beside Belady's"
+    )
+    from broker.bench import policy as policy_bench
+
+    policy_bench.add_arguments(policy)
+    policy.set_defaults(run=policy_bench.main)
     return parser
 
 

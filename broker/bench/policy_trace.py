@@ -25,7 +25,7 @@ import itertools
 import math
 import random
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tiers.policy import SessionClass
@@ -133,6 +133,15 @@ class Shape:
     # (laptops sleep, and OpenAI's own limit for a connection is 60 minutes).
     dropped: float = 0.5
     connection_s: float = HOUR_S
+
+    def with_sessions(self, sessions: int) -> Shape:
+        """As many people, and the rest of the day in proportion."""
+        return replace(
+            self,
+            sessions=sessions,
+            subagents=round(self.subagents * sessions / self.sessions),
+            oneshots=round(self.oneshots * sessions / self.sessions),
+        )
 
     def answer_s(self, output: float) -> float:
         """How long an answer of so many tokens takes."""

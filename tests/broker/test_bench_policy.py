@@ -6,6 +6,7 @@ continues. They are the oracle for the real tables run at one unit a block.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
@@ -15,18 +16,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from broker.bench.policy import BLOCK_TOKENS, add_arguments, main
 from broker.bench.policy_mooncake import BadTrace, read
 from broker.bench.policy_plot import Panel, Point, draw
+from broker.bench.policy_replay import BOUND, ORDERS, TooSmall, replay, replay_tiered
 from broker.bench.policy_survey import NEVER, survey
 from broker.bench.policy_trace import Close, Quantiles, Shape, Turn, generate
+from tiers.block import Tier
 from tiers.policy import SessionClass
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from broker.bench.policy_trace import Event
 
-SMALL = Shape(day_s=6 * 3600, sessions=24, subagents=20, oneshots=30)
+SMALL = Shape(day_s=3 * 3600, sessions=30, subagents=30, oneshots=60)
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +295,239 @@ def test_the_survey_agrees_with_looking_at_every_pair_of_events(
         later_again = zip(blocks, uses[number], strict=True)
         alive |= {block: use for block, use in later_again if use is not NEVER}
     assert found.footprint_blocks == most
+
+
+# -- the replay ------------------------------------------------------------------------------------------------------
+
+
+class NaiveCache:
+    """Sets of units. `worth` says which of the leaves that the turn does not need goes first: the smallest."""
+
+    def __init__(self, capacity: int, worth: Callable[[int], tuple[float, ...]]) -> None:
+        self._capacity = capacity
+        self._worth = worth
+        self._resident: set[int] = set()
+        self._parents: dict[int, int] = {}
+
+    def serve(self, turn: Turn) -> int:
+        """Units of the prompt that had to be computed."""
+        chain = turn.prompt + turn.output
+        self._parents.update(zip(chain[1:], chain[:-1], strict=True))
+        hits = next(at for at, unit in enumerate(turn.prompt) if unit not in self._resident)
+        self._resident.update(chain)
+        while len(self._resident) > self._capacity:
+            parents = {self._parents.get(unit) for unit in self._resident}
+            leaves = self._resident - parents - {*chain}
+            self._resident.remove(min(leaves, key=self._worth))
+        return len(turn.prompt) - hits
+
+
+def naive_lru(trace: Sequence[Event], capacity: int) -> int:
+    used: dict[int, tuple[float, ...]] = {}
+    cache = NaiveCache(capacity, lambda unit: used[unit])
+    computed = 0
+    for turn in turns_of(trace):
+        used.update(
+            {unit: (turn.at, -depth) for depth, unit in enumerate(turn.prompt + turn.output)}
+        )
+        computed += cache.serve(turn)
+    return computed
+
+
+def naive_belady(trace: Sequence[Event], capacity: int) -> int:
+    turns = turns_of(trace)
+    computed = 0
+    at = -1
+
+    def worth(unit: int) -> tuple[float, ...]:
+        later = range(at + 1, len(turns))
+        next_use = next((turn for turn in later if unit in turns[turn].prompt), NEVER)
+        return (-next_use,)
+
+    cache = NaiveCache(capacity, worth)
+    for turn in turns:
+        at += 1
+        computed += cache.serve(turn)
+    return computed
+
+
+def least_possible(trace: Sequence[Event], capacity: int) -> int:
+    """Whatever is kept after each turn: every choice is tried. A cache keeps no unit without the one before it."""
+    costs: dict[frozenset[int], int] = {frozenset(): 0}  # {resident: least units computed so far}
+    parents: dict[int, int] = {}
+    for turn in turns_of(trace):
+        chain = turn.prompt + turn.output
+        parents.update(zip(chain[1:], chain[:-1], strict=True))
+        after: dict[frozenset[int], int] = {}
+        for resident, cost in costs.items():
+            hits = next(at for at, unit in enumerate(turn.prompt) if unit not in resident)
+            rest = sorted(resident - {*chain})
+            for keep in itertools.product((True, False), repeat=len(rest)):
+                kept = frozenset((*chain, *itertools.compress(rest, keep)))
+                whole = all(parents.get(unit, unit) in kept for unit in kept)
+                if whole and len(kept) <= capacity:
+                    total = cost + len(turn.prompt) - hits
+                    after[kept] = min(total, after.get(kept, total))
+        costs = after
+    return min(costs.values())
+
+
+def tiny_trace(seed: int) -> list[Event]:
+    return [
+        event for event in small_trace(seed, events=9, sessions=3) if len(event_chain(event)) <= 7
+    ]
+
+
+def event_chain(event: Event) -> tuple[int, ...]:
+    return event.prompt + event.output if isinstance(event, Turn) else ()
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("capacity", [14, 20, 40])
+def test_the_tables_agree_with_naive_caches_at_one_unit_a_block(seed: int, capacity: int) -> None:
+    trace = small_trace(seed)
+    found = survey(trace, 1)
+    assert replay(trace, found, "lru", capacity).computed_units == naive_lru(trace, capacity)
+    assert replay(trace, found, "belady", capacity).computed_units == naive_belady(trace, capacity)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("capacity", [8, 10])
+def test_no_way_to_keep_things_costs_less_than_belady(seed: int, capacity: int) -> None:
+    trace = tiny_trace(seed)
+    belady = replay(trace, survey(trace, 1), "belady", capacity)
+    assert belady.computed_units == least_possible(trace, capacity)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_order_costs_less_than_belady_and_belady_needs_the_footprint_at_most(seed: int) -> None:
+    trace = small_trace(seed, events=100, sessions=9)
+    found = survey(trace, 1)
+    for share in (0.4, 0.6, 0.8):
+        slots = max(found.longest_blocks, round(share * found.footprint_blocks))
+        costs = {order: replay(trace, found, order, slots).computed_units for order in ORDERS}
+        assert costs[BOUND] == min(costs.values())
+        assert costs["lru"] > costs[BOUND] > found.fresh_units
+    whole = replay(trace, found, BOUND, found.footprint_blocks)
+    assert whole.amplification == 1
+    assert whole.computed_units == found.fresh_units
+
+
+def test_on_a_generated_day_the_sessions_classes_are_worth_much_of_what_belady_knows() -> None:
+    trace = list(generate(SMALL, 0))
+    found = survey(trace, BLOCK_TOKENS // SMALL.unit_tokens)
+    slots = round(0.4 * found.footprint_blocks)
+    lru, session_lru, belady = (
+        replay(trace, found, order, slots).amplification for order in ("lru", "session_lru", BOUND)
+    )
+    assert 1 < belady < session_lru < lru
+    assert session_lru - belady < 0.8 * (lru - belady)
+
+
+def test_with_all_tiers_on_nothing_is_computed_again() -> None:
+    trace = list(generate(SMALL, 0))
+    found = survey(trace, BLOCK_TOKENS // SMALL.unit_tokens)
+    outcome = replay_tiered(trace, found, "session_lru")
+    assert outcome.amplification <= 1.1
+    assert all(outcome.found[tier] > 0 for tier in Tier)
+    assert sum(outcome.found.values()) == outcome.prompt_units - outcome.computed_units
+
+
+def test_a_replay_gives_the_same_outcome_every_time() -> None:
+    trace = small_trace(1)
+    found = survey(trace, 2)
+    for order in ORDERS:
+        assert replay(trace, found, order, 9) == replay(trace, found, order, 9)
+
+
+def test_a_turn_that_does_not_fit_on_the_device_is_said_to() -> None:
+    trace = small_trace(1)
+    with pytest.raises(TooSmall):
+        replay(trace, survey(trace, 1), "lru", 4)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def run_command(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return main(parser.parse_args(words))
+
+
+def test_the_command_prints_a_table_and_writes_the_curves_and_every_replay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    svg, report = tmp_path / "curves.svg", tmp_path / "replays.json"
+    options = ("--seeds", "2", "--sessions", "8", "--policies", "session_lru", "--tiers")
+    capacities = ("--capacities", "0.4,0.6")
+    status = run_command(*options, *capacities, "--svg", str(svg), "--json", str(report))
+    assert status == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[2] for row in rows if row[1:2] == ["%"]] == ["belady", "session_lru"] * 2
+    assert "2 seeds" in out
+    assert "footprint" in out
+    assert "the goal is 1.15" in out
+    assert "with all tiers on, A = " in out
+    ET.fromstring(svg.read_text(encoding="utf-8"))
+    value = json.loads(report.read_text(encoding="utf-8"))
+    assert len(value["traces"]) == 2
+    assert len(value["replays"]) == 2 * (2 * 2 + 1)
+    assert all(each["over_bound"] >= 1 for each in value["replays"])
+
+
+def test_the_command_replays_a_mooncake_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    prompts = [[session, *range(100 * session, 100 * session + 31)] for session in range(9)]
+    again = [[*prompt, 1_000 + at] for at, prompt in enumerate(prompts)]
+    lines = [line(at, 512 * len(one), one) for at, one in enumerate([*prompts, *again])]
+    path.write_text("\n".join(lines))
+    assert run_command("--trace", str(path), "--capacities", "0.5,1", "--policies", "lru") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("trace.jsonl: 18 turns")
+    assert "the goal" not in out
+
+
+def test_a_trace_that_cannot_be_replayed_is_one_line_on_stderr(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    for content, reason in (
+        (None, "No such file"),
+        (b"", "no requests"),
+        (b"{}", "line 1: timestamp"),
+        (b"\xff\xfe", "utf-8"),
+        (line(0, 20_000, list(range(40))).encode(), "needs a capacity of"),
+    ):
+        if content is not None:
+            path.write_bytes(content)
+        assert run_command("--trace", str(path), "--capacities", "0.5") == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        last = said.err.splitlines()[-1]
+        assert last.startswith("bench: trace.jsonl: ")
+        assert reason in last
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--capacities", "0"),
+        ("--capacities", "a"),
+        ("--capacities", "nan"),
+        ("--policies", "lru,fifo"),
+        ("--seeds", "0"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    words: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_command(*words)
+    assert words[0] in capsys.readouterr().err
 
 
 # -- the picture -----------------------------------------------------------------------------------------------------
