@@ -189,9 +189,13 @@ class _Routes:
         return JSONResponse(node.response)
 
     async def delete(self, request: Request) -> Response:
-        tenant, node = _tenant(request), await self._stored(request)
-        await keeping.forget_response(self._port, tenant, node.response_id)
-        return JSONResponse({"id": node.response_id, "object": "response", "deleted": True})
+        """Also one that cannot be read any more, because another tokenizer's ids are in it."""
+        tenant, response_id = _tenant(request), request.path_params["response_id"]
+        node = self._port.sessions.known(tenant.name, response_id)
+        unstored = node is not None and not node.stored
+        if unstored or not await keeping.forget_response(self._port, tenant, response_id):
+            raise _no_response(response_id)
+        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
     async def input_items(self, request: Request) -> Response:
         node = await self._stored(request)

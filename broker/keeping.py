@@ -89,13 +89,13 @@ async def forget(port: Port, tenant: Tenant, session: str) -> Forgotten:
     return Forgotten(session, len(responses))
 
 
-async def forget_response(port: Port, tenant: Tenant, response_id: str) -> None:
-    """Delete one response and its KV."""
+async def forget_response(port: Port, tenant: Tenant, response_id: str) -> bool:
+    """Delete one response and its KV; False if there was none."""
     node = port.sessions.known(tenant.name, response_id)
     if node is not None:
         node.deleted = True
         port.sessions.forget(tenant.name, response_id)
-    await port.engine.forget_response(tenant.name, response_id)
+    return await port.engine.forget_response(tenant.name, response_id) or node is not None
 
 
 def _tokens(report: EngineReport, session: str) -> int:
