@@ -11,10 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from tiers.block import BlockKey
-    from tiers.store import IndexEntry
 
 # Entries of one slice. Adopting one takes some 15 us (measured 2026-11 on two slow cores), so a slice is a few
 # milliseconds between two steps, and 100,000 records are read in about as many seconds as an idle engine has turns.
@@ -28,13 +25,9 @@ class Adoption:
 
     def __init__(self, records: int) -> None:
         self.complete = records == 0
-        self.adopted = 0  # entries that came, whoever asked for them
         self._after: BlockKey | None = None
         self._asked = False
         self._retry_at = -math.inf
-        self._dropped: set[BlockKey] = (
-            set()
-        )  # since the start; a slice may have been read before that
 
     def due(self) -> float:
         """When a slice can be asked for; infinity while one is under way, or there is none."""
@@ -52,19 +45,7 @@ class Adoption:
         self._asked = False
         self._after = last
         self.complete = last is None
-        if self.complete:
-            self._dropped.clear()
 
     def failed(self, now: float) -> None:
         self._asked = False
         self._retry_at = now + RETRY_S
-
-    def note_drop(self, key: BlockKey) -> None:
-        if not self.complete:
-            self._dropped.add(key)
-
-    def still_there(self, entries: Iterable[IndexEntry]) -> list[IndexEntry]:
-        """Without what was dropped since it may have been read."""
-        found = [entry for entry in entries if entry.key not in self._dropped]
-        self.adopted += len(found)
-        return found

@@ -306,7 +306,10 @@ class EngineReport:
     )
     hit_share: float = 1.0  # reused / (reused + recomputed though it was once cached)
     disk: DiskReport = field(default_factory=DiskReport)
-    canary: dict[str, int] = field(default_factory=dict)  # {checked|mismatched: blocks}
+    canary: dict[str, int] = field(default_factory=dict)  # {checked|mismatched|skipped: blocks}
+    host_failures_total: dict[str, int] = field(
+        default_factory=dict
+    )  # {reason: blocks} refused in memory
     pins: tuple[PinReport, ...] = ()
     rates: dict[str, float] = field(
         default_factory=dict

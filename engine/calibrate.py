@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from engine.memory import Memory
     from engine.runner import Runner
+    from tiers.codec import Codec
     from tiers.store import BlockStore, IndexEntry
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def measure_copies(memory: Memory, rates: Rates) -> Rates:
     return replace(rates, copy_s=max(_LEAST, min(spent) / memory.block_bytes))
 
 
-def measure_reads(store: BlockStore, payload_bytes: int, readers: int, rates: Rates) -> Rates:
+def measure_reads(
+    store: BlockStore, stored_as: Codec, block_bytes: int, readers: int, rates: Rates
+) -> Rates:
     """A few records as the readers read them, or nothing new where there are none, or they cannot be read."""
     try:
         entries = store.index(None, SAMPLES)
@@ -63,12 +66,13 @@ def measure_reads(store: BlockStore, payload_bytes: int, readers: int, rates: Ra
         return rates
     if len(entries) <= readers:
         return rates
-    first = _read(store, payload_bytes, entries[:1], time.perf_counter() + BUDGET_S)
+    first = _read(store, stored_as, block_bytes, entries[:1], time.perf_counter() + BUDGET_S)
     began = time.perf_counter()
     shares = [entries[1 + each :: readers] for each in range(readers)]
     with ThreadPoolExecutor(readers) as pool:
         jobs = [
-            pool.submit(_read, store, payload_bytes, share, began + BUDGET_S) for share in shares
+            pool.submit(_read, store, stored_as, block_bytes, share, began + BUDGET_S)
+            for share in shares
         ]
         done = sum(len(job.result()) for job in jobs)
     elapsed = time.perf_counter() - began
@@ -78,22 +82,28 @@ def measure_reads(store: BlockStore, payload_bytes: int, readers: int, rates: Ra
     return replace(
         rates,
         latency_s=max(_LEAST, first[0] - per_block),
-        read_s=max(_LEAST, per_block / payload_bytes),
+        read_s=max(_LEAST, per_block / block_bytes),
     )
 
 
 def _read(
-    store: BlockStore, payload_bytes: int, entries: list[IndexEntry], until: float
+    store: BlockStore,
+    stored_as: Codec,
+    block_bytes: int,
+    entries: list[IndexEntry],
+    until: float,
 ) -> list[float]:
     """Seconds of each, as many as there is time for. A bad record is met again, and forgotten, by a real fetch."""
     spent: list[float] = []
-    into = memoryview(bytearray(payload_bytes))
+    into = memoryview(bytearray(block_bytes))
+    room = stored_as.room(into)
     for entry in entries:
         began = time.perf_counter()
         if began >= until:
             break
         try:
-            store.read(entry.key, entry.parent, entry.tokens, into)
+            store.read(entry.key, entry.parent, entry.tokens, room)
+            stored_as.decode(room, into)
         except StoreError:
             continue
         spent.append(time.perf_counter() - began)

@@ -41,6 +41,7 @@ from engine.api import (
     LeaseId,
     Persist,
     Pin,
+    PinReport,
     Prefetch,
     Reclass,
     Refused,
@@ -54,11 +55,12 @@ from engine.api import (
     Unpin,
 )
 from engine.batch import Batch, Segment
+from engine.canary import Canaries, Canary
 from engine.prefetch import Prefetches
 from engine.reads import Reads
 from engine.sampler import SamplingState
 from engine.sequence import Load, Phase, Sequence
-from tiers.block import Copy, Drop, Fetch, Spill, Tier
+from tiers.block import BlockKey, Copy, Drop, Fetch, Spill, StoreError, Tier
 from tiers.disk import (
     ChainFound,
     Failed,
@@ -70,6 +72,7 @@ from tiers.disk import (
     PersistFailed,
     Rotten,
 )
+from tiers.policy import SessionClass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -81,7 +84,7 @@ if TYPE_CHECKING:
     from engine.memory import Memory
     from engine.restore import RestoreCosts, RestoreLimits
     from engine.scheduler import Chunk, Scheduler
-    from tiers.block import Action, BlockKey
+    from tiers.block import Action
     from tiers.cache import Hold, Lease, TieredCache, TierStatistics
     from tiers.disk import DiskReader, DiskWriter
     from tiers.disk import Reply as DiskReply
@@ -94,6 +97,7 @@ log = logging.getLogger(__name__)
 # The tables' own check, run only while nothing else is to be done. It walks every block: 0.8 s at 70,000 (measured
 # 2026-11), which a request that comes just then has to wait for.
 CHECK_INTERVAL_S = 300.0
+PROBE_S = 1.0  # how soon to look again whether a degraded disk takes blocks
 FRESH = (
     "new",
     "logits",
@@ -123,7 +127,8 @@ class Counters:
     spill_failures: int = 0
     fetches: int = 0
     recomputed: Counter[str] = dataclasses.field(default_factory=Counter)  # {reason: prompt tokens}
-    verify_failures: dict[str, int] = dataclasses.field(default_factory=dict)  # {reason: records}
+    verify_failures: Counter[str] = dataclasses.field(default_factory=Counter)  # {reason: records}
+    host_failures: Counter[str] = dataclasses.field(default_factory=Counter)  # {reason: blocks}
 
 
 class Engine:
@@ -142,6 +147,7 @@ class Engine:
         reader: DiskReader,
         costs: RestoreCosts,
         restore: RestoreLimits,
+        canaries: Canaries,
         records: int,
         root: Callable[[bytes], BlockKey],
         max_context: int,
@@ -158,6 +164,7 @@ class Engine:
         self._reader = reader
         self._costs = costs
         self._restore = restore
+        self._canaries = canaries
         self._reads = Reads(
             lambda fetch: reader.fetch(fetch, memory.buffer(fetch)),
             max(1, restore.reading_bytes // memory.block_bytes),
@@ -215,7 +222,8 @@ class Engine:
         self._drain()
         now = self._clock()
         self._perform(self._cache.tick(now))
-        self._perform(self._cache.write_behind(now))
+        if not self._writer.refuses_blocks:
+            self._perform(self._cache.write_behind(now))
         self._release_all(self._prefetches.take_ended(now), now)
         self._read_index(now)
         self._admit(now)
@@ -230,6 +238,8 @@ class Engine:
             assert self._waiting_for_disk, "work waits, nothing runs, and no answer is due"
         else:
             self._costs.idle()
+            if self._canaries:
+                self._check_canary(self._canaries.take(), now)
             if now >= self._next_check:
                 self._cache.check()
                 self._next_check = now + CHECK_INTERVAL_S
@@ -248,8 +258,12 @@ class Engine:
             return
 
     def _sleep_s(self) -> float | None:
+        if self._canaries and self._scheduler.idle:
+            return 0.0
         now = self._clock()
         due = self._cache.next_event(now)
+        if due is not None and self._writer.refuses_blocks:  # it may be for them
+            due = max(due, now + PROBE_S)
         first = min(
             math.inf if due is None else due,
             self._prefetches.next_end(),
@@ -280,7 +294,12 @@ class Engine:
                     self._prefetch(message, now)
             case Reclass(lease, to):
                 self._cache.reclass(lease, to, now)
-            case Pin(ticket) | Unpin(ticket):  # the tables learn it soon
+            case Pin(ticket, salt, session, seconds):
+                pinned = self._cache.pin(self._root(salt), session, now + seconds, now)
+                granted = pinned * self._memory.block_bytes if pinned else None
+                self._answers.append(Answer(ticket, granted))
+            case Unpin(ticket, salt, session):
+                self._cache.unpin(self._root(salt), session, now)
                 self._answers.append(Answer(ticket, None))
             case Demote(ticket, to, session):
                 self._answers.append(Answer(ticket, self._demote(to, session, now)))
@@ -316,8 +335,8 @@ class Engine:
                 self._waiting_for_disk -= 1
                 self._adopt(entries, now)
                 self._looked_up(self._lookups.pop(ticket), now)
-            case Rotten():
-                pass  # the tables cannot forget one record yet
+            case Rotten(key):
+                self._perform(self._cache.distrust(key, Tier.DISK, now))
 
     def _submit(self, submit: Submit, now: float) -> None:
         prompt = submit.prompt
@@ -363,7 +382,11 @@ class Engine:
             return
         hold = self._cache.acquire(whole, now)
         actions = self._cache.load(hold, now)
-        if actions is None:  # no free slot: a guess about the future evicts nobody
+        if actions is None:  # a guess about the future evicts nobody who is likely to come himself
+            needed = self._cache.slots_to_load(hold)
+            self._perform(self._cache.make_room(needed, now, below=SessionClass.TOOL_WAIT))
+            actions = self._cache.load(hold, now)
+        if actions is None:
             self._cache.release(hold, now)
             return
         self._prefetches.add(hold, now, reads_disk=reads_disk)
@@ -401,6 +424,12 @@ class Engine:
                 self._counters.fetches += 1
                 self._reads.answered()
             case Spill():
+                try:
+                    self._memory.confirm(action)
+                except StoreError as error:  # it changed on the way: the record is sound, and wrong
+                    self._perform([Drop(action.key)])
+                    self._refused_by_memory(action, error, now)
+                    return
                 self._counters.spills += 1
             case Drop():
                 self._dropped(action)
@@ -413,8 +442,7 @@ class Engine:
         match action:
             case Fetch():
                 self._memory.abandon(action)
-                failures = self._counters.verify_failures
-                failures[reason] = failures.get(reason, 0) + 1
+                self._counters.verify_failures[reason] += 1
                 self._reads.answered()
             case Spill():
                 self._counters.spill_failures += 1
@@ -424,13 +452,27 @@ class Engine:
                 pass
         self._perform(self._cache.failed(action, now, reason))
 
+    def _refused_by_memory(self, action: Copy | Spill, error: StoreError, now: float) -> None:
+        """A slot on the host does not hold what was put there: it is given up, and what waited for it goes on without."""
+        log.error("block %s is not used: %s", action.key.hex()[:16], error)
+        self._counters.host_failures[error.reason] += 1
+        self._perform(self._cache.failed(action, now, error.reason))
+
     def _dropped(self, drop: Drop) -> None:
         if forgetting := self._forgetting.pop(drop, None):
             self._answers.append(Answer(*forgetting))
 
     def _forgotten(self, reply: Forgotten, now: float) -> None:
         """The response is gone; its KV goes too, and then the answer."""
-        actions: list[Action] = []
+        actions = (
+            self._cache.forget_chain(
+                [BlockKey(key) for key in reply.keys],
+                {BlockKey(key) for key in reply.shared_keys},
+                now,
+            )
+            if reply.keys
+            else []
+        )
         self._perform(actions)
         drops = [action for action in actions if isinstance(action, Drop)]
         self._waiting_for_disk -= 1
@@ -458,20 +500,21 @@ class Engine:
         for action in actions:
             match action:
                 case Copy():
-                    began = self._clock()
-                    self._memory.copy(action)
-                    landed = self._clock()
-                    self._cache.landed(action, landed)
-                    if action.source is Tier.HOST:
-                        self._costs.observe_copies(1, landed - began)
+                    self._copy(action)
                 case Spill():
-                    spills.append((action, self._memory.payload(action)))
+                    if self._writer.refuses_blocks:
+                        self._counters.spill_failures += 1
+                        self._cache.failed(action, self._clock(), "full")
+                        continue
+                    try:
+                        spills.append((action, self._memory.payload(action)))
+                    except StoreError as error:
+                        self._refused_by_memory(action, error, self._clock())
                 case Fetch():
                     self._waiting_for_disk += 1
                     self._reads.add(action)
                 case Drop():
                     self._waiting_for_disk += 1
-                    self._adoption.note_drop(action.key)
                     self._writer.drop(action)
         if spills and self._writer.offer_blocks(tuple(spills), manifest, ticket):
             self._waiting_for_disk += len(spills)
@@ -485,6 +528,18 @@ class Engine:
         if manifest is not None:
             self._writer.persist(manifest, ticket)
 
+    def _copy(self, action: Copy) -> None:
+        began = self._clock()
+        try:
+            self._memory.copy(action)
+        except StoreError as error:
+            self._refused_by_memory(action, error, self._clock())
+            return
+        landed = self._clock()
+        self._cache.landed(action, landed)
+        if action.source is Tier.HOST:
+            self._costs.observe_copies(1, landed - began)
+
     # -- learning what the disk holds --------------------------------------------------------------------------------
 
     def _read_index(self, now: float) -> None:
@@ -494,7 +549,7 @@ class Engine:
             self._reader.read_index(self._adoption.ask(), slice_entries)
 
     def _adopt(self, entries: Iterable[IndexEntry], now: float) -> None:
-        self._perform(self._cache.adopt(self._adoption.still_there(entries), now))
+        self._perform(self._cache.adopt(entries, now))
 
     def _look_up(self, salt: bytes, prompt: tuple[int, ...], asker: Sequence | Prefetch) -> bool:
         """Before all of the index is known: ask the disk what it has of a prompt. False: no need."""
@@ -536,8 +591,9 @@ class Engine:
         self, sequence: Sequence, match: Match, found: list[tuple[Tier, int]], now: float
     ) -> bool:
         """False, and nothing has changed, when slots are held by others, or their bytes are still on the way out."""
-        reasons = {"new": len(sequence.tokens) - match.tokens - 1, "logits": 1}
-        hold = self._cache.acquire(match, now, supersedes=sequence.submit.supersedes)
+        supersedes = sequence.submit.supersedes
+        reasons = self._cache.explain(match, tuple(sequence.tokens), supersedes=supersedes)
+        hold = self._cache.acquire(match, now, supersedes=supersedes)
         refused = len(hold.found) - len(found)
         if refused:
             self._cache.forgo(hold, min(len(found), len(match.blocks)), "loss", now)
@@ -613,6 +669,11 @@ class Engine:
         self._counters.cached_disk += sequence.cached.disk
         self._counters.recomputed.update(sequence.recomputed)
         self._outputs.append(Began(sequence.request, sequence.cached))
+        size = self._cache.block_tokens
+        for at, (block, (tier, reused)) in enumerate(zip(hold.blocks, hold.found, strict=False)):
+            if tier is not Tier.DEVICE and reused and self._canaries.chosen():
+                tokens = tuple(sequence.tokens[: (at + 1) * size])
+                self._canaries.add(Canary(hold.root, tokens, block.key))
 
     def _withdraw(self, now: float) -> None:
         """Spare the disk what nobody waits for any more: its slots are free at once."""
@@ -722,13 +783,43 @@ class Engine:
             lease = LeaseId(self._next_lease)
             self._next_lease += 1
             keys = self._cache.lease(
-                sequence.hold, lease, sequence.submit.session, now, sequence.submit.supersedes
+                sequence.hold,
+                lease,
+                sequence.submit.session,
+                now,
+                sequence.submit.supersedes,
+                keep_until=now + sequence.submit.keep_s if sequence.submit.keep_s > 0 else 0.0,
             )
         elif sequence.hold is not None:  # cancelled while loading
             self._release_all([sequence.hold], now)
         if not sequence.began:
             self._outputs.append(Began(sequence.request, sequence.cached))
         self._outputs.append(Finished(sequence.request, reason, sequence.usage(), lease, keys))
+
+    # -- checking what was restored -------------------------------------------------------------------------------
+
+    def _check_canary(self, canary: Canary, now: float) -> None:
+        """Compute a restored block again, behind the same blocks, into a slot of nobody's, and compare."""
+        tokens, size = canary.tokens, self._cache.block_tokens
+        match = self._cache.match(canary.root, (*tokens, 0))
+        on_device = all(tier is Tier.DEVICE for tier, _ in _found(match))
+        if match.tokens != len(tokens) or not on_device or self._cache.free_slots < 2:
+            self._canaries.skip()
+            return
+        hold = self._cache.acquire(match, now)
+        loaded = self._cache.load(hold, now) == []
+        if loaded and self._cache.ready(hold) and self._cache.lend(hold, len(tokens) + 1, now):
+            *table, found, spare = hold.table
+            segment = Segment(0, size, len(tokens), (*table, spare), sample=False)
+            positions = range(len(tokens) - size, len(tokens))
+            self._runner.run(Batch(tokens[-size:], positions, [segment]))
+            self._cache.release(hold, now)
+            if not self._canaries.judge(canary, self._memory.distance(found, spare)):
+                for tier in Tier:
+                    self._perform(self._cache.distrust(canary.key, tier, now))
+        else:
+            self._cache.release(hold, now)
+            self._canaries.skip()
 
     # -- reports -----------------------------------------------------------------------------------------------------
 
@@ -775,6 +866,12 @@ class Engine:
             hit_share=_hit_share(counters),
             eviction_causes={tier.name.lower(): dict(cache.evictions[tier]) for tier in Tier},
             disk=self._disk_report(cache.tiers[Tier.DISK]),
+            host_failures_total=dict(counters.host_failures),
+            canary=self._canaries.report(),
+            pins=tuple(
+                PinReport(session, blocks * block_bytes, until - now)
+                for (_, session), (until, blocks) in self._cache.pins(now).items()
+            ),
             rates=self._costs.rates.as_dict(),
         )
 

@@ -84,6 +84,16 @@ class Memory:
         if put.digest != found.digest:
             raise StoreError("checksum", f"host slot {slot} does not hold what was put there")
 
+    def distance(self, slot: Slot, other: Slot) -> float:
+        """How far apart two device blocks are: of the worst token, relative to its length over all layers."""
+        blocks = self._arenas[
+            Tier.DEVICE
+        ].blocks  # [slots, layers, 2, kv_heads, block_tokens, head_dim]
+        one, two = blocks[slot].float(), blocks[other].float()
+        all_but_token = (0, 1, 2, 4)
+        apart = (one - two).square().sum(all_but_token).sqrt()
+        return float((apart / one.square().sum(all_but_token).sqrt()).max())
+
     def buffer(self, action: Fetch) -> memoryview:
         arena = self._arenas[action.target]
         if arena.device.type == "cpu":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import random
 import secrets
 import time
 from contextlib import asynccontextmanager
@@ -42,6 +43,7 @@ from engine.api import (
     Stop,
     Unpin,
 )
+from engine.canary import Canaries
 from engine.engine import Engine
 from engine.memory import Memory
 from engine.model import LoadedModel, LoadSpec, load
@@ -55,6 +57,7 @@ from tiers.block import StoreError, Tier, root_key
 from tiers.cache import TieredCache
 from tiers.codec import codec
 from tiers.disk import DiskReader, DiskWriter, Scrubber
+from tiers.inspection import inspecting
 from tiers.lmdb_store import LmdbStore
 from tiers.policy import SessionClass, policy_named
 from tiers.state_dir import StateDir
@@ -302,8 +305,8 @@ async def _running(parts: _Parts) -> AsyncIterator[EngineService]:
     service = EngineService(parts)
     async with trio.open_nursery() as disk_threads:
         scrubbers = () if parts.scrubber is None else (parts.scrubber,)
-        for body in (parts.writer, *parts.readers, *scrubbers):
-            disk_threads.start_soon(_host, body.run)
+        for worker in (parts.writer, *parts.readers, *scrubbers):
+            disk_threads.start_soon(_host, worker.run)
         try:
             async with trio.open_nursery() as engine_thread:
                 engine_thread.start_soon(_host, functools.partial(parts.engine.run, service.emit))
@@ -312,9 +315,8 @@ async def _running(parts: _Parts) -> AsyncIterator[EngineService]:
                 finally:
                     parts.inbox.put(Stop())
         finally:
-            parts.writer.stop()
-            for body in (*parts.readers, *scrubbers):
-                body.stop()
+            for worker in (*scrubbers, parts.writer, *parts.readers):
+                worker.stop()
 
 
 async def _host(body: Callable[[], None]) -> None:
@@ -325,33 +327,36 @@ async def _host(body: Callable[[], None]) -> None:
 
 def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], float]) -> _Parts:
     """Everything that takes long: on a thread of its own."""
-    loaded = load(
-        LoadSpec(
-            state_dir=settings.state_dir,
-            path=settings.model_path,
-            name=settings.model_name,
-            device=settings.device,
-            dtype=settings.dtype,
-            block_tokens=settings.block_tokens,
-            storage=settings.compact,
-            threads=settings.threads,
+    # A store that was not closed is walked over in a child process, beside loading the model.
+    with inspecting(state) as inspection:
+        loaded = load(
+            LoadSpec(
+                state_dir=settings.state_dir,
+                path=settings.model_path,
+                name=settings.model_name,
+                device=settings.device,
+                dtype=settings.dtype,
+                block_tokens=settings.block_tokens,
+                threads=settings.threads,
+                storage=settings.compact,
+            )
         )
-    )
-    text = Text.from_dir(loaded.path)
+        text = Text.from_dir(loaded.path)
+        stored_as = codec(settings.compact, loaded.geometry)
+        store = LmdbStore.open(
+            state,
+            fingerprint=loaded.fingerprint,
+            payload_bytes=stored_as.payload_bytes(loaded.geometry),
+            block_tokens=settings.block_tokens,
+            limits=StoreLimits(
+                block_bytes=settings.disk_bytes,
+                manifest_bytes=settings.manifest_bytes,
+                min_free_bytes=settings.min_free_bytes,
+            ),
+            durability=settings.durability,
+            inspection=inspection,
+        )
     block_bytes = loaded.geometry.block_bytes
-    stored_as = codec(settings.compact, loaded.geometry)
-    store = LmdbStore.open(
-        state,
-        fingerprint=loaded.fingerprint,
-        payload_bytes=stored_as.payload_bytes(loaded.geometry),
-        block_tokens=settings.block_tokens,
-        limits=StoreLimits(
-            block_bytes=settings.disk_bytes,
-            manifest_bytes=settings.manifest_bytes,
-            min_free_bytes=settings.min_free_bytes,
-        ),
-        durability=settings.durability,
-    )
     slots = {
         Tier.DEVICE: max(MIN_DEVICE_SLOTS, settings.device_bytes // block_bytes),
         Tier.HOST: settings.host_bytes // block_bytes,
@@ -372,7 +377,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
     fetches: SimpleQueue[ReadCommand] = SimpleQueue()
     writer = DiskWriter(store, inbox.put, wall_clock, codec=stored_as)
     readers = tuple(
-        DiskReader(store, fetches, inbox.put, codec=stored_as) for _ in range(settings.readers)
+        DiskReader(store, fetches, inbox.put, stored_as) for _ in range(settings.readers)
     )
     scrubber = None
     if settings.scrub_bytes_s:
@@ -410,6 +415,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         reader=readers[0],
         costs=costs,
         restore=settings.restore,
+        canaries=Canaries(settings.canary, random.random),
         records=store.statistics().blocks,
         root=functools.partial(root_key, loaded.fingerprint),
         max_context=loaded.max_context,
@@ -428,7 +434,16 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
     )
     remember = functools.partial(calibrate.remember, settings.state_dir, _machine(loaded))
     return _Parts(
-        inbox, engine, writer, readers, scrubber, store, text, loaded.name, costs, remember
+        inbox=inbox,
+        engine=engine,
+        writer=writer,
+        readers=readers,
+        scrubber=scrubber,
+        store=store,
+        text=text,
+        name=loaded.name,
+        costs=costs,
+        remember=remember,
     )
 
 
@@ -449,8 +464,7 @@ def _calibrate(
         )
     if slots[Tier.HOST]:
         rates = calibrate.measure_copies(memory, rates)
-    payload_bytes = stored_as.payload_bytes(loaded.geometry)
-    rates = calibrate.measure_reads(store, payload_bytes, settings.readers, rates)
+    rates = calibrate.measure_reads(store, stored_as, memory.block_bytes, settings.readers, rates)
     log.info(
         "copies %.2f GB/s, disk %.2f GB/s after %.1f ms, prefill %.0f tokens/s and %.0f behind %d tokens (%s)",
         1e-9 / rates.copy_s,

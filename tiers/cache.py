@@ -51,7 +51,7 @@ from tiers.hold import Flight, Hold, HoldState
 from tiers.index import Index, Match, shared_prefix
 from tiers.lease import Lease, Leases
 from tiers.ledger import Ledger
-from tiers.policy import SessionClass, SessionLru
+from tiers.policy import SessionClass, SessionLru, session_class
 from tiers.pool import PoolStatistics, SlotState
 from tiers.residency import Residency
 
@@ -618,6 +618,25 @@ class TieredCache:
         self._go_on_deleting(actions)
         return actions
 
+    def distrust(self, key: BlockKey, tier: Tier, now: float) -> list[Action]:
+        """What a tier has under a key turned out to be something else: it is given up there.
+
+        Not while a copy is under way, which makes the same check, nor on the device under somebody who holds it.
+        """
+        actions: list[Action] = []
+        block = self._index.get(key)
+        if block is None:
+            if tier is Tier.DISK and self._gone is not None:
+                actions.append(Drop(key))
+                self._gone.add(key)
+            return actions
+        if tier not in block.places or block.busy or (tier is Tier.DEVICE and block.refs):
+            return actions
+        self._refuse_place(block, tier, actions)
+        self._note_dirty(block, now)
+        self._settle(block)
+        return actions
+
     def _go_on_deleting(self, actions: list[Action]) -> None:
         deletions, self._deletions = self._deletions, []
         for keys, shared in deletions:
@@ -656,8 +675,12 @@ class TieredCache:
             for flight in self._flights.values()
         )
 
-    def make_room(self, slots: int, now: float) -> list[Action]:
+    def make_room(
+        self, slots: int, now: float, *, below: SessionClass | None = None
+    ) -> list[Action]:
         """Begin to free device slots until `slots` are free or about to be, as far as there are victims.
+
+        Only of classes `below` the given one, for a purpose that is not worth more.
 
         A victim goes to the host tier, unless it is there already. Without room there it is freed at once if it is
         on disk, and else forgotten with all that continues it.
@@ -672,6 +695,8 @@ class TieredCache:
         passed_over: list[Block] = []
         while missing > 0 and (found := self._where.worst(Tier.DEVICE)) is not None:
             block, cause = found
+            if below is not None and session_class(block) >= below:
+                break
             if self._leave_device(block, cause, now, actions):
                 missing -= 1
             else:

@@ -313,6 +313,11 @@ class DiskWriter:
         self._inbox.put(DiscardRecord(key))
 
     @property
+    def refuses_blocks(self) -> bool:
+        """Degraded, and no probe is due: an offer would be for nothing. Drops and manifests are tried all the same."""
+        return self._is_degraded()
+
+    @property
     def idle(self) -> bool:
         """Nothing waits to be written."""
         return self._inbox.empty() and self._offered_bytes == self._answered_bytes

@@ -116,6 +116,7 @@ class FakeDisk:
         self.fail_fetches = 0
         self.full = False
         self.refuse = False
+        self.refuses_blocks = False
         self.bad_fetches: set[int] = set()  # indices into `fetched`
         self.fetched: list[bytes] = []  # keys, in the order of the fetches
         self.stalled: list[Callable[[], object]] | None = None  # fetches that are not answered
@@ -141,11 +142,6 @@ class FakeDisk:
         self.pending += self.stalled or []
         self.stalled = None
 
-    def statistics(self) -> WriterStatistics:
-        state = DiskState.DEGRADED if self.full else DiskState.OK
-        reason = "full" if self.full else None
-        return WriterStatistics(0, 0, 0, 0, state, reason, 0.0, {}, 0.0, 0.0, 0.0, 0)
-
     def offer_blocks(self, items, manifest: Manifest | None, ticket: int | None) -> bool:
         if self.refuse:
             return False
@@ -154,6 +150,11 @@ class FakeDisk:
         if manifest is not None:
             self.persist(manifest, ticket)
         return True
+
+    def statistics(self) -> WriterStatistics:
+        state = DiskState.DEGRADED if self.full or self.refuses_blocks else DiskState.OK
+        reason = "full" if state is DiskState.DEGRADED else None
+        return WriterStatistics(0, 0, 0, 0, state, reason, 0.0, {}, 0.0, 0.0, 0.0, 0)
 
     def persist(self, manifest: Manifest, ticket: int | None) -> None:
         def answer() -> object:

@@ -7,6 +7,7 @@ import queue
 from collections import defaultdict
 
 import pytest
+import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
@@ -16,9 +17,12 @@ from engine.api import (
     Demote,
     Finished,
     FinishReason,
+    Forget,
     Inspect,
     Persist,
+    Pin,
     Prefetch,
+    Reclass,
     Refused,
     RefuseReason,
     RequestId,
@@ -26,7 +30,9 @@ from engine.api import (
     Sampling,
     Stop,
     Submit,
+    Unpin,
 )
+from engine.canary import Canaries
 from engine.engine import Engine
 from engine.memory import Memory
 from engine.restore import Rates, RestoreCosts, RestoreLimits
@@ -35,10 +41,10 @@ from tests.engine.fake_model import VOCAB, FakeDisk, FakeRunner, FakeSampler, or
 from tiers.arena import Arena, Geometry
 from tiers.block import Tier, root_key
 from tiers.cache import TieredCache
-from tiers.disk import IndexFailed
+from tiers.disk import IndexFailed, Rotten
 from tiers.manifest import Manifest
-from tiers.policy import Limits
-from tiers.store import MemoryStore, StoreLimits
+from tiers.policy import Limits, SessionClass
+from tiers.store import BlockWrite, MemoryStore, StoreLimits
 
 BLOCK = 4
 RESTORE = RestoreLimits()
@@ -65,8 +71,10 @@ class Bench:
         restore: RestoreLimits = RESTORE,
         rates: Rates = RATES,
         index_unread: bool = False,
+        canary: float = 0.0,
     ) -> None:
         self.now = 0.0
+        self.checks = True  # the tables, after every turn; a walk over all of them
         self.inbox = queue.SimpleQueue()
         geometry = Geometry(
             layers=1, kv_heads=1, head_dim=1, block_tokens=BLOCK, dtype_name="float32"
@@ -90,6 +98,7 @@ class Bench:
             device_slots=device,
             block_tokens=BLOCK,
         )
+        self.memory = Memory(arenas, BLOCK)
         self.runner = FakeRunner(arenas[Tier.DEVICE])
         self.store = store or MemoryStore(
             fingerprint=bytes(32),
@@ -104,7 +113,7 @@ class Bench:
             scheduler=self.scheduler,
             runner=self.runner,
             sampler=FakeSampler(),
-            memory=Memory(arenas, BLOCK),
+            memory=self.memory,
             writer=self.disk,
             reader=self.disk,
             costs=RestoreCosts(
@@ -114,6 +123,7 @@ class Bench:
                 step_tokens=step_tokens,
             ),
             restore=restore,
+            canaries=Canaries(canary, lambda: 0.5),
             records=self.store.statistics().blocks,
             root=lambda salt: root_key(b"fake", salt),
             max_context=10_000,
@@ -140,7 +150,15 @@ class Bench:
             self.answers[answer.ticket] = answer.value
 
     def submit(
-        self, prompt, output=4, *, session="s", salt=b"", supersedes=None, stop=frozenset()
+        self,
+        prompt,
+        output=4,
+        *,
+        session="s",
+        salt=b"",
+        supersedes=None,
+        stop=frozenset(),
+        keep_s=0.0,
     ) -> RequestId:
         self.requests += 1
         request = RequestId(self.requests)
@@ -152,6 +170,7 @@ class Bench:
                 prompt=tuple(prompt),
                 sampling=Sampling(max_tokens=output, temperature=0.0, stop_ids=frozenset(stop)),
                 supersedes=supersedes,
+                keep_s=keep_s,
             )
         )
         return request
@@ -164,7 +183,8 @@ class Bench:
             elif self.engine._sleep_s() != 0.0:
                 return
         self.engine._turn(self.emit)
-        self.cache.check()
+        if self.checks:
+            self.cache.check()
 
     def until_quiet(self, limit: int = 5000) -> None:
         for _ in range(limit):
@@ -195,6 +215,23 @@ class Bench:
         """Let the clock and the engine move on, so that what is due happens."""
         self.now += seconds
         self.report()
+
+
+def manifest_of(response_id, tokens, keys) -> Manifest:
+    return Manifest(
+        response_id=response_id,
+        tenant="",
+        session="s",
+        parent=None,
+        created_at=0.0,
+        stored=True,
+        tokens=tokens,
+        sampled_from=len(tokens),
+        item_ids=(),
+        content_digest=b"",
+        keys=keys,
+        body=b"",
+    )
 
 
 def prompt_of(length: int, salt: int = 0) -> tuple[int, ...]:
@@ -341,20 +378,7 @@ def test_blocks_are_on_disk_within_the_lag_and_a_new_engine_finds_them():
 def test_a_durable_manifest_takes_the_dirty_blocks_along():
     bench = Bench(max_lag_s=1e9)
     bench.run(prompt_of(14), 4)
-    manifest = Manifest(
-        response_id="resp_1",
-        tenant="",
-        session="s",
-        parent=None,
-        created_at=0.0,
-        stored=True,
-        tokens=prompt_of(14),
-        sampled_from=14,
-        item_ids=(),
-        content_digest=b"",
-        keys=bench.finished(1).keys,
-        body=b"",
-    )
+    manifest = manifest_of("resp_1", prompt_of(14), bench.finished(1).keys)
     bench.inbox.put(Persist(7, manifest))
     bench.until_quiet()
     assert bench.answers[7] is None
@@ -642,6 +666,7 @@ def test_an_operator_may_switch_the_decision_off():
 def test_a_hundred_reconnects_read_every_block_once_and_the_first_are_done_early():
     limits = RestoreLimits(max_loading=4, reading_bytes=1 << 20)
     old = Bench(device=2200, disk=4000, max_waiting=200, max_running=200)
+    old.checks = False
     shared = prompt_of(16)
     prompts = []
     for number in range(100):
@@ -651,6 +676,7 @@ def test_a_hundred_reconnects_read_every_block_once_and_the_first_are_done_early
     bench = Bench(
         device=2200, disk=4000, store=old.store, max_waiting=200, max_running=200, restore=limits
     )
+    bench.checks = False
     requests = [bench.submit(prompt, 2) for prompt in prompts]
     fresh = bench.submit(prompt_of(9, salt=77), 2)
     order, turns_until_first = [], None
@@ -703,19 +729,6 @@ def test_the_index_is_read_in_slices_while_requests_run_and_then_is_complete(mon
     assert bench.disk.slices >= records // 3
 
 
-def test_a_record_that_was_dropped_since_its_slice_was_read_is_not_believed():
-    old = Bench()
-    old.run(prompt_of(12), 4)
-    old.pass_time(5)
-    bench = Bench(store=old.store, index_unread=True)
-    bench.engine._turn(bench.emit)
-    stale = bench.disk.pending.pop(0)()
-    bench.engine._adoption.note_drop(stale.entries[0].key)
-    bench.inbox.put(stale)
-    bench.until_quiet()
-    assert bench.report().disk.records == len(stale.entries) - 1
-
-
 def test_an_index_that_cannot_be_read_is_asked_for_again_later():
     old = Bench()
     prompt = prompt_of(12) + old.run(prompt_of(12), 4)
@@ -743,6 +756,20 @@ def test_a_prefetched_block_is_not_evicted_before_its_request_comes():
     assert bench.finished(3).usage.cached.device >= 20
     assert len(bench.disk.fetched) <= fetched + 1  # the tail
     assert bench.report().refs == 0
+
+
+@pytest.mark.parametrize(
+    ("waits_for", "brought"), [(SessionClass.CLOSED, True), (SessionClass.TOOL_WAIT, False)]
+)
+def test_a_guess_evicts_only_who_is_not_likely_to_come_himself(waits_for, brought):
+    bench, prompt = on_disk(prompt_of(21), device=12, host=0)
+    other = prompt_of(33, salt=3)
+    bench.run(other, 2)
+    bench.inbox.put(Reclass(bench.finished(2).lease, waits_for))
+    bench.inbox.put(Prefetch(b"", prompt))
+    bench.until_quiet()
+    assert bool(bench.disk.fetched) is brought
+    assert bench.run(prompt, 2) == oracle(prompt, 2)
 
 
 def test_a_prefetch_that_nobody_comes_for_ends():
@@ -803,6 +830,169 @@ def test_the_report_tells_what_the_cache_cost():
     assert report.recomputed_total == {"new": 12, "logits": 2}
     assert report.amplification == 1.0
     assert report.hit_share == 1.0
+
+
+@pytest.mark.parametrize("damage", ["bit", "swap"])
+def test_what_changed_in_host_memory_is_refused_counted_and_computed_again(damage):
+    bench = Bench()
+    prompt = prompt_of(21) + bench.run(prompt_of(21), 4)
+    bench.inbox.put(Demote(1, Tier.HOST, None))
+    bench.until_quiet()
+    host = bench.memory._arenas[Tier.HOST].blocks
+    slots = sorted(bench.memory._seals)[:2]
+    if damage == "bit":
+        host.view(torch.uint8).view(host.shape[0], -1)[slots[0], 5] ^= 1
+    else:
+        host[slots] = host[slots[::-1]]
+    assert bench.run(prompt, 3) == oracle(prompt, 3)
+    assert accounts_for(bench.finished(2).usage)
+    failures = bench.report().host_failures_total
+    assert sum(failures.values()) == (1 if damage == "bit" else 2)
+
+
+def test_a_block_that_changed_while_it_was_written_leaves_no_record():
+    bench = Bench(max_lag_s=1e9)
+    prompt = prompt_of(21) + bench.run(prompt_of(21), 4)
+    bench.inbox.put(Demote(1, Tier.HOST, None))
+    bench.until_quiet()
+    bench.inbox.put(Demote(2, Tier.DISK, None))
+    bench.turn()
+    assert bench.disk.pending
+    host = bench.memory._arenas[Tier.HOST].blocks
+    host.view(torch.uint8).view(host.shape[0], -1)[:, 5] ^= 1
+    bench.until_quiet()
+    assert bench.store.statistics().blocks == 0
+    assert bench.run(prompt, 3) == oracle(prompt, 3)
+
+
+def test_a_degraded_disk_is_not_offered_blocks_until_it_is_worth_it_and_fails_no_turn():
+    bench = Bench()
+    bench.disk.refuses_blocks = True
+    prompt = prompt_of(21)
+    bench.run(prompt, 4)
+    keys = bench.finished(1).keys
+    bench.inbox.put(Persist(7, manifest_of("resp_1", prompt, keys)))
+    bench.until_quiet()
+    assert bench.answers[7] is None, "the manifest alone is tried"
+    bench.pass_time(5)
+    report = bench.report()
+    assert (report.disk.state, report.disk.reason) == ("degraded", "full")
+    assert report.dirty == len(keys)
+    assert bench.engine._sleep_s() > 0
+    assert bench.run(prompt, 2) == oracle(prompt, 2)
+    bench.disk.refuses_blocks = False
+    bench.pass_time(2)
+    assert bench.report().dirty == 0
+    assert bench.report().disk.state == "ok"
+
+
+def test_a_record_that_the_scrubber_found_rotten_is_dropped():
+    bench, prompt = on_disk(prompt_of(21))
+    key = bench.finished(1).keys[2]
+    bench.inbox.put(Rotten(key, "checksum"))
+    bench.until_quiet()
+    assert key not in {entry.key for entry in bench.store.index(None, 99)}
+    assert bench.run(prompt, 3) == oracle(prompt, 3)
+    assert bench.finished(2).usage.cached.disk == 2 * BLOCK
+
+
+def test_a_deleted_response_leaves_every_tier_but_what_others_need():
+    bench = Bench()
+    shared = prompt_of(8)
+    first, second = shared + prompt_of(9, salt=1), shared + prompt_of(9, salt=2)
+    bench.run(first, 4, session="a")
+    bench.run(second, 4, session="b")
+    keys = bench.finished(1).keys
+    bench.inbox.put(Persist(1, manifest_of("resp_1", first, keys)))
+    bench.until_quiet()
+    bench.inbox.put(Reclass(bench.finished(1).lease, SessionClass.CLOSED))
+    bench.inbox.put(Forget(2, "", "resp_1"))
+    bench.until_quiet()
+    assert bench.answers[2] is True
+    left = {entry.key for entry in bench.store.index(None, 99)}
+    assert left.isdisjoint(keys[2:])
+    bench.run(first, 2)
+    assert bench.finished(3).usage.cached.total == len(shared)
+    assert bench.finished(3).usage.recomputed.get("deleted", 0) > 0
+    bench.run(second, 2)
+    assert bench.finished(4).usage.computed_tokens == 1
+
+
+def test_forgetting_what_is_not_there_is_answered_so():
+    bench = Bench()
+    bench.inbox.put(Forget(2, "", "resp_1"))
+    bench.until_quiet()
+    assert bench.answers[2] is False
+
+
+def test_a_pin_is_granted_within_the_quota_seen_and_ends_by_itself():
+    bench = Bench(host=40)
+    bench.run(prompt_of(12), 4, session="a")
+    bench.inbox.put(Pin(1, b"", "a", 30.0))
+    bench.inbox.put(Pin(2, b"", "nobody", 30.0))
+    bench.until_quiet()
+    assert bench.answers[1] == 4 * bench.memory.block_bytes
+    assert bench.answers[2] is None
+    (pin,) = bench.report().pins
+    assert (pin.session, pin.held_bytes, pin.expires_s) == ("a", bench.answers[1], 30.0)
+    bench.inbox.put(Unpin(3, b"", "a"))
+    assert bench.report().pins == ()
+    bench.inbox.put(Pin(4, b"", "a", 30.0))
+    assert len(bench.report().pins) == 1
+    bench.pass_time(31)
+    assert bench.report().pins == ()
+
+
+def test_a_turn_that_asks_to_be_kept_outlives_those_that_do_not():
+    bench = Bench(device=12, host=0, disk=0)
+    bench.run(prompt_of(12), 2, session="a", keep_s=100)
+    bench.run(prompt_of(12, salt=1), 2, session="b")
+    bench.run(prompt_of(16, salt=2), 2, session="c")
+    bench.run(prompt_of(12), 1)
+    assert bench.finished(4).usage.computed_tokens == 1
+
+
+@pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
+def test_a_canary_computes_restored_blocks_again_and_finds_them_equal(tier):
+    bench = Bench(canary=1.0)
+    prompt = prompt_of(21) + bench.run(prompt_of(21), 4)
+    bench.inbox.put(Demote(1, tier, None))
+    bench.until_quiet()
+    bench.run(prompt, 2)
+    for _ in range(20):
+        bench.turn()
+    assert bench.report().canary == {"checked": 6, "mismatched": 0, "skipped": 0}
+    assert bench.report().refs == 0
+
+
+def test_a_canary_finds_a_sound_record_of_other_tokens_kv_and_has_it_dropped():
+    bench, prompt = on_disk(prompt_of(21), canary=1.0)
+    wrong = bench.finished(1).keys[2]
+    (entry,) = [each for each in bench.store.index(None, 99) if each.key == wrong]
+    other = memoryview(torch.full((2 * BLOCK,), 7.0).numpy()).cast("B")
+    fields = {name: getattr(entry, name) for name in ("key", "root", "parent", "depth", "tokens")}
+    bench.store.write(blocks=[BlockWrite(**fields, payload=other, last_used=0.0)])
+    bench.run(prompt, 2)
+    for _ in range(20):
+        bench.turn()
+    bench.until_quiet()
+    report = bench.report()
+    assert report.canary["mismatched"] >= 1
+    assert wrong not in {each.key for each in bench.store.index(None, 99)}
+    again = bench.run(prompt, 3)
+    assert again == oracle(prompt, 3)
+
+
+def test_a_canary_whose_block_has_left_the_device_is_skipped():
+    bench, prompt = on_disk(prompt_of(21), canary=1.0)
+    bench.run(prompt, 2)
+    bench.inbox.put(Demote(2, Tier.DISK, None))
+    bench.until_quiet()
+    for _ in range(20):
+        bench.turn()
+    canary = bench.report().canary
+    assert canary["skipped"] > 0
+    assert canary["mismatched"] == 0
 
 
 SCENARIO = st.lists(
