@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from broker.config import Config
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_STORED_BYTES = {"bf16": 2.0, "int8": 1.04}  # int8 with its scales, about
 _DEFAULT_STEM = "SmolLM2-135M-Instruct"
 
 
@@ -227,10 +226,13 @@ def _dtype(config: Config, machine: Machine) -> str:
 
 def _record_bytes(config: Config, shape: Shape, dtype: str) -> int:
     """One block on disk, in whole pages."""
-    element = min(
-        _STORED_BYTES.get(config.tiers.disk.compact, float(_ELEMENT_BYTES[dtype])),
-        float(_ELEMENT_BYTES[dtype]),
-    )
+    plain = float(_ELEMENT_BYTES[dtype])
+    stored = {
+        "off": plain,
+        "bf16": min(plain, 2.0),
+        "int8": 1 + 2 / shape.head_dim,  # a scale for each head's row, as in tiers/codec.py
+    }
+    element = stored[config.tiers.disk.compact]
     block_tokens = config.engine.block_tokens
     payload = int(shape.token_bytes(element) * block_tokens)
     return record_bytes_on_disk(head_size(block_tokens) + payload)

@@ -40,6 +40,7 @@ from broker.errors import (
     TurnFailed,
     http_body,
 )
+from broker.foresight import session_labels
 from broker.metrics import render
 from broker.recall import Recall
 from broker.session import ConnectionScope
@@ -179,7 +180,8 @@ class _Routes:
 
     async def create(self, request: Request) -> TurnResponse:
         tenant = _tenant(request)
-        scope = ConnectionScope(labels=self._port.expect(tenant, request.scope["headers"]))
+        scope = ConnectionScope(labels=session_labels(request.scope["headers"]))
+        await self._port.expect(tenant, scope.labels)
         body = parse_object(await _read_body(request, self._port))
         turn = parse_create(body, transport=Transport.HTTP)
         return TurnResponse(turn, tenant, scope, self._port)

@@ -10,16 +10,22 @@ Laws
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from broker.errors import ClientError, NotFound
+from broker.errors import ClientError, NotFound, Overloaded
 from broker.recall import Recall
+from tiers.block import StoreError
 
 if TYPE_CHECKING:
     from broker.access import Tenant
     from broker.port import Port
     from engine.api import EngineReport
+
+log = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 5.0  # guessed
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +86,42 @@ async def unpin(port: Port, tenant: Tenant, session: str) -> None:
 
 async def forget(port: Port, tenant: Tenant, session: str) -> Forgotten:
     """Delete every response of a session and its KV. Raises NotFound for a session of which nothing is known."""
-    responses = {node.response_id for node in port.sessions.of_session(tenant.name, session)}
+    try:
+        on_disk = await port.engine.responses_of(tenant.name, session)
+    except StoreError as error:
+        raise _cannot_delete(error) from error
+    # Those that continue others first: a block goes when nothing that continues it is left.
+    in_memory = sorted(
+        port.sessions.of_session(tenant.name, session), key=lambda node: -len(node.tokens)
+    )
+    responses = dict.fromkeys([*(node.response_id for node in in_memory), *on_disk])
     if not responses:
         raise NotFound(f"No session '{session}'.", code="session_not_found", param="session")
     await port.engine.unpin(tenant.salt, session)
-    for response_id in sorted(responses):
+    for response_id in responses:
         await forget_response(port, tenant, response_id)
     return Forgotten(session, len(responses))
 
 
 async def forget_response(port: Port, tenant: Tenant, response_id: str) -> bool:
-    """Delete one response and its KV; False if there was none."""
+    """Delete one response and its KV; False if there was none.
+
+    Raises Overloaded if the disk cannot: then all of it is there still.
+    """
+    try:
+        existed = await port.engine.forget_response(tenant.name, response_id)
+    except StoreError as error:
+        raise _cannot_delete(error) from error
     node = port.sessions.known(tenant.name, response_id)
     if node is not None:
         node.deleted = True
         port.sessions.forget(tenant.name, response_id)
-    return await port.engine.forget_response(tenant.name, response_id) or node is not None
+    return existed or node is not None
+
+
+def _cannot_delete(error: StoreError) -> Overloaded:
+    log.warning("nothing was deleted: %s", error)
+    return Overloaded("The disk cannot delete now; try again.", retry_after_s=_RETRY_AFTER_S)
 
 
 def _tokens(report: EngineReport, session: str) -> int:

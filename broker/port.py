@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from broker.errors import NotFound, Overloaded
-from broker.foresight import expect, session_labels
+from broker.foresight import expect
 from broker.metrics import EdgeReport
+from broker.recall import Recall
 from broker.turn import Engine, run_turn
 from broker.wire.retention import Retention
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable
     from typing import Any
 
     from broker.access import Access, Tenant
@@ -47,6 +48,7 @@ class Service(Engine, Protocol):
     async def inspect(self) -> EngineReport: ...
     async def pin(self, salt: bytes, session: str, seconds: float) -> int | None: ...
     async def unpin(self, salt: bytes, session: str) -> None: ...
+    async def responses_of(self, tenant: str, session: str) -> list[str]: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -106,14 +108,11 @@ class Port:
         if outcome.durable is not None:
             self._note_stored(disk_takes=outcome.durable)
 
-    def expect(self, tenant: Tenant, headers: Iterable[tuple[bytes, bytes]]) -> tuple[str, ...]:
-        """The session that a request's headers name: have its KV brought to the device. Returns the session's names."""
-        labels = session_labels(headers)
-        known = (self.sessions.latest(tenant.name, label) for label in labels)
-        node = next((one for one in known if one is not None), None)
+    async def expect(self, tenant: Tenant, labels: tuple[str, ...]) -> None:
+        """A turn of the session of these names is likely: have its KV brought to the device."""
+        node = await Recall(self.engine, self.sessions, tenant).latest(labels)
         if node is not None:
             expect(self.engine, tenant, node, self.clock.now())
-        return labels
 
     def _note_stored(self, *, disk_takes: bool) -> None:
         """Count it. One log line when the disk begins to refuse responses, and one when it takes them again."""

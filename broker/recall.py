@@ -40,6 +40,7 @@ class Manifests(Protocol):
     async def find_response(self, tenant: str, response_id: str) -> Manifest | None: ...
     async def find_item(self, tenant: str, item_id: str) -> Manifest | None: ...
     async def find_content(self, tenant: str, digest: bytes) -> Manifest | None: ...
+    async def find_session(self, tenant: str, session: str) -> Manifest | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,16 @@ class Recall:
         if node is None:
             node = self._kept(await self.manifests.find_response(self.tenant.name, response_id))
         return node if node is not None and node.stored else None
+
+    async def latest(self, labels: Iterable[str]) -> Node | None:
+        """The newest turn of the session that goes by the first of these labels that is known."""
+        for label in labels:
+            node = self.sessions.latest(self.tenant.name, label)
+            if node is None:
+                node = self._kept(await self.manifests.find_session(self.tenant.name, label))
+            if node is not None:
+                return node
+        return None
 
     async def item(self, item_id: str) -> Node | None:
         """The response that has this output item, stored or not."""

@@ -148,6 +148,7 @@ class Resolved:
     history: tuple[Part, ...]  # the parent's
     said: Recalled  # this request's items
     before: Node | None
+    latest: Node | None  # the parent, or the newest turn that bears the session's name
     after: TokenIds | None  # the parent's exact ids, if the prompt is those and a suffix
 
     @property
@@ -243,7 +244,8 @@ class _Turn:
             parent = await continued(recall, self.connection, request.previous_response_id)
             if not request.tools:
                 request = replace(request, tools=parent.tools)
-        self._expect(parent or self._latest())
+        latest = parent or await recall.latest(self._labels())
+        self._expect(latest)
         history = () if parent is None else parent.history
 
         def prompt(parts: tuple[Part, ...]) -> TokenIds:
@@ -259,19 +261,11 @@ class _Turn:
             and all(part.sampled is None for part in said.parts)
         )
         after = parent.tokens if parent is not None and unchanged else None
-        return Resolved(request, history, said, said.last or parent, after)
+        return Resolved(request, history, said, said.last or parent, latest, after)
 
     def _expect(self, node: Node | None) -> None:
         if node is not None:
             expect(self.engine, self.tenant, node, self.clock.now())
-
-    def _latest(self) -> Node | None:
-        """The newest turn of the session that this request says it belongs to."""
-        for label in self._labels():
-            node = self.sessions.latest(self.tenant.name, label)
-            if node is not None:
-                return node
-        return None
 
     def _labels(self) -> tuple[str, ...]:
         key = self.request.prompt_cache_key
@@ -444,7 +438,7 @@ class _Turn:
 
     def _divergence(self, resolved: Resolved, prompt: TokenIds) -> Divergence | None:
         """Where this prompt leaves the turn that it should have gone on from."""
-        before = resolved.before or self._latest()
+        before = resolved.before or resolved.latest
         if before is None or resolved.after is not None:
             return None
         at = diverged_at(before.tokens, prompt)

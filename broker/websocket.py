@@ -27,6 +27,7 @@ import trio
 from trio_websocket import ConnectionClosed, wrap_server_stream
 
 from broker.errors import BadRequest, BrokerError, ClientError, NotFound, Overloaded, error_event
+from broker.foresight import session_labels
 from broker.listen import linger, refuse
 from broker.session import ConnectionScope
 from broker.turn import Cancellation
@@ -94,8 +95,7 @@ class WebSocketSide:
             if echo:
                 await _echo(arrival, settings)
             else:
-                labels = port.expect(tenant, arrival.headers)
-                scope = ConnectionScope(labels=labels, socket=True)
+                scope = ConnectionScope(labels=session_labels(arrival.headers), socket=True)
                 await Connection(port, tenant, scope).run(arrival)
         finally:
             port.websockets -= 1
@@ -224,6 +224,7 @@ class Connection:
         self.outbox, outgoing = trio.open_memory_channel[Text | Close](_EVENTS + _REPLIES)
         try:
             async with trio.open_nursery() as self.nursery:
+                self.nursery.start_soon(self.port.expect, self.tenant, self.scope.labels)
                 metered = Metered(arrival, settings.max_fragments, self._flooded)
                 self.ws = await _upgrade(self.nursery, metered, settings)
                 self.nursery.start_soon(self._write, outgoing)

@@ -213,6 +213,16 @@ class EngineService:
     async def find_content(self, tenant: str, digest: bytes) -> Manifest | None:
         return await self._look_up(self._store.find_content, tenant, digest)
 
+    async def find_session(self, tenant: str, session: str) -> Manifest | None:
+        """The newest response of a session, stored or not."""
+        return await self._look_up(self._store.find_session, tenant, session)
+
+    async def responses_of(self, tenant: str, session: str) -> list[str]:
+        """Every response of a session that is on disk, stored or not. Raises StoreError if the disk cannot say."""
+        return await trio.to_thread.run_sync(
+            self._store.responses_of, tenant, session, limiter=self._lookups
+        )
+
     def emit(self, step: Step) -> None:
         """Called on the engine thread: hand one step over to the trio thread, and wait until it is taken."""
         trio.from_thread.run_sync(self._deliver, step)

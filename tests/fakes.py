@@ -283,6 +283,14 @@ class FakeService:
     async def find_content(self, tenant: str, digest: bytes) -> Manifest | None:
         return await self._find(tenant, lambda m: m.content_digest == digest)
 
+    async def find_session(self, tenant: str, session: str) -> Manifest | None:
+        return await self._find(tenant, lambda m: m.session == session)
+
+    async def responses_of(self, tenant: str, session: str) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        found = [m for m in self.manifests if (m.tenant, m.session) == (tenant, session)]
+        return [m.response_id for m in sorted(found, key=lambda m: -len(m.tokens))]
+
     async def _find(self, tenant: str, wanted: Callable[[Manifest], bool]) -> Manifest | None:
         await trio.lowlevel.checkpoint()
         found = (m for m in reversed(self.manifests) if m.tenant == tenant and wanted(m))

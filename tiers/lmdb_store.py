@@ -4,7 +4,7 @@
     index      key -> seal, fingerprint 32, root 32, parent 32, depth u32, last_used f64, record size u64, token ids u32...
     manifests  response name -> age u64, encoded manifest
     ages       age u64, big endian -> seal, response name, size u64: oldest first, for the budget
-    names      item or content name -> response name
+    names      item, content or session name -> response name
     meta       "format" -> seal, u32; "totals" -> seal, block bytes u64, manifest bytes u64, next age u64, then for each
                model fingerprint 32, blocks u64
 
@@ -50,7 +50,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +76,11 @@ from tiers.store import (
     fault,
     forgotten_response,
     item_name,
+    longest_first,
     other_names,
     record_bytes_on_disk,
     response_name,
+    session_name,
 )
 
 if TYPE_CHECKING:
@@ -104,6 +106,7 @@ _TOTALS_NAME = b"totals"
 _LONGEST_VALUE = (1 << 32) - 1  # bytes, in LMDB
 _IMPOSSIBLE = 1 << 62  # bytes, or anything that is counted here
 _SLICE = 4096  # entries of the index read in one transaction, whoever they belong to
+_MANIFEST_SLICE = 64  # manifests, which are larger, copied in one
 _VERSION = struct.Struct("<I")
 _TOTALS = struct.Struct("<QQQ")
 _MODEL = struct.Struct("<32sQ")
@@ -443,10 +446,34 @@ class LmdbStore:
             raise StoreError("manifest", "manifest lies under another content's name")
         return found
 
+    def find_session(self, tenant: str, session: str) -> Manifest | None:
+        with self._reading() as snapshot:
+            found = self._follow(snapshot, session_name(tenant, session))
+        if found is not None and (found.tenant, found.session) != (tenant, session):
+            raise StoreError("manifest", "manifest lies under another session's name")
+        return found
+
+    def responses_of(self, tenant: str, session: str) -> list[str]:
+        found: list[Manifest] = []
+        after: bytes | None = None
+        while True:
+            with self._reading() as snapshot:
+                slice_ = snapshot.items_behind(after, _MANIFEST_SLICE, self._manifests)
+            for _, value in slice_:
+                with suppress(StoreError):  # a damaged one is nobody's
+                    found.append(manifests_format.decode(value[_AGE.size :]))
+            found = [m for m in found if (m.tenant, m.session) == (tenant, session)]
+            if len(slice_) < _MANIFEST_SLICE:
+                return longest_first(found)
+            after = slice_[-1][0]
+
     def forget_response(self, tenant: str, response_id: str) -> ForgottenResponse | None:
-        found = self.find_response(tenant, response_id)
+        with self._reading() as snapshot:
+            found = self._get_manifest(snapshot, response_name(tenant, response_id))
         if found is None:
             return None
+        if (found.tenant, found.response_id) != (tenant, response_id):
+            raise StoreError("manifest", "manifest lies under another response's name")
         with self._writing() as change:
             self._delete_manifest(change, response_name(tenant, response_id))
         return forgotten_response(self, found)

@@ -25,7 +25,7 @@ from tiers.block import BlockKey, StoreError, chain_key
 from tiers.canonical import digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from tiers.block import TokenIds
     from tiers.manifest import Manifest
@@ -169,8 +169,16 @@ class BlockStore(Protocol):
         """The newest response with these output contents."""
         ...
 
+    def find_session(self, tenant: str, session: str) -> Manifest | None:
+        """The newest response of this session, stored or not."""
+        ...
+
+    def responses_of(self, tenant: str, session: str) -> list[str]:
+        """The ids of every response of a session, stored or not, the longest first. Reads every manifest."""
+        ...
+
     def forget_response(self, tenant: str, response_id: str) -> ForgottenResponse | None:
-        """Delete a stored response, durably; None if there was none.
+        """Delete a response, stored or not, durably; None if there was none.
 
         Its blocks stay: they belong to no id. Their keys are returned, for whoever knows who else needs them.
         """
@@ -244,9 +252,14 @@ def content_name(tenant: str, digest: bytes) -> Name:
     return _name("content", tenant, digest)
 
 
+def session_name(tenant: str, session: str) -> Name:
+    return _name("session", tenant, session.encode(errors="surrogatepass"))
+
+
 def other_names(manifest: Manifest) -> list[Name]:
     """Everything but its response id."""
     names = [item_name(manifest.tenant, item) for item in manifest.item_ids]
+    names.append(session_name(manifest.tenant, manifest.session))
     if manifest.content_digest:
         names.append(content_name(manifest.tenant, manifest.content_digest))
     return names
@@ -352,10 +365,18 @@ class MemoryStore:
     def find_content(self, tenant: str, digest: bytes) -> Manifest | None:
         return self._named(content_name(tenant, digest))
 
+    def find_session(self, tenant: str, session: str) -> Manifest | None:
+        return self._named(session_name(tenant, session))
+
+    def responses_of(self, tenant: str, session: str) -> list[str]:
+        known = map(manifests_format.decode, self._manifests.values())
+        return longest_first(m for m in known if (m.tenant, m.session) == (tenant, session))
+
     def forget_response(self, tenant: str, response_id: str) -> ForgottenResponse | None:
-        found = self.find_response(tenant, response_id)
-        if found is None:
+        data = self._manifests.get(response_name(tenant, response_id))
+        if data is None:
             return None
+        found = manifests_format.decode(data)
         self._remove_manifest(response_name(tenant, response_id))
         return forgotten_response(self, found)
 
@@ -434,6 +455,12 @@ class MemoryStore:
         for name in other_names(manifests_format.decode(self._manifests.pop(response))):
             if self._names.get(name) == response:
                 del self._names[name]
+
+
+def longest_first(manifests: Iterable[Manifest]) -> list[str]:
+    """Response ids, those of long chains before those that they continue."""
+    found = sorted((-len(manifest.tokens), manifest.response_id) for manifest in manifests)
+    return [response_id for _, response_id in found]
 
 
 def forgotten_response(store: BlockStore, deleted: Manifest) -> ForgottenResponse:

@@ -60,7 +60,9 @@ def test_compact_records_hold_more_and_never_more_than_plain_ones_need():
 
     plain = disk_tokens()
     assert disk_tokens("tiers.disk.compact=bf16") / plain == pytest.approx(2, rel=0.01)
-    assert disk_tokens("tiers.disk.compact=int8") / plain == pytest.approx(3.85, rel=0.01)
+    assert disk_tokens("tiers.disk.compact=int8") / plain == pytest.approx(
+        4 / (1 + 2 / 128), rel=0.01
+    )
     assert disk_tokens("tiers.disk.compact=bf16", cuda=True) == disk_tokens(cuda=True)
 
 

@@ -10,11 +10,12 @@ import trio
 
 from broker.admission import AdmissionStatistics
 from broker.metrics import EdgeReport, render
+from broker.session import Sessions
 from engine.api import DiskReport, EngineReport, PinReport, RefuseReason, SessionReport, TierReport
 from tests.broker.rig import open_rig
 from tests.broker.wire.grammar import check_events, check_response
 from tests.fakes import FakeService, saying
-from tiers.block import Tier
+from tiers.block import StoreError, Tier
 
 ROUTES = [
     ("POST", "/v1/responses"),
@@ -487,6 +488,23 @@ async def test_a_deleted_response_is_gone_from_memory_and_from_the_engine():
             assert (await browser.request(method, f"/v1/responses/{response_id}")).status == 404
 
 
+async def test_what_the_disk_cannot_delete_is_there_still():
+    class Stuck(FakeService):
+        async def forget_response(self, tenant, response_id):
+            raise StoreError("io", "as asked")
+
+    async with open_rig() as rig:
+        rig.engine = rig.port.engine = Stuck(rig.nursery)
+        browser = rig.browser()
+        body = {"input": "Hi.", "prompt_cache_key": "s"}
+        response_id = (await browser.request("POST", "/v1/responses", body)).json["id"]
+        for path in (f"/v1/responses/{response_id}", "/admin/sessions/s"):
+            answer = await browser.request("DELETE", path)
+            assert (answer.status, answer.code) == (503, "overloaded")
+            assert answer.headers["retry-after"] == "5"
+        assert (await browser.request("GET", f"/v1/responses/{response_id}")).status == 200
+
+
 async def test_a_deleted_session_takes_its_responses_and_its_pin_and_nobody_elses():
     async with open_rig("auth.keys=['a', 'b']") as rig:
         browser = rig.browser()
@@ -506,11 +524,27 @@ async def test_a_deleted_session_takes_its_responses_and_its_pin_and_nobody_else
         assert sorted(one for _, one in rig.engine.forgotten) == sorted(gone)
         assert [m.response_id for m in rig.engine.manifests] == kept
         assert len(rig.engine.pinned) == 1
+        assert rig.engine.forgotten[0][1] == gone[2], "what continues others goes first"
         for key, response_id, status in (("a", gone[0], 404), ("b", kept[0], 200)):
             path = f"/v1/responses/{response_id}"
             assert (await browser.request("GET", path, x_api_key=key)).status == status
         answer = await browser.request("DELETE", "/admin/sessions/s", x_api_key="a")
         assert (answer.status, answer.code) == (404, "session_not_found")
+
+
+async def test_a_session_is_deleted_from_disk_after_a_restart_and_its_kv_fetched_by_its_name():
+    async with open_rig() as rig:
+        browser = rig.browser()
+        body = {"input": "Hi.", "prompt_cache_key": "s", "store": False}
+        await browser.request("POST", "/v1/responses", body)
+        (manifest,) = rig.engine.manifests
+        rig.port.sessions = Sessions()
+        await browser.request("POST", "/v1/responses", b"{", session_id="s")
+        assert rig.engine.prefetched == [manifest.tokens]
+        rig.port.sessions = Sessions()
+        answer = await browser.request("DELETE", "/admin/sessions/s")
+        assert answer.json == {"session": "s", "deleted_responses": 1}
+        assert rig.engine.manifests == []
 
 
 async def test_the_operators_times_are_granted_over_http():

@@ -382,6 +382,16 @@ async def test_the_kv_of_a_prompt_cache_key_is_on_its_way_before_anything_is_ren
     assert watched.engine.prefetched == [first.node.tokens, second.node.tokens]
 
 
+async def test_the_kv_of_a_prompt_cache_key_is_found_after_a_restart(watched: Desk) -> None:
+    first = await watched.turn(input="hi", prompt_cache_key="thread", store=False)
+    assert first.node is not None
+    watched.restart()
+    Watching.order.clear()
+    await watched.turn(input="something else", prompt_cache_key="thread")
+    assert Watching.order == ["prefetch", "render"]
+    assert watched.engine.prefetched == [first.node.tokens]
+
+
 async def test_a_history_without_any_name_fetches_what_it_is_recognised_by(watched: Desk) -> None:
     first = await watched.turn(input="hi")
     assert first.node is not None

@@ -56,9 +56,11 @@ async def test_a_handshake_that_names_a_session_has_its_kv_fetched_before_any_fr
             check_events(await client.turn(store=False))
         (node,) = rig.port.sessions.of_session("", "thread")
         async with rig.websocket(thread_id="thread"):
+            await rig.settled()
             assert rig.engine.prefetched == []  # it has just been there
         rig.clock.time += 60
         async with rig.websocket(thread_id="nobody", session_id="session"):
+            await rig.settled()
             assert rig.engine.prefetched == [node.tokens]
         async with rig.websocket(thread_id="thread") as client:
             check_events(await client.turn(prompt_cache_key="thread"))
@@ -71,6 +73,7 @@ async def test_a_handshake_that_names_another_tenants_session_fetches_nothing():
             check_events(await client.turn())
         rig.clock.time += 60
         async with rig.websocket(thread_id="thread", x_api_key="b"):
+            await rig.settled()
             assert rig.engine.prefetched == []
 
 

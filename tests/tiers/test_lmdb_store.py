@@ -327,6 +327,26 @@ def test_a_forgotten_response_names_its_keys_and_those_of_its_parent(tmp_path):
             assert store.forget_response("t", "r2") is None
 
 
+def test_a_session_is_found_by_its_newest_response_and_forgotten_one_by_one(tmp_path):
+    """More of them than one slice of the table, stored and not."""
+    longest = replace(manifest(7), tokens=tuple(range(900)))
+    others = [replace(manifest(n), session="other") for n in (101, 102)]
+    with opened(tmp_path, limits=replace(LIMITS, manifests=100, manifest_bytes=1 << 20)) as store:
+        for number in range(70):
+            store.write(manifests=[replace(manifest(number), stored=number % 2 == 0)])
+        store.write(manifests=[longest, *others])
+        assert store.find_session("t", "s") == longest
+        assert store.find_session("", "s") is None
+        every = store.responses_of("t", "s")
+        assert every[0] == "r7"
+        assert sorted(every) == sorted(f"r{number}" for number in range(70))
+        for response in every:
+            assert store.forget_response("t", response) is not None
+        assert store.responses_of("t", "s") == []
+        assert store.find_session("t", "s") is None
+        assert store.find_session("t", "other") == others[1]
+
+
 def test_an_environment_in_another_format_is_put_aside(tmp_path, caplog):
     with opened(tmp_path) as store:
         store.write(blocks=[block(1)])

@@ -63,6 +63,7 @@ RESPONSES = ("r0", "r1", "r2", "r3", "r4")
 TENANTS = ("", "tenant")
 ITEMS = ("i0", "i1", "i2")
 DIGESTS = (b"d0", b"d1")
+SESSIONS = ("s0", "s1")
 
 some_blocks = st.lists(st.sampled_from(range(len(BLOCKS))), max_size=SLOTS + 1, unique=True)
 some_manifests = st.lists(
@@ -70,11 +71,11 @@ some_manifests = st.lists(
         Manifest,
         response_id=st.sampled_from(RESPONSES),
         tenant=st.sampled_from(TENANTS),
-        session=st.just("s"),
+        session=st.sampled_from(SESSIONS),
         parent=st.none(),
         created_at=st.just(1.0),
         stored=st.sampled_from([True, True, False]),
-        tokens=st.just((1, 2, 3)),
+        tokens=st.sampled_from([(1, 2, 3), (1, 2, 3, 4)]),
         sampled_from=st.just(2),
         item_ids=st.lists(st.sampled_from(ITEMS), max_size=2).map(tuple),
         content_digest=st.sampled_from((b"", *DIGESTS)),
@@ -370,6 +371,12 @@ class StoreMachine(RuleBasedStateMachine):
             for digest in DIGESTS:
                 found = self.both(methodcaller("find_content", tenant, digest))
                 assert found is None or (found.tenant, found.content_digest) == (tenant, digest)
+            for session in SESSIONS:
+                newest = self.both(methodcaller("find_session", tenant, session))
+                every = self.both(methodcaller("responses_of", tenant, session))
+                if isinstance(newest, Manifest):
+                    assert (newest.tenant, newest.session) == (tenant, session)
+                    assert newest.response_id in every
 
 
 TestStores = StoreMachine.TestCase
