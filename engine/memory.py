@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tiers.arena import Arena, copy_block, copy_hashed
+from tiers.arena import Arena, copy_block, copy_block_hashed
 from tiers.block import StoreError, Tier
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Memory:
         if Tier.HOST not in (action.source, action.target):
             copy_block(source, action.source_slot, target, action.target_slot)
             return
-        digest = copy_hashed(source, action.source_slot, target, action.target_slot)
+        digest = copy_block_hashed(source, action.source_slot, target, action.target_slot)
         if action.target is Tier.HOST:
             self._seals[action.target_slot] = Seal(action.key, digest)
         else:

@@ -4,7 +4,8 @@ A store holds blocks (by key) and manifests (by tenant and response id, and by t
 
 Laws
     `write` is one transaction: when it returns, everything in it is durable; when it raises, nothing of it is there.
-    `read` fills the caller's buffer with the verified payload, or raises and leaves the buffer alone.
+    `read` fills the caller's buffer with the payload, verified as it arrived there, or raises: then the buffer is as it
+    was, or blank (`record.BLANK`); nothing that was refused stays in it.
     Records of another model share the capacity but are invisible: never read, never indexed, and the first to go
     when room is needed, in the order of keys: to go by age, all of them would have to be known. They stay until then,
     so that switching back to a model finds its cache.
@@ -143,7 +144,7 @@ class BlockStore(Protocol):
         ...
 
     def read(self, key: BlockKey, parent: BlockKey, tokens: TokenIds, into: memoryview) -> None:
-        """Fill `into`, as long as a payload. Raises `StoreError`: missing, io, or what `record.verify` gives."""
+        """Fill `into`, as long as a payload. Raises `StoreError`: missing, io, or what `record.extract` gives."""
         ...
 
     def index(self, after: BlockKey | None, limit: int) -> list[IndexEntry]:
@@ -337,14 +338,14 @@ class MemoryStore:
         stored = self._blocks.get(key)
         if stored is None:
             raise StoreError("missing", f"no record of {key.hex()[:16]}")
-        payload = record.verify(
+        record.extract(
             memoryview(stored.record),
+            into,
             fingerprint=self._fingerprint,
             key=key,
             parent=parent,
             tokens=tokens,
         )
-        into[:] = payload
 
     def index(self, after: BlockKey | None, limit: int) -> list[IndexEntry]:
         behind = sorted(key for key in self._blocks if after is None or key > after)

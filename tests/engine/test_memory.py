@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine.memory import Memory
 from tests.engine.poisoned import Poisoned
-from tiers.arena import Arena, Geometry, copy_hashed
+from tiers.arena import Arena, Geometry, copy_block_hashed
 from tiers.block import Copy, Fetch, Spill, StoreError, Tier, chain_key, root_key
 
 GEOMETRY = Geometry(layers=2, kv_heads=2, head_dim=4, block_tokens=4, dtype_name="float32")
@@ -135,10 +135,10 @@ def test_poison_shows_in_every_slot_that_did_not_land():
 
 @pytest.mark.parametrize("pieces", [0.5, 1, 2.5])
 def test_copying_in_pieces_hashes_as_one(pieces, monkeypatch):
-    monkeypatch.setattr("tiers.arena._PIECE_BYTES", int(SIZE / pieces))
+    monkeypatch.setattr("tiers.hashed_copy._PIECE_BYTES", int(SIZE / pieces))
     _, device, host = memory()
     neighbours = [bytes(host.view(slot)) for slot in (0, 1, 3)]
-    assert copy_hashed(device, 1, host, 2) == device.digest(1) == host.digest(2)
+    assert copy_block_hashed(device, 1, host, 2) == device.digest(1) == host.digest(2)
     assert host.view(2) == device.view(1)
     assert [bytes(host.view(slot)) for slot in (0, 1, 3)] == neighbours
     assert len({arena.digest(slot) for arena in (device, host) for slot in range(SLOTS)}) == 7
@@ -147,4 +147,4 @@ def test_copying_in_pieces_hashes_as_one(pieces, monkeypatch):
 def test_blocks_of_another_shape_are_not_copied():
     other = Arena(Geometry(1, 2, 4, 4, "float32"), 1)
     with pytest.raises(AssertionError, match="different shapes"):
-        copy_hashed(other, 0, memory()[1], 0)
+        copy_block_hashed(other, 0, memory()[1], 0)

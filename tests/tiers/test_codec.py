@@ -254,7 +254,7 @@ def test_a_hundred_round_trips_over_the_disk_change_nothing_after_the_first(name
     assert (states[0][0] == block) == (name == "off")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["bf16", "int8"])
 def test_what_fails_its_check_is_not_decoded(name):
     disk = Disk(codec(name, geometry()))
     here = memoryview(bytearray(b"\x3f" * geometry().block_bytes))

@@ -21,8 +21,16 @@ def written(payload: bytes = b"KV" * 300, *, created: float = 12.5, **changed) -
 
 
 def reason(data: bytes, **changed) -> str:
+    """Looked at in place and copied out, which must agree."""
+    asked = {**ASKED, **changed}
     with pytest.raises(StoreError) as caught:
-        record.verify(memoryview(data), **{**ASKED, **changed})
+        record.verify(memoryview(data), **asked)
+    room = max(0, len(data) - record.head_size(len(asked["tokens"])))
+    into = memoryview(bytearray(b"\xee" * room))
+    with pytest.raises(StoreError) as copied:
+        record.extract(memoryview(data), into, **asked)
+    assert copied.value.reason == caught.value.reason
+    assert into == (b"\xff" if copied.value.reason == "checksum" else b"\xee") * room
     return caught.value.reason
 
 
@@ -35,6 +43,9 @@ def test_what_was_written_is_found(payload, tokens, created):
     data = written(payload, tokens=tokens, created=created)
     found = record.verify(memoryview(data), **{**ASKED, "tokens": tokens})
     assert found == payload
+    into = memoryview(bytearray(len(payload)))
+    record.extract(memoryview(data), into, **{**ASKED, "tokens": tokens})
+    assert into == payload
     assert len(data) == record.head_size(len(tokens)) + len(payload)
 
 
@@ -98,3 +109,20 @@ def test_each_mismatch_has_its_reason():
 def test_tokens_are_compared_even_under_an_equal_key():
     """A hash that collides (here: forced) must not hand out another prompt's KV."""
     assert reason(written(tokens=(7, 8, 9))) == "tokens"
+
+
+def test_a_payload_of_another_size_than_the_room_is_refused():
+    """A good checksum over another model's block would otherwise end the reader's thread."""
+    for room in (0, 599, 601):
+        with pytest.raises(StoreError) as caught:
+            record.extract(memoryview(written()), memoryview(bytearray(room)), **ASKED)
+        assert caught.value.reason == "size"
+
+
+def test_payloads_are_copied_and_hashed_in_pieces(monkeypatch):
+    monkeypatch.setattr("tiers.hashed_copy._PIECE_BYTES", 7)
+    into = memoryview(bytearray(600))
+    record.extract(memoryview(written()), into, **ASKED)
+    assert into == b"KV" * 300
+    with pytest.raises(StoreError, match="checksum"):
+        record.extract(memoryview(written()[:-1] + b"?"), into, **ASKED)
