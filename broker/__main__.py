@@ -128,6 +128,14 @@ def _parser() -> argparse.ArgumentParser:
 
     policy_bench.add_arguments(policy)
     policy.set_defaults(run=policy_bench.main)
+
+    moves = benchmarks.add_parser(
+        "tiers", help="blocks between tiers, beside what memory and disk can do"
+    )
+    from broker.bench import tiers as tiers_bench
+
+    tiers_bench.add_arguments(moves)
+    moves.set_defaults(run=tiers_bench.main)
     return parser
 
 
