@@ -23,6 +23,7 @@ COPIED = ("broker", "engine", "tiers", "tests", "config", "pyproject.toml")
 RUN_S = 240  # a mutant may also loop for ever: that counts as caught
 
 EXAMPLES, MACHINE = "tests/tiers/test_cache.py", "tests/tiers/test_cache_machine.py"
+VICTIMS = "tests/tiers/test_victims.py"
 LAWS = (MACHINE, EXAMPLES)  # a law is broken: the machine should see it
 HITS = (EXAMPLES, MACHINE)  # legal, but the cache is worth less
 
@@ -36,8 +37,9 @@ class Mutant:
     tests: tuple[str, ...] = LAWS  # run in this order until one fails
 
 
-CACHE, INDEX, POLICY, LEASE, POOL, BLOCK = (
-    f"tiers/{name}.py" for name in ("cache", "index", "policy", "lease", "pool", "block")
+CACHE, INDEX, POLICY, RESIDENCY, LEASE, POOL, BLOCK = (
+    f"tiers/{name}.py"
+    for name in ("cache", "index", "policy", "residency", "lease", "pool", "block")
 )
 
 MUTANTS = (
@@ -45,14 +47,20 @@ MUTANTS = (
     Mutant(
         "a vacated slot is leaked",
         CACHE,
-        "self._pools[tier].give(self._displace(block, tier), SlotState.HELD)",
-        "self._displace(block, tier)",
+        "self._pools[tier].give(self._where.displace(block, tier), SlotState.HELD)",
+        "self._where.displace(block, tier)",
     ),
     Mutant(
         "unused private slots are leaked",
         CACHE,
-        "for slot in hold.private:\n            self._pools[Tier.DEVICE].give(slot, SlotState.LENT)",
-        "pass",
+        "for slot in (*hold.hole_slots, *hold.private):",
+        "for slot in hold.hole_slots:",
+    ),
+    Mutant(
+        "the slot of a hole that was never computed is leaked",
+        CACHE,
+        "for slot in (*hold.hole_slots, *hold.private):",
+        "for slot in hold.private:",
     ),
     Mutant(
         "a given slot is not free", POOL, "        self._free.append(slot)\n", "        return\n"
@@ -73,17 +81,22 @@ MUTANTS = (
     Mutant(
         "a copy lands over what was computed meanwhile",
         CACHE,
-        "        block.arriving.pop(Tier.DEVICE, None)  # who waits for a copy in flight has it now\n",
+        "        self._where.expect_no_more(block, Tier.DEVICE)  # who waits for a copy in flight has it now\n",
         "",
     ),
     # refs and busy
     Mutant(
         "victims may be referenced",
-        POLICY,
-        "if block.refs or block.busy:",
-        "if block.busy:",
+        RESIDENCY,
+        "if not block.refs and not block.busy:",
+        "if not block.busy:",
     ),
-    Mutant("victims may be busy", POLICY, "if block.refs or block.busy:", "if block.refs:"),
+    Mutant(
+        "victims may be busy",
+        RESIDENCY,
+        "if not block.refs and not block.busy:",
+        "if not block.refs:",
+    ),
     Mutant(
         "running blocks are demoted",
         CACHE,
@@ -93,14 +106,20 @@ MUTANTS = (
     Mutant(
         "a block needed again while it is copied away goes",
         CACHE,
-        "if not block.refs and not block.busy:  # asked again",
-        "if not block.busy:  # asked again",
+        "if not block.refs and not block.busy and not pinned:  # asked",
+        "if not block.busy and not pinned:  # asked",
     ),
     Mutant(
         "the first of two copies takes the other's source away",
         CACHE,
-        "if not block.refs and not block.busy:  # asked again",
-        "if not block.refs:  # asked again",
+        "if not block.refs and not block.busy and not pinned:  # asked",
+        "if not block.refs and not pinned:  # asked",
+    ),
+    Mutant(
+        "a pin that comes while its block is written is overlooked",
+        CACHE,
+        "if not block.refs and not block.busy and not pinned:  # asked",
+        "if not block.refs and not block.busy:  # asked",
     ),
     Mutant(
         "forgetting a chain ignores busy",
@@ -111,59 +130,97 @@ MUTANTS = (
     Mutant(
         "a shortened hold keeps its refs",
         CACHE,
-        "for block in hold.referenced[blocks:]:\n            block.refs -= 1",
-        "pass",
+        "        for block in given:\n            self._unreference(block)\n",
+        "",
     ),
     Mutant(
         "an adopted block is not referenced",
         CACHE,
-        "            block.refs += 1\n            hold.blocks.append(block)",
+        "            self._reference(block)\n            hold.blocks.append(block)",
         "            hold.blocks.append(block)",
     ),
     # in flight
     Mutant(
         "a source is dropped before its copy lands",
         CACHE,
-        "self._issue(actions, copy, Flight(block, vacate=(Tier.DEVICE,)))",
-        "self._issue(actions, copy, Flight(block))\n        self._vacate(block, Tier.DEVICE)",
+        "        self._issue(actions, copy, Flight(block, vacate=(Tier.DEVICE,), cause=cause))\n",
+        "        self._issue(actions, copy, Flight(block))\n        self._vacate(block, Tier.DEVICE, cause)\n",
     ),
     Mutant(
         "a spill counts as written when it is issued",
         CACHE,
-        "            dirty.arriving[Tier.DISK] = slot\n",
-        "            self._pools[Tier.DISK].move(slot, SlotState.ARRIVING, SlotState.HELD)\n"
-        "            self._place(dirty, Tier.DISK, slot)\n",
+        "            self._where.expect(dirty, Tier.DISK, slot)\n",
+        "            self._pools[Tier.DISK].move(slot, SlotState.ARRIVING, SlotState.HELD)\n            self._where.place(dirty, Tier.DISK, slot)\n",
     ),
     Mutant(
         "a hold is ready before its private copy",
         CACHE,
-        "if hold.landed < len(hold.blocks) or hold.flight is not None:",
-        "if hold.landed < len(hold.blocks):",
+        "        if hold.flight is not None:\n            return False\n        self._run",
+        "        self._run",
     ),
     Mutant(
         "a hold is ready before its blocks",
         CACHE,
-        "if hold.landed < len(hold.blocks) or hold.flight is not None:",
-        "if hold.flight is not None:",
+        "                return False\n            hold.landed += 1",
+        "                break\n            hold.landed += 1",
     ),
     Mutant(
         "a block is loaded once for each who asks",
         CACHE,
-        "            if Tier.DEVICE not in block.places and Tier.DEVICE not in block.arriving:\n",
-        "            if Tier.DEVICE not in block.places:\n",
+        "return bool(block.places) and Tier.DEVICE not in block.places | block.arriving",
+        "return bool(block.places) and Tier.DEVICE not in block.places",
     ),
     Mutant(
         "who waits for a bad record waits for ever",
         CACHE,
-        "        for hold in self._holds:\n            self._truncate_at(hold, block)\n",
-        "",
+        "        if not flight.private and block.arriving.get(tier) == slot:\n            self._where.expect_no_more(block, tier)\n        source",
+        "        source",
     ),
     Mutant(
         "a bad record stays on disk",
         CACHE,
-        "            if Tier.DISK in block.places:\n                self._drop(block, actions)\n",
-        "",
+        "            self._refuse_place(block, source, actions)\n",
+        "            pass\n",
         HITS,
+    ),
+    Mutant(
+        "a record goes because the disk failed once",
+        CACHE,
+        "if reason not in _DISK_FAULTS and source in block.places:",
+        "if source in block.places and source is not Tier.DEVICE:",
+        HITS,
+    ),
+    Mutant(
+        "bytes refused on the host are not fetched from the disk",
+        CACHE,
+        "if isinstance(action, Copy) and wanted and _is_to_be_brought(block):",
+        "if False:",
+        HITS,
+    ),
+    Mutant(
+        "a block behind a hole is computed too",
+        CACHE,
+        "            if Tier.DEVICE not in block.places:\n                hold.holes",
+        "            if hold.holes or Tier.DEVICE not in block.places:\n                hold.holes",
+        HITS,
+    ),
+    Mutant(
+        "a hole is taken for computed when it is begun",
+        CACHE,
+        "if hold.hole_rows == self.block_tokens:",
+        "if hold.hole_rows:",
+    ),
+    Mutant(
+        "a hole's reason is forgotten",
+        CACHE,
+        "                hold.missed[hold.failures.get(block, reason)] += tokens\n",
+        "",
+    ),
+    Mutant(
+        "a lease covers what lies behind a hole",
+        CACHE,
+        "chain = hold.blocks[: hold.holes[0]] if hold.holes else list(hold.blocks)",
+        "chain = list(hold.blocks)",
     ),
     Mutant(
         "a failed spill is never tried again",
@@ -198,7 +255,10 @@ MUTANTS = (
         "        if one != two:\n            return at + 1\n",
     ),
     Mutant(
-        "a key forgets its parent", BLOCK, '{len(tokens)}I", parent,', '{len(tokens)}I", bytes(32),'
+        "a key forgets its parent",
+        BLOCK,
+        'b"y", sizes[1], parent, b"y"',
+        'b"y", sizes[1], bytes(32), b"y"',
     ),
     Mutant(
         "a block is filed under its root",
@@ -209,9 +269,8 @@ MUTANTS = (
     Mutant(
         "the same tokens are not adopted",
         CACHE,
-        "        if Tier.DEVICE in block.places:\n"
-        "            self._pools[Tier.DEVICE].give(slot, SlotState.LENT)\n            return block\n",
-        "",
+        "            self._pools[Tier.DEVICE].give(slot, SlotState.LENT)\n            self._where.reweigh((block,))\n            return\n",
+        "            self._pools[Tier.DEVICE].give(slot, SlotState.LENT)\n",
     ),
     Mutant(
         "an adopted block does not enter the table",
@@ -250,9 +309,9 @@ MUTANTS = (
     # forgetting
     Mutant(
         "a parent is forgotten before its child",
-        CACHE,
-        "            return not self._index.children(block)\n",
-        "            return True\n",
+        RESIDENCY,
+        "or len(block.places) > 1 or not self._index.has_children(block)",
+        "or True",
     ),
     Mutant(
         "a head is forgotten without its chain",
@@ -262,21 +321,34 @@ MUTANTS = (
     ),
     Mutant(
         "a record goes before those that continue it",
-        CACHE,
-        "return tier is not Tier.DISK or all(",
-        "return True or all(",
+        RESIDENCY,
+        "if not block.kids[tier] and self._may_leave",
+        "if self._may_leave",
     ),
     Mutant(
         "a child is written before its parent",
         CACHE,
-        "for dirty in reversed(chain):",
-        "for dirty in chain:",
+        "            dirty = chain.pop()\n",
+        "            dirty = chain.pop(0)\n",
+    ),
+    Mutant(
+        "a child is kept at its parent's cost",
+        CACHE,
+        "        self._where.announce(newcomer, tier)\n",
+        "",
     ),
     Mutant(
         "what was dropped from disk does not get dirty",
         CACHE,
-        "            self._drop(block, actions)\n            self._note_dirty(block, now)\n",
-        "            self._drop(block, actions)\n",
+        "        if block.unwanted:\n            block.unwanted = False\n            self._note_dirty(block, now)\n        other",
+        "        other",
+    ),
+    Mutant(
+        "what the disk gave up is written again at once",
+        CACHE,
+        "            block.unwanted = True  # or it",
+        "            self._note_dirty(block, now)  # or it",
+        (VICTIMS, *HITS),
     ),
     Mutant(
         "a superseded tail is thinned out under a hold",
@@ -293,26 +365,32 @@ MUTANTS = (
     # order and time
     Mutant(
         "the newcomer evicts its betters",
-        CACHE,
-        "self._victims[tier].take(policy.rank(newcomer))",
-        "self._victims[tier].take()",
+        RESIDENCY,
+        "if compared and newcomer is not None and",
+        "if False and newcomer is not None and",
         HITS,
     ),
     Mutant(
         "classes do not count",
         POLICY,
-        "return session_class(block), block",
-        "return 0, block",
+        "return session_class(block), block.last_used - credit",
+        "return 0, block.last_used - credit",
         HITS,
     ),
     Mutant(
         "most recently used goes first",
         POLICY,
-        "block.last_used, -block",
-        "-block.last_used, -block",
+        "block.last_used - credit, -block",
+        "credit - block.last_used, -block",
         HITS,
     ),
-    Mutant("heads go before tails", POLICY, " if block.key not in self._children\n", "\n", HITS),
+    Mutant(
+        "heads go before tails",
+        RESIDENCY,
+        "                    parent.kids[tier] += 1 if stays >> tier & 1 else -1\n",
+        "                    parent.kids[tier] += 0\n",
+        HITS,
+    ),
     Mutant(
         "everything is taken for too young to write",
         CACHE,
@@ -323,54 +401,142 @@ MUTANTS = (
     Mutant(
         "a block without room on disk is retried at once",
         CACHE,
-        "                self._dirty[dirty] = now\n",
-        "                self._dirty[dirty] = now - self.limits.max_lag_s\n",
+        "                    self._dirty[postponed] = now\n",
+        "                    self._dirty[postponed] = now - self.limits.max_lag_s\n",
     ),
     Mutant(
         "a demoted session takes shared blocks along",
         CACHE,
-        "            if sum(block.leases) == mine[block]:\n                self._sink(block, to, now, actions)\n",
-        "            self._sink(block, to, now, actions)\n",
+        "            if sum(block.leases) == mine[block] and not pinned:\n",
+        "            if not pinned:\n",
         HITS,
+    ),
+    Mutant(
+        "a demotion takes what is pinned",
+        CACHE,
+        "            if sum(block.leases) == mine[block] and not pinned:\n",
+        "            if sum(block.leases) == mine[block]:\n",
     ),
     # leases and restart
     Mutant(
         "an ended lease still counts",
         LEASE,
-        "            block.leases[lease.session_class] -= 1\n            if not any",
-        "            if not any",
+        "        self._uncover(lease)\n        for block in lease.blocks:\n            if not any",
+        "        for block in lease.blocks:\n            if not any",
     ),
     Mutant(
         "a reclassed lease counts twice",
         LEASE,
-        "            block.leases[lease.session_class] -= 1\n            block.leases[to] += 1",
-        "            block.leases[to] += 1",
+        "        self._uncover(lease)\n        lease.session_class = to\n",
+        "        lease.session_class = to\n",
     ),
     Mutant(
         "a superseded lease goes on",
         CACHE,
-        "            self._leases.end(superseded, SessionClass.CLOSED)\n",
+        "            self._end_lease(superseded, SessionClass.CLOSED)\n",
         "",
         HITS,
     ),
     Mutant(
         "a lease that is on disk goes on",
         CACHE,
-        "            self._leases.end(lease, SessionClass.HUMAN_WAIT)\n",
+        "            self._end_lease(lease, min(lease.session_class, SessionClass.HUMAN_WAIT))\n",
         "            pass\n",
         HITS,
     ),
     Mutant(
         "a restart loses what came behind a colder head",
         INDEX,
-        "            path.append(above)\n",
-        "            break\n",
+        "            self._lost.add(entry.parent)\n",
+        "            pass\n",
     ),
     Mutant(
         "a restart believes any key",
-        INDEX,
-        "if 0 < len(tokens) <= block_tokens and chain_key(parent, tokens) == key:",
-        "if 0 < len(tokens) <= block_tokens:",
+        CACHE,
+        "                and chain_key(entry.parent, entry.tokens) == entry.key\n",
+        "",
+        HITS,
+    ),
+    Mutant(
+        "a slice older than a drop is believed",
+        CACHE,
+        "if self._gone is None or entry.key in self._gone:",
+        "if self._gone is None:",
+    ),
+    Mutant(
+        "the slots of what is not read yet are given away",
+        CACHE,
+        "while len(self._unread) < records and",
+        "while False and",
+        HITS,
+    ),
+    Mutant(
+        "a pin passes its quota",
+        CACHE,
+        "        if len(self._leases.pinned() | blocks) > self.pin_quota:\n            return None\n",
+        "",
+        (VICTIMS, *LAWS),
+    ),
+    Mutant(
+        "pinned blocks leave the host",
+        RESIDENCY,
+        "        if tier is Tier.HOST:\n",
+        "        if False:\n",
+        (VICTIMS, *LAWS),
+    ),
+    Mutant(
+        "a TTL protects nothing",
+        CACHE,
+        "        elif lease.keep_until > now:\n",
+        "        elif False:\n",
+        (VICTIMS, *LAWS),
+    ),
+    Mutant(
+        "a kept session sinks to the disk",
+        CACHE,
+        "        target = min(lease.target, Tier.HOST) if kept else lease.target\n",
+        "        target = lease.target\n",
+        (VICTIMS, *LAWS),
+    ),
+    Mutant(
+        "a session's class never decays",
+        CACHE,
+        "        if idle_s >= self.limits.protect_s.get(asked, math.inf):\n",
+        "        if False:\n",
+        (VICTIMS, *LAWS),
+    ),
+    Mutant(
+        "quotas are not looked at",
+        RESIDENCY,
+        "> self._tenant_share * self.pools[tier].capacity:",
+        "> 1e9:",
+        (VICTIMS, *LAWS),
+    ),
+    Mutant(
+        "a changed class is not told to the order",
+        RESIDENCY,
+        "            if block.offered:\n                self.weigh(block)\n",
+        "            pass\n",
+        (VICTIMS, *LAWS),
+    ),
+    Mutant(
+        "a deleted chain stays where it is needed by nobody",
+        CACHE,
+        '                    self._forget(block, actions, "deleted")\n',
+        "                    break\n",
+    ),
+    Mutant(
+        "a deletion takes what others need",
+        CACHE,
+        "return bool(block.refs) or any(block.leases) or self._index.has_children(block)",
+        "return bool(block.refs) or self._index.has_children(block)",
+        HITS,
+    ),
+    Mutant(
+        "above the high watermark nothing leaves",
+        CACHE,
+        "            if pool.capacity - pool.free > marks.high * pool.capacity:",
+        "            if False:",
         HITS,
     ),
 )
