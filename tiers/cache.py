@@ -1019,6 +1019,22 @@ class TieredCache:
         self._settle(block)
         return actions
 
+    def rotten(self, key: BlockKey, now: float) -> list[Action]:
+        """Somebody who looked says that a record is bad: it is dropped, and written again if the block is elsewhere.
+
+        What a copy reads just now is left to that copy, which makes the same check.
+        """
+        actions: list[Action] = []
+        block = self._index.get(key)
+        if block is not None and Tier.DISK in block.places and not block.busy:
+            self._refuse_place(block, Tier.DISK, actions)
+            for hold in self._holds:
+                if hold.state is not HoldState.RUNNING and block in hold.referenced:
+                    hold.failures[block] = "verify_failed"
+            self._note_dirty(block, now)
+            self._settle(block)
+        return actions
+
     def _refuse_place(self, block: Block, tier: Tier, actions: list[Action]) -> None:
         if tier is Tier.DISK:
             self._drop(block, actions, "rotten")

@@ -761,6 +761,19 @@ class CacheMachine(RuleBasedStateMachine):
         key = keys[pick % len(keys)]
         self.damage(key)
 
+    @precondition(lambda self: any(True for _ in whole_index(self.store)))
+    @rule(pick=picks)
+    def scrub(self, pick):
+        """The scrubber finds a bad record."""
+        keys = sorted(entry.key for entry in whole_index(self.store))
+        key = keys[pick % len(keys)]
+        self.lost.add(key)
+        self.pinned = {
+            block: tiers - {Tier.DISK} if block.key == key else tiers
+            for block, tiers in self.pinned.items()
+        }
+        self.issue(self.cache.rotten(key, self.now), bad=key)
+
     def damage(self, key):
         self.store.write(drops=[key])
         self.lost.add(key)

@@ -584,6 +584,20 @@ def test_what_would_be_restored_at_a_loss_is_left_where_it_is():
     cache.check()
 
 
+def test_a_record_that_the_scrubber_refuses_is_dropped_and_written_again_if_it_can_be():
+    cache = make()
+    one, two = turn(cache, tuple(range(6)), 1)
+    spilled(cache)
+    assert cache.rotten(one, 1.0) == [Drop(one)]
+    assert [spill.key for spill in spilled(cache, 1.0)] == [one]
+    land(cache, cache.demote(Tier.DISK, None, 2.0))
+    assert cache.rotten(two, 3.0) == [Drop(two)]
+    cache.check()
+    tokens = (*range(6), 9)
+    assert cache.explain(cache.match(ROOT, tokens), tokens) == {"verify_failed": 2, "logits": 1}
+    assert cache.rotten(two, 3.0) == []
+
+
 def test_a_copy_on_the_host_that_fails_its_check_is_replaced_from_disk():
     cache = make()
     tokens = tuple(range(8))
