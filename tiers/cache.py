@@ -1101,8 +1101,9 @@ class TieredCache:
         if self._unread:
             return self._unread.pop()
         slot = self._make_slot(Tier.DISK, block, now, actions)
-        if slot is None and (children := self._index.children(block)):  # rather these than it
-            for child in children:
+        unreachable = not block.places and not block.refs  # what continues it, so far
+        if slot is None and unreachable and (children := self._index.children(block)):
+            for child in children:  # rather these than it
                 self._forget_with_descendants(child, actions, "capacity")
             slot = self._pools[Tier.DISK].take(SlotState.ARRIVING)
         if slot is not None:
