@@ -133,12 +133,19 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
         one(engine.spill_failures_total),
     )
     put("fetches_total", "counter", "Blocks read from disk.", one(engine.fetches_total))
-    failures = dict.fromkeys(_VERIFY_REASONS, 0) | engine.verify_failures_total
+    failures = {
+        "disk": dict.fromkeys(_VERIFY_REASONS, 0) | engine.verify_failures_total,
+        "host": dict.fromkeys(("checksum", "key"), 0) | engine.host_failures_total,
+    }
     put(
         "verify_failures_total",
         "counter",
-        "Records that failed a check and were forgotten.",
-        [({"tier": "disk", "reason": reason}, count) for reason, count in failures.items()],
+        "Blocks that failed a check and were forgotten.",
+        [
+            ({"tier": tier, "reason": reason}, count)
+            for tier, counts in failures.items()
+            for reason, count in counts.items()
+        ],
     )
     disk = engine.disk
     put(
@@ -193,8 +200,8 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
     put(
         "canary_total",
         "counter",
-        "Restored blocks that were computed again, and those that differed.",
-        by("result", engine.canary, ("checked", "mismatched")),
+        "Restored blocks that were computed again, those that differed, and those that were gone before.",
+        by("result", engine.canary, ("checked", "mismatched", "skipped")),
     )
     tiers = [({"tier": tier.tier}, tier) for tier in engine.tiers]
     put(

@@ -610,7 +610,7 @@ async def test_every_series_of_a_known_label_is_always_there():
     for state in ("off", "degraded"):
         assert f'homeport_disk_state{{state="{state}"}} 0' in text
     assert 'homeport_disk_state{state="ok"} 1' in text
-    for result in ("checked", "mismatched"):
+    for result in ("checked", "mismatched", "skipped"):
         assert f'homeport_canary_total{{result="{result}"}} 0' in text
     for name in ("amplification", "hit_share", "pins", "pinned_bytes", "disk_pending_bytes"):
         assert f"\nhomeport_{name} " in text
@@ -664,6 +664,7 @@ def test_metrics_show_every_number_of_the_report_without_rounding():
             oldest_read_s=36.5,
         ),
         canary={"checked": 37, "mismatched": 38},
+        host_failures_total={"checksum": 39},
         pins=(PinReport("a", 40, 1.0), PinReport("b", 50, 1.0)),
     )
     text = render(report, EdgeReport(19, {"websocket": 20}, AdmissionStatistics(21, 22, 23), 24))
@@ -688,6 +689,8 @@ def test_metrics_show_every_number_of_the_report_without_rounding():
         "homeport_disk_commit_seconds_total 35.5",
         "homeport_disk_oldest_read_seconds 36.5",
         'homeport_canary_total{result="mismatched"} 38',
+        'homeport_verify_failures_total{tier="host",reason="checksum"} 39',
+        'homeport_verify_failures_total{tier="host",reason="key"} 0',
         "homeport_pins 2",
         "homeport_pinned_bytes 90",
         "homeport_dirty_blocks 6",
