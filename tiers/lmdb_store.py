@@ -33,6 +33,11 @@ A write that fails
     Until then they go on reading: a snapshot is of committed pages, and every record is verified.
     A store that had such a failure leaves no clean mark, so the next start walks it.
 
+What is deleted
+    A record or manifest that is dropped is gone from the tables when the transaction is durable, and no lookup finds it.
+    Its pages are free, not overwritten: their bytes lie in the file until a later write takes the page, and the file does
+    not shrink. Whoever must rule out that they are read from the medium encrypts the medium, or deletes the state directory.
+
 Starting (inspection.py says how it was left, and whether it may be mapped)
     It is created beside its place and renamed into it, so a crash while creating leaves none.
     What fails the walk, and whatever LMDB refuses at open, is put aside and replaced by nothing, and so is another format:
@@ -107,6 +112,7 @@ _LONGEST_VALUE = (1 << 32) - 1  # bytes, in LMDB
 _IMPOSSIBLE = 1 << 62  # bytes, or anything that is counted here
 _SLICE = 4096  # entries of the index read in one transaction, whoever they belong to
 _MANIFEST_SLICE = 64  # manifests, which are larger, copied in one
+_SMALLEST_SLICE = 64
 _VERSION = struct.Struct("<I")
 _TOTALS = struct.Struct("<QQQ")
 _MODEL = struct.Struct("<32sQ")
@@ -402,11 +408,13 @@ class LmdbStore:
     def index(self, after: BlockKey | None, limit: int) -> list[IndexEntry]:
         found: list[IndexEntry] = []
         while len(found) < limit:
+            # Of what is read beyond the limit nothing is used; yet foreign entries must not be read one by one.
+            count = min(_SLICE, max(limit - len(found), _SMALLEST_SLICE))
             with self._reading() as snapshot:
-                slice_ = snapshot.items_behind(after, _SLICE, self._index)
+                slice_ = snapshot.items_behind(after, count, self._index)
             own = (self._own_entry(key, value) for key, value in slice_)
             found += [entry for entry in own if entry is not None]
-            if len(slice_) < _SLICE:
+            if len(slice_) < count:
                 break
             after = BlockKey(slice_[-1][0])
         return found[:limit]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import Counter
 from contextlib import contextmanager
 from enum import Enum
 from types import SimpleNamespace
@@ -33,24 +34,30 @@ class Fault(Enum):
 
 
 class Faults:
-    """Fails call number `n` from `arm` on, once, or all from there while `lasting`. Disarmed at first."""
+    """Fails call number `n` from `arm` on, once, or all from there while `lasting`. Disarmed at first.
+
+    With `only`, other calls do not count: readers call too, whenever they like.
+    """
 
     def __init__(self) -> None:
         self._left = 0
         self._lasting = False
+        self._only: str | None = None
         self.fault = Fault.EIO
         self.fired: list[str] = []  # the calls that failed
-        self.calls: set[str] = set()  # every kind that was made
+        self.calls: Counter[str] = Counter()  # all that were made
         self.free_bytes: int | None = None  # what the file system says it has; None: the truth
 
-    def arm(self, n: int, fault: Fault, *, lasting: bool = False) -> None:
-        self._left, self.fault, self._lasting, self.fired = n, fault, lasting, []
+    def arm(self, n: int, fault: Fault, *, lasting: bool = False, only: str | None = None) -> None:
+        self._left, self.fault, self._lasting, self._only, self.fired = n, fault, lasting, only, []
 
     def disarm(self) -> None:
         self._left, self._lasting = 0, False
 
     def fails(self, call: str) -> bool:
-        self.calls.add(call)
+        self.calls[call] += 1
+        if self._only not in (None, call):
+            return False
         self._left -= 1
         if self._left == 0 or (self._lasting and self._left < 0):
             self.fired.append(call)

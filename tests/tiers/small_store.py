@@ -9,7 +9,7 @@ from tiers.block import chain_key, root_key
 from tiers.lmdb_store import LmdbStore
 from tiers.manifest import Manifest
 from tiers.state_dir import StateDir
-from tiers.store import BlockWrite, StoreLimits
+from tiers.store import BlockWrite, Durability, StoreLimits
 
 FINGERPRINT = b"f" * 32
 ROOT = root_key(FINGERPRINT, b"")
@@ -35,7 +35,15 @@ def manifest(number: int, body: bytes = b"{}") -> Manifest:
 
 
 @contextmanager
-def opened(path, *, fingerprint=FINGERPRINT, limits=LIMITS, map_bytes=None):
+def opened(
+    path,
+    *,
+    fingerprint=FINGERPRINT,
+    limits=LIMITS,
+    map_bytes=None,
+    durability=Durability.POWER,
+    boot=None,
+):
     state = StateDir.open(path)
     try:
         store = LmdbStore.open(
@@ -45,6 +53,8 @@ def opened(path, *, fingerprint=FINGERPRINT, limits=LIMITS, map_bytes=None):
             block_tokens=4,
             limits=limits,
             map_bytes=map_bytes,
+            durability=durability,
+            boot=boot,
         )
         try:
             yield store

@@ -3,16 +3,19 @@
 import os
 import random
 import resource
+import shutil
 import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import lmdb
 import pytest
 
+from tests.tiers.faulty_lmdb import Fault, faulty_disk
 from tests.tiers.small_store import (
     FINGERPRINT,
     LIMITS,
@@ -23,12 +26,15 @@ from tests.tiers.small_store import (
     opened,
     payload,
 )
+from tiers import inspection as inspection_module
 from tiers import lmdb_store
 from tiers.block import StoreError, chain_key
-from tiers.lmdb_store import scrub
+from tiers.inspection import Damaged, Finding, Inspection, inspecting
+from tiers.lmdb_store import LmdbStore, scrub
 from tiers.state_dir import StateDir, StateDirRefused
 from tiers.store import (
     BlockWrite,
+    Durability,
     ForgottenResponse,
     MemoryStore,
     StoreLimits,
@@ -525,6 +531,240 @@ def test_a_smaller_capacity_than_last_time_lets_the_store_shrink(tmp_path):
         assert store.statistics().block_bytes == 3 * 8192
 
 
+def test_below_the_floor_of_free_space_no_block_is_taken_and_all_else_goes_on(tmp_path):
+    limits = StoreLimits(block_bytes=1 << 20, min_free_bytes=1 << 30)
+    with faulty_disk() as faults, opened(tmp_path, limits=limits) as store:
+        store.write(blocks=[block(1)])
+        for free in ((1 << 30) - 1, (1 << 30) + 8191):  # the block itself counts
+            faults.free_bytes = free
+            with pytest.raises(StoreError) as caught:
+                store.write(blocks=[block(2)])
+            assert caught.value.reason == "full"
+        store.write(manifests=[manifest(1)], drops=[block(1).key])
+        assert store.find_response("t", "r1") == manifest(1)
+        faults.free_bytes = (1 << 30) + 8192
+        store.write(blocks=[block(2)])
+        assert [entry.key for entry in whole_index(store)] == [block(2).key]
+
+
+def held(store) -> tuple[set[int], set[str]]:
+    """Which blocks and which manifests there are; all of them whole."""
+    blocks = {entry.tokens[0] for entry in whole_index(store)}
+    assert all(read(store, block(number)) == payload(number) for number in blocks)
+    responses = {f"r{number}" for number in range(5) if store.find_response("t", f"r{number}")}
+    assert all(store.find_item("t", f"item{name[1:]}") for name in responses)
+    return blocks, responses
+
+
+def outcome(call) -> object:
+    """What `call` returns, or the reason of its refusal. Nothing else may escape."""
+    try:
+        return call()
+    except StoreError as error:
+        return error.reason
+
+
+@pytest.mark.parametrize(
+    ("fault", "lasting"),
+    [*((fault, False) for fault in Fault), (Fault.EIO, True), (Fault.ENOSPC, True)],
+)
+def test_whatever_call_fails_what_was_acknowledged_is_there_and_writing_goes_on(
+    tmp_path, fault, lasting
+):
+    """The n-th I/O call fails, n = 1, 2, 3, until a run meets no fault; or all from the n-th on."""
+    with faulty_disk() as faults, opened(tmp_path) as store:
+        store.write(blocks=[block(0), block(3)], manifests=[manifest(0)])
+        before, after = ({0, 3}, {"r0"}), ({1, 2, 3}, {"r1"})
+        n = 0
+        while n == 0 or faults.fired:
+            n += 1
+            faults.arm(n, fault, lasting=lasting)
+            answers = [
+                outcome(
+                    lambda: store.write(
+                        blocks=[block(1), block(2)],
+                        manifests=[manifest(1)],
+                        drops=[block(0).key],
+                    )
+                ),
+                outcome(lambda: store.forget_response("t", "r0") and None),
+                outcome(lambda: store.discard(block(99).key)),
+                outcome(lambda: store.examine(None) and None),
+                outcome(lambda: store.find_chain(ROOT, block(3).tokens) and None),
+                outcome(lambda: store.check_readers() and None),
+                outcome(lambda: read(store, block(3)) and None),
+            ]
+            faults.disarm()
+            assert set(answers) <= {None, "io", "full"}
+            assert any(answers) == bool(faults.fired)
+            store.write()  # opens the environment again, if a write failed
+            blocks, responses = held(store)
+            written, forgotten = answers[0] is None, answers[1] is None
+            assert blocks == (after if written else before)[0] or (
+                fault is Fault.LATE and blocks == after[0]
+            )
+            assert ("r1" in responses) == (blocks == after[0])
+            assert not (forgotten and "r0" in responses)
+            assert recounted(store) == store.statistics()
+            store.write(
+                blocks=[block(0)],
+                manifests=[manifest(0)],
+                drops=[block(1).key, block(2).key],
+            )
+            store.forget_response("t", "r1")
+            assert held(store) == before
+            assert recounted(store) == store.statistics()
+        assert n > 40
+        made = {"begin", "commit", "get", "put", "delete", "pop", "cursor", "stat", "reader_check"}
+        assert made <= set(faults.calls)
+    with opened(tmp_path) as store:
+        assert held(store) == before
+    assert not (tmp_path / "kv.damaged").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "durability"),
+    [
+        (Fault.EIO, Durability.POWER),
+        (Fault.LATE, Durability.POWER),
+        (Fault.ENOSPC, Durability.PROCESS),
+    ],
+)
+def test_whatever_call_fails_at_open_or_close_nothing_is_lost(tmp_path, fault, durability):
+    with opened(tmp_path) as store:
+        store.write(blocks=[block(1)], manifests=[manifest(1)])
+    n = 0
+    fired = ["nothing yet"]
+    while fired:
+        n += 1
+        with faulty_disk() as faults:
+            state = StateDir.open(tmp_path)
+            faults.arm(n, fault)
+            store = outcome(lambda state=state: open_store(state, durability))
+            if not isinstance(store, str):
+                assert outcome(lambda store=store: held(store)) in ("io", ({1}, {"r1"}))
+                store.close()
+            fired = list(faults.fired)
+            faults.disarm()
+            state.close()
+        with opened(tmp_path, durability=durability) as store:
+            assert held(store) == ({1}, {"r1"})
+            store.write(blocks=[block(2)])
+            store.write(drops=[block(2).key])
+    assert n > 20
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["homeport.lock", "kv"]
+
+
+def open_store(state, durability) -> LmdbStore:
+    return LmdbStore.open(
+        state,
+        fingerprint=FINGERPRINT,
+        payload_bytes=PAYLOAD_BYTES,
+        block_tokens=4,
+        limits=LIMITS,
+        durability=durability,
+    )
+
+
+def test_a_store_whose_disk_stays_broken_refuses_until_it_heals_and_reads_meanwhile_do_not_hang(
+    tmp_path,
+):
+    with faulty_disk() as faults, opened(tmp_path) as store:
+        store.write(blocks=[block(1)])
+        faults.arm(1, Fault.EIO, lasting=True)
+        for _ in range(3):
+            assert outcome(lambda: store.write(blocks=[block(2)])) == "io"
+            assert outcome(lambda: read(store, block(1))) == "io"
+        faults.disarm()
+        assert outcome(lambda: read(store, block(1))) == "io"  # closed, until the next write
+        store.write(blocks=[block(2)])
+        assert held(store)[0] == {1, 2}
+
+
+def test_it_is_not_opened_again_under_a_reader(tmp_path, monkeypatch):
+    """lmdb closed under a reader is a crash. And a reader that never leaves must not stop the writer for ever."""
+    monkeypatch.setattr(lmdb_store, "_READERS_LEAVE_S", 0.05)
+    with faulty_disk() as faults, opened(tmp_path) as store:
+        store.write(blocks=[block(1)])
+        with store._reading() as snapshot:
+            faults.arm(1, Fault.EIO, only="commit")
+            assert outcome(lambda: store.write(blocks=[block(2)])) == "io"
+            with pytest.raises(StoreError, match="a read does not end"):
+                store.write(blocks=[block(2)])
+            assert snapshot.get(block(1).key, store._blocks)[512:] == payload(1)
+            assert store.check_readers().oldest_s > 0.05
+        store.write(blocks=[block(2)])
+        assert held(store)[0] == {1, 2}
+        assert store.check_readers().oldest_s == 0
+
+
+def test_readers_go_on_while_the_environment_is_opened_again_and_again(tmp_path):
+    with faulty_disk() as faults, opened(tmp_path) as store:
+        store.write(blocks=[block(1)])
+
+        def read_on(_) -> int:
+            count = 0
+            while not done.wait(0.001):  # spinning, they would keep the writer from the interpreter
+                assert outcome(lambda: read(store, block(1))) == payload(1)
+                count += 1
+            return count
+
+        done = Event()
+        with ThreadPoolExecutor(2) as pool:
+            counts = pool.map(read_on, range(2))
+            try:
+                for number in range(8):
+                    faults.arm(1, Fault.LATE if number % 2 else Fault.EIO, only="commit")
+                    assert outcome(lambda: store.write(blocks=[block(2)])) == "io"
+                    store.write(drops=[block(2).key])
+            finally:
+                done.set()
+            assert all(count > 10 for count in counts)
+        assert faults.calls["open environment"] == 1 + 1 + 8  # created, opened, and again
+
+
+def test_an_environment_that_came_back_as_another_is_not_believed(tmp_path):
+    """After a failed write it must stand at that write or the one before: anything else is a lie of the disk."""
+    with faulty_disk() as faults, opened(tmp_path) as store:
+        store.write(blocks=[block(1)])
+        raw(
+            store, "blocks", block(1).key, flip(1)
+        )  # two transactions that the store knows nothing of
+        raw(store, "blocks", block(1).key, flip(1))
+        faults.arm(1, Fault.EIO)
+        assert outcome(lambda: store.write(blocks=[block(2)])) == "io"
+        with pytest.raises(StoreError, match="stands at transaction"):
+            store.write(blocks=[block(2)])
+
+
+def test_opening_makes_the_same_calls_whatever_is_stored(tmp_path):
+    calls = []
+    for count in (0, 1, 60):
+        with opened(tmp_path / str(count)) as store:
+            for number in range(count):
+                store.write(blocks=[block(number)], manifests=[manifest(number % 20)])
+        with faulty_disk() as faults, opened(tmp_path / str(count)) as store:
+            assert store.statistics().blocks == count
+            calls.append(faults.calls)
+    assert calls[0] == calls[1] == calls[2]
+
+
+def test_damaged_totals_are_counted_anew(tmp_path, caplog):
+    with opened(tmp_path) as store:
+        store.write(blocks=[block(n) for n in range(3)], manifests=[manifest(1), manifest(2)])
+        store.write(drops=[block(1).key])
+        expected = store.statistics()
+        raw(store, "meta", b"totals", flip(99))
+        store.write(drops=[block(7).key])  # while it is open
+        assert store.statistics() == recounted(store) == expected
+        raw(store, "meta", b"totals", flip(99))
+    with opened(tmp_path) as store:
+        assert store.statistics() == expected
+        store.write(manifests=[manifest(3)])
+        assert store.find_item("t", "item3") == manifest(3)
+    assert "counting anew" in caplog.text
+
+
 # reading and writing at once
 
 
@@ -622,6 +862,158 @@ def test_a_second_instance_is_refused_and_told_who_is_there(tmp_path):
             StateDir.open(tmp_path)
     with opened(tmp_path):
         pass
+
+
+# how it was left
+
+
+def crashed(store) -> None:
+    """End as a process does that is killed: nothing is said to anybody."""
+    store._detach()
+
+
+def test_a_clean_end_is_believed_and_any_other_is_walked(tmp_path, monkeypatch):
+    walks = []
+    really = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *given, **named: walks.append(1) or really(*given, **named)
+    )
+    with opened(tmp_path) as store:
+        store.write(blocks=[block(1)])
+    with opened(tmp_path):
+        pass
+    assert not walks
+    with opened(tmp_path) as store:
+        crashed(store)
+    with opened(tmp_path) as store:
+        assert held(store)[0] == {1}
+    assert len(walks) == 1
+    os.utime(tmp_path / "kv" / "data.mdb")  # somebody wrote to it since, or copied it back
+    with opened(tmp_path):
+        pass
+    (tmp_path / "kv" / "mark").unlink()
+    with opened(tmp_path):
+        pass
+    (tmp_path / "kv" / "mark").write_bytes(b"\xff what is this")
+    with opened(tmp_path) as store:
+        assert held(store)[0] == {1}
+    assert len(walks) == 4
+    with opened(tmp_path):
+        pass
+    assert len(walks) == 4
+
+
+@pytest.mark.parametrize("last", Durability)
+@pytest.mark.parametrize("ends", ["clean", "crash"])
+@pytest.mark.parametrize("boot", ["same", "other", ""])
+def test_unsynced_writes_are_believed_only_under_the_boot_that_wrote_them(
+    tmp_path, last, ends, boot, caplog
+):
+    with opened(tmp_path, durability=last, boot="same") as store:
+        assert store._env.flags()["sync"] == (last is Durability.POWER)
+        store.write(blocks=[block(1)], manifests=[manifest(1)])
+        if ends == "crash":
+            crashed(store)
+    gone = last is Durability.PROCESS and ends == "crash" and boot != "same"
+    with opened(tmp_path, boot=boot) as store:
+        assert held(store) == ((set(), set()) if gone else ({1}, {"r1"}))
+        store.write(blocks=[block(2)])
+    assert ("written without syncs" in caplog.text) == gone
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["homeport.lock", "kv"]
+
+
+def test_a_store_that_had_a_failure_is_walked_at_the_next_start(tmp_path):
+    with faulty_disk() as faults:
+        with opened(tmp_path) as store:
+            store.write(blocks=[block(1)])
+            faults.arm(1, Fault.EIO)
+            assert outcome(lambda: store.write(blocks=[block(2)])) == "io"
+            store.write(blocks=[block(2)])
+        assert (tmp_path / "kv" / "mark").read_text().startswith("open power")
+    with opened(tmp_path) as store:
+        assert held(store)[0] == {1, 2}
+    assert (tmp_path / "kv" / "mark").read_text().startswith("clean")
+
+
+def pages_of(path) -> dict[int, str]:
+    """{page: kind} of the pages that the walk must find sound: not those inside a value."""
+    content = (path / "kv" / "data.mdb").read_bytes()
+    kinds = {1: "branch", 2: "leaf"}
+    return {
+        page: kinds[flags]
+        for page in range(2, len(content) // 4096)
+        if (flags := int.from_bytes(content[page * 4096 + 10 : page * 4096 + 12], "little"))
+        in kinds
+        and int.from_bytes(content[page * 4096 : page * 4096 + 8], "little") == page
+    }
+
+
+def test_zeroed_pages_never_kill_the_start_after_a_crash(tmp_path):
+    """lmdb aborts the process on some of them, so each is found by another, which does not map the file."""
+    limits = StoreLimits(block_bytes=1 << 30)
+    with opened(tmp_path / "whole", limits=limits) as store:
+        for number in range(0, 150, 50):
+            store.write(
+                blocks=[block(n) for n in range(number, number + 50)], manifests=[manifest(number)]
+            )
+        crashed(store)
+    whole = (tmp_path / "whole" / "kv" / "data.mdb").read_bytes()
+    pages = pages_of(tmp_path / "whole")
+    assert {"branch", "leaf"} == set(pages.values())
+    put_aside = 0
+    for page, kind in random.Random(3).sample(sorted(pages.items()), 25):
+        path = tmp_path / f"{kind}{page}"
+        shutil.copytree(tmp_path / "whole", path)
+        data = path / "kv" / "data.mdb"
+        data.write_bytes(whole[: page * 4096] + bytes(4096) + whole[(page + 1) * 4096 :])
+        with opened(path, limits=limits) as store:
+            for entry in whole_index(store):
+                assert read(store, asked(entry)) == payload(entry.tokens[0])
+            store.write(blocks=[block(500)])
+        put_aside += (path / "kv.damaged").exists()
+        shutil.rmtree(path)
+    assert put_aside > 5  # the others were free pages
+
+
+def test_the_walk_runs_beside_the_start_and_ends_with_it(tmp_path):
+    with opened(tmp_path) as store:
+        store.write(blocks=[block(1)])
+        crashed(store)
+    state = StateDir.open(tmp_path)
+    with inspecting(state) as inspection:
+        assert inspection.finding is Finding.UNCLEAN
+        store = LmdbStore.open(
+            state,
+            fingerprint=FINGERPRINT,
+            payload_bytes=PAYLOAD_BYTES,
+            block_tokens=4,
+            limits=LIMITS,
+            inspection=inspection,
+        )
+        assert held(store)[0] == {1}
+        crashed(store)
+    with inspecting(state) as inspection:  # whatever fails meanwhile: no process is left behind
+        walk = inspection._walk
+    assert walk.returncode is not None
+    state.close()
+
+
+def test_a_walk_that_dies_or_never_ends_is_damage(tmp_path, monkeypatch):
+    state = StateDir.open(tmp_path)
+    (tmp_path / "kv").mkdir(mode=0o700)
+    (tmp_path / "kv" / "data.mdb").write_bytes(b"")
+    for code, words in (
+        ("import os; os.abort()", "ended with -6"),
+        ("import time; time.sleep(60)", "takes too long"),
+    ):
+        monkeypatch.setattr(inspection_module, "_WALK_S", 0.5 if "sleep" in code else 30.0)
+        walk = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        with pytest.raises(Damaged, match=words):
+            Inspection(tmp_path / "kv", Finding.UNCLEAN, walk).join()
+        assert walk.returncode is not None
+    state.close()
 
 
 # sudden death
