@@ -265,6 +265,7 @@ class DiskWriter:
         self._trouble: _Trouble | None = None  # replaced by the thread, read by anybody
         self._readers = ReaderCheck(0.0, 0)
         self._check_at = monotonic() + _CHECK_READERS_S
+        self._heal_at = 0.0
 
     # the engine's side: never waits
 
@@ -368,16 +369,29 @@ class DiskWriter:
                     self._commit(batch)
 
     def _next(self) -> _Command:
-        """What comes next, and every minute a look at the readers."""
+        """What comes next; every minute a look at the readers, and while the disk is degraded one at the store."""
         while True:
-            wait_s = self._check_at - self._monotonic()
-            if wait_s <= 0:
+            now = self._monotonic()
+            if self._check_at <= now:
                 self._check_readers()
-                continue
-            try:
-                return self._inbox.get(timeout=wait_s)
-            except Empty:
-                continue
+            elif self._trouble is not None and self._heal_at <= now:
+                self._heal()
+            else:
+                due = (
+                    self._check_at if self._trouble is None else min(self._check_at, self._heal_at)
+                )
+                try:
+                    return self._inbox.get(timeout=due - now)
+                except Empty:
+                    continue
+
+    def _heal(self) -> None:
+        """A store that closed itself over a failure opens again with the next write, and is not read before."""
+        self._heal_at = self._monotonic() + self._probe_s
+        try:
+            self._store.write()
+        except StoreError as error:
+            self._failures[error.reason] += 1
 
     def _check_readers(self) -> None:
         self._check_at = self._monotonic() + _CHECK_READERS_S

@@ -524,7 +524,9 @@ class LmdbStore:
             if self._durability is not Durability.POWER:
                 self._env.sync(force=True)
             self._detach()
-            if self._marked_open and not self._suspect:
+            if self._suspect:  # everything is synced by now, but is to be walked
+                inspections.mark_open(self._path, Durability.POWER, self._boot)
+            elif self._marked_open:
                 inspections.mark_clean(self._path)
         except (OSError, lmdb.Error) as error:
             _log.warning("%s: the next start will walk it: %s", self._path, error)
@@ -998,14 +1000,14 @@ class ScrubStep:
     reason: str | None
 
 
-def scrub(state: StateDir) -> Iterator[ScrubStep]:
+def scrub(state: StateDir, boot: str | None = None) -> Iterator[ScrubStep]:
     """Verify every byte of every block, whichever model's, and every manifest. Changes nothing, needs no model.
 
     A record that the index does not name has the reason "index", an entry without its record "missing"; a manifest whose
     age does not name it "age". Raises `StoreError("io")` where the daemon would put the environment aside and begin empty.
     """
     try:
-        inspection = inspections.inspect(state, this_boot())
+        inspection = inspections.inspect(state, this_boot() if boot is None else boot)
         path = inspection.path
         match inspection.finding:
             case Finding.NOTHING_THERE:

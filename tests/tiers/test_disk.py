@@ -397,6 +397,24 @@ async def test_what_waits_when_the_disk_fails_is_refused_without_trying(tmp_path
     assert writer.idle
 
 
+async def test_a_store_that_a_failure_closed_is_opened_again_without_anything_to_write(tmp_path):
+    answers, clock = Answers(), Clock()
+    with faulty_disk() as faults, opened(tmp_path) as store:
+        writer = writer_of(store, answers, monotonic=clock)
+        faults.arm(1, Fault.EIO, lasting=True)
+        writer.offer_blocks([spill(1)])
+        writer.drop(drop(2))
+        writer.stop()
+        await run_to_the_end(writer)
+        assert answers.taken() == [Failed(spill(1)[0], "io"), Failed(drop(2), "io")]
+        assert store._env is None
+        faults.disarm()
+        clock.now += 4
+        writer.stop()
+        await run_to_the_end(writer)
+        assert present(store) == set()  # read, and found empty
+
+
 async def test_blocks_over_the_budget_are_no_trouble_of_the_disk():
     answers, store = Answers(), MemoryStore(**SHAPE)
     writer = writer_of(store, answers)
