@@ -11,11 +11,13 @@ random numbers. In each round every move is made once, so that all of them see t
     O_DIRECT        the store's own file, read in large requests by as many threads as do best
 
 Then the share of checksums in a restore, against restores that believe everything; and how far the file outgrows its
-contents while it is written over ten times.
+contents while it is written over ten times. Last, with the real model, what the engine's choice between restoring and
+computing costs (regret.py).
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import sys
@@ -23,6 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import trio
 from tqdm import tqdm
 
 from broker.bench import raw_disk
@@ -43,6 +46,7 @@ _TARGETS = (
 )
 _MOST_CHECKSUMS = 0.10
 _MOST_FILE = 1.1
+_MOST_REGRET = 1.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +61,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--readers", type=int, default=4, metavar="N", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(%(default)s)")
     parser.add_argument("--turnover", type=int, default=10, metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="*",
+        default=[32, 128, 512, 2048],
+        metavar="TOKENS",
+        help="of the prompts whose decisions are judged; none: no model is loaded (%(default)s)",
+    )
+    parser.add_argument(
+        "--models",
+        type=Path,
+        default=Server().state_dir / "models",
+        help="converted models (%(default)s)",
+    )
     parser.add_argument("--compact", choices=("off", "bf16", "int8"), default="off")
 
 
@@ -93,7 +111,36 @@ def main(args: argparse.Namespace) -> int:
                 growth.turn_over()
             bar.update()
         print(_report(bench, growth, args))
+        del bench, growth
+        if args.lengths:
+            print(_decisions(Path(place), args))
     return 0
+
+
+def _decisions(place: Path, args: argparse.Namespace) -> str:
+    from broker.bench.regret import measure
+
+    steps = len(args.lengths) * args.rounds
+    with tqdm(total=steps, file=sys.stderr, unit="prompt", desc="deciding") as bar:
+        run = functools.partial(measure, place, args.models, args.lengths, args.rounds, bar.update)
+        found = trio.run(run)
+    lines: list[tuple[str, ...]] = [
+        ("tokens", "recompute ms", "restored ms", "chosen ms", "of them cached", "regret")
+    ]
+    lines += [
+        (
+            str(one.tokens),
+            *(f"{s * 1e3:.1f}" for s in (one.recompute_s, one.restored_s, one.chosen_s)),
+            str(one.chosen_cached),
+            f"{one.regret:.2f}",
+        )
+        for one in found
+    ]
+    worst = max(one.regret for one in found)
+    verdict = _verdict(
+        f"regret, at worst: {worst:.2f}", f"at most {_MOST_REGRET}", good=worst <= _MOST_REGRET
+    )
+    return "\n".join(("", *_aligned(lines), "", verdict))
 
 
 def _report(bench: Bench, growth: Growth, args: argparse.Namespace) -> str:

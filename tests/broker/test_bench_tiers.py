@@ -18,7 +18,17 @@ def arguments(*given: str) -> argparse.Namespace:
 
 @pytest.mark.parametrize("compact", ["off", "int8"])
 def test_every_move_is_measured_and_everything_is_removed_again(compact, tmp_path, capsys):
-    sizes = ("--blocks", "12", "--block-bytes", str(2 * LAYER), "--rounds", "2", "--turnover", "2")
+    sizes = (
+        "--blocks",
+        "12",
+        "--block-bytes",
+        str(2 * LAYER),
+        "--rounds",
+        "2",
+        "--turnover",
+        "2",
+        "--lengths",
+    )
     status = tiers.main(arguments("--dir", str(tmp_path), "--compact", compact, *sizes))
     printed = capsys.readouterr()
     assert not list(tmp_path.iterdir())
