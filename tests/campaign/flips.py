@@ -456,6 +456,10 @@ class WholeEngine:
         return hit
 
 
+def _leaf(error: BaseException) -> BaseException:
+    return _leaf(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
 def campaign(
     folder: Path, *, flips: int, moves: int, seed: int, parts: tuple[str, ...] = tuple(SHARES)
 ) -> int:
@@ -471,7 +475,10 @@ def campaign(
         alone.flip_others(shares.get("other tables", 0), moves * 3 // 10)
     engine = WholeEngine(folder / "engine", verdict, seed)
     disk, host = shares.get("engine: disk", 0), shares.get("engine: host", 0)
-    trio.run(engine.run, disk, host, moves // 10 if disk else 0)
+    try:
+        trio.run(engine.run, disk, host, moves // 10 if disk else 0)
+    except* (StoreError, AssertionError) as died:
+        verdict.violation(f"the engine died of damage: {_leaf(died)!r}")
     verdict.require(engine.counts["restored"] > 0, "nothing was ever restored: nothing was tested")
     served = alone.counts["served though damaged"] + engine.counts["wrong KV served"]
     bits = sum(alone.counts[f"{part} bits"] for part in ("payload", "head"))
