@@ -48,6 +48,7 @@ QUICK = 12
 SESSIONS = 8
 START_S = 10.0  # a start that takes longer has failed
 KILLED_WHILE_STARTING = 0.1
+ASKED_BEFORE = 4  # one kill in so many comes right after a report, which says what the load did
 WINDOW = 1500  # ACKED responses remembered: far below the store's budget of manifests, which may forget the oldest
 LONGEST = 420  # tokens: a session that is longer begins anew; the device holds 624
 # What a client of a killed daemon sees.
@@ -116,6 +117,7 @@ class Kills:
         self.restored: Counter[str] = (
             Counter()
         )  # {tier: tokens found there by the first turns after a restart}
+        self.pressure: Counter[str] = Counter()  # what the load did, summed over the reports
         self.starts_s: list[float] = []
 
     async def run(self, kills: int) -> None:
@@ -155,6 +157,8 @@ class Kills:
                     for session in self.sessions:
                         clients.start_soon(self.talk, session, sockets)
                     await trio.sleep(self.random.uniform(0.020, 0.250))
+                    if self.counts["kills"] % ASKED_BEFORE == 0:
+                        await self.count_pressure()
                     self.kill()
             if late.cancelled_caught:
                 self.verdict.violation("a client still waits 15 s after the daemon was killed")
@@ -177,6 +181,14 @@ class Kills:
             status == -9, f"ended by itself with {status}; its log ends:\n{self.daemon.tail()}"
         )
         self.counts["kills"] += 1
+
+    async def count_pressure(self) -> None:
+        report = await trio.to_thread.run_sync(call, "GET", self.daemon.url, "/admin/tiers")
+        self.counts["reports"] += 1
+        self.pressure["spills"] += report["spills_total"]
+        self.pressure["fetches"] += report["fetches_total"]
+        for tier, blocks in report["evictions_total"].items():
+            self.pressure[f"evicted from {tier}"] += blocks
 
     async def settle(self) -> None:
         """What the kill left open is now either there, whole, or not."""
@@ -358,10 +370,13 @@ def campaign(zygote: Zygote, folder: Path, *, kills: int, seed: int) -> int:
     counts, starts = run.counts, sorted(run.starts_s)
     verdict.require("Traceback" not in daemon.log.read_text(), "a traceback in the daemon's log")
     verdict.require(run.restored["disk"] > 0, "nothing was restored from disk: nothing was tested")
+    for what in ("spills", "fetches", "evicted from device"):
+        verdict.require(run.pressure[what] > 0, f"no {what}: nothing was tested")
     verdict.require(counts["pending: not there"] > 0, "no kill ever came between")
     figures = {
         **dict(sorted(counts.items())),
         "restored": dict(run.restored),
+        "pressure": dict(run.pressure),
         "start_s": {"median": round(starts[len(starts) // 2], 3), "worst": round(starts[-1], 3)},
     }
     return verdict.finish(
