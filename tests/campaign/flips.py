@@ -355,8 +355,13 @@ class WholeEngine:
         if len(tokens) > 500:
             tokens = self.fresh()
         tokens = await self.say(tokens)
-        await self.opened.service.demote(tier, None)
-        await self.settled(tier)
+        for lower in dict.fromkeys(
+            (Tier.DISK, tier)
+        ):  # first everything, so that the host has room for this one
+            await self.opened.service.demote(lower, None)
+            await self.settled(lower)
+            if lower is not tier:
+                tokens = await self.say(tokens)
         counted = await self.failures()
         hit = damage(tokens)
         more = tuple(self.random.randrange(97, 123) for _ in range(self.random.randint(1, 20)))
@@ -391,7 +396,8 @@ class WholeEngine:
 
     async def failures(self) -> int:
         report = await self.opened.service.inspect()
-        return sum(report.verify_failures_total.values())
+        found = Counter(report.verify_failures_total) + Counter(report.host_failures_total)
+        return found.total()
 
     async def settled(self, tier: Tier) -> None:
         """Until no block is above `tier` any more."""
