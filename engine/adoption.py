@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tiers.block import BlockKey
 
-# Entries of one slice. Adopting one takes some 15 us (measured 2026-11 on two slow cores), so a slice is a few
+# Entries of one slice. Reading and adopting one takes some 50 us (measured 2026-11 on two busy cores), so a slice is some
 # milliseconds between two steps, and 100,000 records are read in about as many seconds as an idle engine has turns.
 WHILE_RUNNING = 200
 WHILE_IDLE = 1000

@@ -1,8 +1,9 @@
 """Measuring a machine for `engine.restore`, at start: how fast blocks are copied and read, and a prompt is computed.
 
 Copies and reads are measured at every start, within `BUDGET_S` each, the way that they are made later: with whatever
-checks and decoding belong to them. A prefill takes too long for that: it is measured when this model has not run on
-this device before, and remembered in the state directory with what the run taught. Losing that file loses seconds.
+checks and decoding belong to them; reads beside the engine, which does not wait for the disk to be ready. A prefill takes
+too long for that: it is measured when this model has not run on this device before, and remembered in the state directory
+with what the run taught. Losing that file loses seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from engine.batch import Batch, Segment
-from engine.restore import Rates
+from engine.restore import Rates, ReadsMeasured
 from tiers.block import BlockKey, Copy, Slot, StoreError, Tier
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ SHORT, LONG = (
 DEPTH = 1024  # tokens before the deep one, as far as they fit
 KEPT = 16  # calibrations in the file, newest last
 _FILE = "calibration.json"
-_LEAST = 1e-15  # seconds: rates are positive
+_LEAST = 1e-15  # seconds: rates are positive, whatever a clock says
 
 
 def measure_copies(memory: Memory, rates: Rates) -> Rates:
@@ -56,16 +57,16 @@ def measure_copies(memory: Memory, rates: Rates) -> Rates:
 
 
 def measure_reads(
-    store: BlockStore, stored_as: Codec, block_bytes: int, readers: int, rates: Rates
-) -> Rates:
-    """A few records as the readers read them, or nothing new where there are none, or they cannot be read."""
+    store: BlockStore, stored_as: Codec, block_bytes: int, readers: int
+) -> ReadsMeasured | None:
+    """A few records as the readers read them; None where there are too few, or they cannot be read."""
     try:
         entries = store.index(None, SAMPLES)
     except StoreError as error:
         log.warning("the disk is not measured: %s: %s", error.reason, error)
-        return rates
+        return None
     if len(entries) <= readers:
-        return rates
+        return None
     first = _read(store, stored_as, block_bytes, entries[:1], time.perf_counter() + BUDGET_S)
     began = time.perf_counter()
     shares = [entries[1 + each :: readers] for each in range(readers)]
@@ -75,15 +76,14 @@ def measure_reads(
             for share in shares
         ]
         done = sum(len(job.result()) for job in jobs)
-    elapsed = time.perf_counter() - began
+    per_block = (time.perf_counter() - began) / max(1, done)
     if not first or not done:
-        return rates
-    per_block = elapsed / done
-    return replace(
-        rates,
-        latency_s=max(_LEAST, first[0] - per_block),
-        read_s=max(_LEAST, per_block / block_bytes),
+        return None
+    measured = ReadsMeasured(
+        latency_s=max(_LEAST, first[0] - per_block), read_s=max(_LEAST, per_block / block_bytes)
     )
+    log.info("disk %.2f GB/s after %.1f ms", 1e-9 / measured.read_s, 1e3 * measured.latency_s)
+    return measured
 
 
 def _read(

@@ -58,6 +58,7 @@ from engine.batch import Batch, Segment
 from engine.canary import Canaries, Canary
 from engine.prefetch import Prefetches
 from engine.reads import Reads
+from engine.restore import ReadsMeasured
 from engine.sampler import SamplingState
 from engine.sequence import Load, Phase, Sequence
 from tiers.block import BlockKey, Copy, Drop, Fetch, Spill, StoreError, Tier
@@ -153,7 +154,7 @@ class Engine:
         max_context: int,
         vocab_size: int,
         clock: Callable[[], float],
-        inbox: queue.SimpleQueue[Command | DiskReply],
+        inbox: queue.SimpleQueue[Command | DiskReply | ReadsMeasured],
     ) -> None:
         self._cache = cache
         self._scheduler = scheduler
@@ -281,7 +282,7 @@ class Engine:
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
-    def _receive(self, message: Command | DiskReply) -> None:
+    def _receive(self, message: Command | DiskReply | ReadsMeasured) -> None:
         now = self._clock()
         match message:
             case Submit():
@@ -335,6 +336,8 @@ class Engine:
                 self._waiting_for_disk -= 1
                 self._adopt(entries, now)
                 self._looked_up(self._lookups.pop(ticket), now)
+            case ReadsMeasured(latency_s, read_s):
+                self._costs.calibrate_reads(latency_s, read_s)
             case Rotten(key):
                 self._perform(self._cache.distrust(key, Tier.DISK, now))
 

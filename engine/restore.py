@@ -59,6 +59,14 @@ class Rates:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
+@dataclass(frozen=True, slots=True)
+class ReadsMeasured:
+    """What the disk does, as measured beside a running engine: `Rates.latency_s` and `Rates.read_s`."""
+
+    latency_s: float
+    read_s: float
+
+
 class RestoreCosts:
     """The estimates for one engine. `calibrated` is where they begin, and where refusals take them back to."""
 
@@ -117,6 +125,10 @@ class RestoreCosts:
         return len(found) if every[-1] <= every[best] * MARGIN else best
 
     # -- learning -----------------------------------------------------------------------------------------------------
+
+    def calibrate_reads(self, latency_s: float, read_s: float) -> None:
+        """The disk was measured."""
+        self._reads = Estimate((latency_s, read_s))
 
     def observe_copies(self, blocks: int, seconds: float) -> None:
         self._copies.observe(seconds, blocks * self._block_bytes)

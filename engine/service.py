@@ -47,7 +47,7 @@ from engine.canary import Canaries
 from engine.engine import Engine
 from engine.memory import Memory
 from engine.model import LoadedModel, LoadSpec, load
-from engine.restore import Rates, RestoreCosts, RestoreLimits
+from engine.restore import Rates, ReadsMeasured, RestoreCosts, RestoreLimits
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
@@ -69,7 +69,6 @@ if TYPE_CHECKING:
 
     from engine.api import Command, LeaseId, Step, Submit
     from tiers.block import TokenIds
-    from tiers.codec import Codec
     from tiers.disk import ReadCommand, Reply
     from tiers.manifest import Manifest
     from tiers.policy import Limits, PolicyName
@@ -274,7 +273,7 @@ def _seeded(submit: Submit) -> Submit:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    inbox: SimpleQueue[Command | Reply]
+    inbox: SimpleQueue[Command | Reply | ReadsMeasured]
     engine: Engine
     writer: DiskWriter
     readers: tuple[DiskReader, ...]
@@ -284,6 +283,7 @@ class _Parts:
     name: str
     costs: RestoreCosts
     remember: Callable[[Rates], None]  # for the next start
+    measure_disk: Callable[[], None]  # and tell the engine
 
 
 @asynccontextmanager
@@ -317,6 +317,7 @@ async def _running(parts: _Parts) -> AsyncIterator[EngineService]:
         scrubbers = () if parts.scrubber is None else (parts.scrubber,)
         for worker in (parts.writer, *parts.readers, *scrubbers):
             disk_threads.start_soon(_host, worker.run)
+        disk_threads.start_soon(_host, parts.measure_disk)
         try:
             async with trio.open_nursery() as engine_thread:
                 engine_thread.start_soon(_host, functools.partial(parts.engine.run, service.emit))
@@ -383,7 +384,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
             settings.policy, slots=sum(slots.values()), probation_s=settings.probation_s
         ),
     )
-    inbox: SimpleQueue[Command | Reply] = SimpleQueue()
+    inbox: SimpleQueue[Command | Reply | ReadsMeasured] = SimpleQueue()
     fetches: SimpleQueue[ReadCommand] = SimpleQueue()
     writer = DiskWriter(store, inbox.put, wall_clock, codec=stored_as)
     readers = tuple(
@@ -402,7 +403,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
     memory = Memory(arenas, settings.block_tokens)
     runner = Runner(loaded, arenas[Tier.DEVICE])
     costs = RestoreCosts(
-        _calibrate(settings, loaded, store, stored_as, memory, runner, slots),
+        _calibrate(settings, loaded, memory, runner, slots),
         block_bytes=block_bytes,
         block_tokens=settings.block_tokens,
         step_tokens=settings.step_tokens,
@@ -443,6 +444,12 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         store.statistics().blocks,
     )
     remember = functools.partial(calibrate.remember, settings.state_dir, _machine(loaded))
+
+    def measure_disk() -> None:
+        measured = calibrate.measure_reads(store, stored_as, block_bytes, settings.readers)
+        if measured is not None:
+            inbox.put(measured)
+
     return _Parts(
         inbox=inbox,
         engine=engine,
@@ -454,14 +461,13 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         name=loaded.name,
         costs=costs,
         remember=remember,
+        measure_disk=measure_disk,
     )
 
 
 def _calibrate(
     settings: EngineSettings,
     loaded: LoadedModel,
-    store: LmdbStore,
-    stored_as: Codec,
     memory: Memory,
     runner: Runner,
     slots: Mapping[Tier, int],
@@ -474,12 +480,9 @@ def _calibrate(
         )
     if slots[Tier.HOST]:
         rates = calibrate.measure_copies(memory, rates)
-    rates = calibrate.measure_reads(store, stored_as, memory.block_bytes, settings.readers, rates)
     log.info(
-        "copies %.2f GB/s, disk %.2f GB/s after %.1f ms, prefill %.0f tokens/s and %.0f behind %d tokens (%s)",
+        "copies %.2f GB/s, prefill %.0f tokens/s and %.0f behind %d tokens (%s)",
         1e-9 / rates.copy_s,
-        1e-9 / rates.read_s,
-        1e3 * rates.latency_s,
         1 / rates.token_s,
         1 / (rates.token_s + calibrate.DEPTH * rates.depth_s),
         calibrate.DEPTH,

@@ -1057,9 +1057,7 @@ class TieredCache:
         """At start, once: so many records are on disk already. Their slots are set aside until `end_adopting`."""
         assert not self._index.blocks
         self._gone = set()
-        pool = self._pools[Tier.DISK]
-        while len(self._unread) < records and (slot := pool.take(SlotState.HELD)) is not None:
-            self._unread.append(slot)
+        self._unread = self._pools[Tier.DISK].take_many(records, SlotState.HELD)
 
     def adopt(self, entries: Iterable[Adoptable], now: float) -> list[Action]:
         """Records on disk become known, in any order. Drops: what is not what its key says, or is worth too little.

@@ -55,6 +55,15 @@ class Pool:
         self.move(slot, SlotState.FREE, new)
         return slot
 
+    def take_many(self, most: int, new: SlotState) -> list[Slot]:
+        """As many free slots as there are, up to `most`, now in state `new`."""
+        at = max(0, len(self._free) - most)
+        taken = self._free[at:]
+        del self._free[at:]
+        for slot in taken:
+            self._states[slot] = new
+        return taken
+
     def give(self, slot: Slot, old: SlotState) -> None:
         self.move(slot, old, SlotState.FREE)
         self._free.append(slot)
