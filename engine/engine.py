@@ -339,7 +339,7 @@ class Engine:
             case ReadsMeasured(latency_s, read_s):
                 self._costs.calibrate_reads(latency_s, read_s)
             case Rotten(key):
-                self._perform(self._cache.distrust(key, Tier.DISK, now))
+                self._perform(self._cache.rotten(key, now))
 
     def _submit(self, submit: Submit, now: float) -> None:
         prompt = submit.prompt
@@ -819,7 +819,7 @@ class Engine:
             self._cache.release(hold, now)
             if not self._canaries.judge(canary, self._memory.distance(found, spare)):
                 for tier in Tier:
-                    self._perform(self._cache.distrust(canary.key, tier, now))
+                    self._perform(self._cache.rotten(canary.key, now, tier))
         else:
             self._cache.release(hold, now)
             self._canaries.skip()

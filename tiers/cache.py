@@ -618,25 +618,6 @@ class TieredCache:
         self._go_on_deleting(actions)
         return actions
 
-    def distrust(self, key: BlockKey, tier: Tier, now: float) -> list[Action]:
-        """What a tier has under a key turned out to be something else: it is given up there.
-
-        Not while a copy is under way, which makes the same check, nor on the device under somebody who holds it.
-        """
-        actions: list[Action] = []
-        block = self._index.get(key)
-        if block is None:
-            if tier is Tier.DISK and self._gone is not None:
-                actions.append(Drop(key))
-                self._gone.add(key)
-            return actions
-        if tier not in block.places or block.busy or (tier is Tier.DEVICE and block.refs):
-            return actions
-        self._refuse_place(block, tier, actions)
-        self._note_dirty(block, now)
-        self._settle(block)
-        return actions
-
     def _go_on_deleting(self, actions: list[Action]) -> None:
         deletions, self._deletions = self._deletions, []
         for keys, shared in deletions:
@@ -1019,15 +1000,21 @@ class TieredCache:
         self._settle(block)
         return actions
 
-    def rotten(self, key: BlockKey, now: float) -> list[Action]:
-        """Somebody who looked says that a record is bad: it is dropped, and written again if the block is elsewhere.
+    def rotten(self, key: BlockKey, now: float, tier: Tier = Tier.DISK) -> list[Action]:
+        """Somebody who looked says that the bytes in a tier are bad: they are given up there, and written again if the
+        block is elsewhere.
 
-        What a copy reads just now is left to that copy, which makes the same check.
+        What a copy reads just now is left to that copy, which makes the same check, and what somebody holds on the
+        device to him.
         """
         actions: list[Action] = []
         block = self._index.get(key)
-        if block is not None and Tier.DISK in block.places and not block.busy:
-            self._refuse_place(block, Tier.DISK, actions)
+        if block is None:
+            if tier is Tier.DISK and self._gone is not None:  # not known yet
+                actions.append(Drop(key))
+                self._gone.add(key)
+        elif tier in block.places and not block.busy and not (block.refs and tier is Tier.DEVICE):
+            self._refuse_place(block, tier, actions)
             for hold in self._holds:
                 if hold.state is not HoldState.RUNNING and block in hold.referenced:
                     hold.failures[block] = "verify_failed"
