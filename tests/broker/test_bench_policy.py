@@ -191,9 +191,11 @@ def test_mooncake_requests_that_go_on_from_the_end_of_another_are_its_session() 
         line(2, 2048, [1, 2, 4, 5]),
         line(3, 2500, [1, 2, 4, 5, 6]),
         line(4, 1024, [1, 2]),  # its session went on from there already
+        line(5, 1024, [3, 5]),  # the same hash behind other content is other content
     ]
-    sessions = [turn.session for turn in read(lines)]
-    assert sessions == [0, 1, 0, 0, 4]
+    turns = read(lines)
+    assert [turn.session for turn in turns] == [0, 1, 0, 0, 4, 5]
+    assert {*turns[5].prompt}.isdisjoint(turns[3].prompt)
 
 
 def test_mooncake_lines_may_be_out_of_order_and_may_leave_out_the_partial_hash() -> None:
@@ -528,6 +530,57 @@ def test_options_that_mean_nothing_are_refused(
     with pytest.raises(SystemExit):
         run_command(*words)
     assert words[0] in capsys.readouterr().err
+
+
+def said(at: float, session: int, prompt: range, waits_for: SessionClass) -> Turn:
+    return Turn(at, session, tuple(prompt), (), waits_for)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "computed"),
+    [
+        # Sessions 0 and 1 have five units each of the twelve there are, 2 needs four of them, then 0 comes back.
+        (SessionClass.HUMAN_WAIT, SessionClass.TOOL_WAIT, 3),
+        (SessionClass.TOOL_WAIT, SessionClass.TOOL_WAIT, 3),
+        (SessionClass.TOOL_WAIT, SessionClass.HUMAN_WAIT, 1),
+        (SessionClass.HUMAN_WAIT, SessionClass.CLOSED, 1),
+    ],
+)
+def test_what_the_end_of_a_turn_shows_decides_who_gives_way(
+    first: SessionClass, second: SessionClass, computed: int
+) -> None:
+    closed = second is SessionClass.CLOSED
+    seen = SessionClass.HUMAN_WAIT if closed else second
+    begun = [
+        said(0, 0, range(4), SessionClass.TOOL_WAIT),
+        said(1, 1, range(10, 14), SessionClass.TOOL_WAIT),
+        said(2, 0, range(5), first),
+        said(3, 1, range(10, 15), seen),
+    ]
+    rest = [said(5, 2, range(20, 24), SessionClass.TOOL_WAIT), said(6, 0, range(6), first)]
+    trace: list[Event] = [*begun, *([Close(4, 1)] if closed else []), *rest]
+    outcome = replay(trace, survey(trace, 1), "session_lru", 12)
+    assert outcome.computed_units == 4 + 4 + 1 + 1 + 4 + computed
+
+
+def test_a_compacted_conversation_gives_way_to_one_that_somebody_will_come_back_to() -> None:
+    trace: list[Event] = [
+        said(0, 0, range(3), SessionClass.HUMAN_WAIT),
+        said(1, 0, range(4), SessionClass.HUMAN_WAIT),
+        said(2, 1, range(10, 16), SessionClass.TOOL_WAIT),
+        said(3, 1, range(20, 23), SessionClass.TOOL_WAIT),  # nothing of 10 to 15 is in it
+        said(4, 2, range(30, 33), SessionClass.TOOL_WAIT),
+        said(5, 0, range(5), SessionClass.HUMAN_WAIT),
+    ]
+    outcome = replay(trace, survey(trace, 1), "session_lru", 13)
+    assert outcome.computed_units == 3 + 1 + 6 + 3 + 3 + 1
+
+
+def test_a_prompt_seen_before_needs_its_last_unit_for_the_logits_and_nothing_else() -> None:
+    trace: list[Event] = [said(at, at, range(5), SessionClass.HUMAN_WAIT) for at in range(3)]
+    found = survey(trace, 1)
+    assert found.fresh_units == 5 + 1 + 1
+    assert replay(trace, found, "lru", 6).computed_units == found.fresh_units
 
 
 # -- the picture -----------------------------------------------------------------------------------------------------
