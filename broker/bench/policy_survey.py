@@ -3,8 +3,8 @@
 Pure. Belady's policy and the scale of every report come from here, once for a trace; replays only read it.
 
 The footprint is the scale for capacities: the most that is, at any one time, in use or to be used again. A cache of
-that size that knew the future would never compute anything twice; one that does not know it needs more, because it
-also keeps what nobody comes back for.
+that size that knew the future would never compute anything twice, but for the slot that the tables need to copy a tail into;
+one that does not know it needs more, because it also keeps what nobody comes back for.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from broker.bench.policy import BLOCK_TOKENS, add_arguments, main
+from broker.bench.policy import BLOCK_TOKENS, Row, Size, add_arguments, main, report
 from broker.bench.policy_mooncake import BadTrace, read
 from broker.bench.policy_plot import Panel, Point, draw
 from broker.bench.policy_replay import BOUND, ORDERS, TooSmall, replay, replay_tiered
@@ -460,23 +460,34 @@ def run_command(*words: str) -> int:
 def test_the_command_prints_a_table_and_writes_the_curves_and_every_replay(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    svg, report = tmp_path / "curves.svg", tmp_path / "replays.json"
+    svg, replays = tmp_path / "curves.svg", tmp_path / "replays.json"
     options = ("--seeds", "2", "--sessions", "8", "--policies", "session_lru", "--tiers")
     capacities = ("--capacities", "0.4,0.6")
-    status = run_command(*options, *capacities, "--svg", str(svg), "--json", str(report))
+    status = run_command(*options, *capacities, "--svg", str(svg), "--json", str(replays))
     assert status == 0
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
     assert [row[2] for row in rows if row[1:2] == ["%"]] == ["belady", "session_lru"] * 2
     assert "2 seeds" in out
     assert "footprint" in out
-    assert "the goal is 1.15" in out
-    assert "with all tiers on, A = " in out
+    assert "ALL TIERS" in out
+    assert "the goal" not in out  # the goals are for a day of full size
     ET.fromstring(svg.read_text(encoding="utf-8"))
-    value = json.loads(report.read_text(encoding="utf-8"))
+    value = json.loads(replays.read_text(encoding="utf-8"))
     assert len(value["traces"]) == 2
     assert len(value["replays"]) == 2 * (2 * 2 + 1)
     assert all(each["over_bound"] >= 1 for each in value["replays"])
+
+
+def test_a_goal_is_met_or_missed_where_its_capacity_was_measured() -> None:
+    size = Size("seed 0", turns=1, prompt=10, fresh=5, footprint=10, day=10)
+    found = {"device": 0.5, "host": 0.0, "disk": 0.0}
+    rows = [
+        Row("session_lru", capacity, 0.5, 1.5, ratio, ratio, ratio, found)
+        for capacity, ratio in ((0.2, 1.25), (0.3, 9.0), (0.4, 1.16), (None, 1.01))
+    ]
+    verdicts = report([size], rows, ((0.2, 1.25), (0.4, 1.15))).splitlines()[-3:]
+    assert [line.rsplit(" ", 1)[1] for line in verdicts] == ["met", "missed", "met"]
 
 
 def test_the_command_replays_a_mooncake_file(
