@@ -476,6 +476,8 @@ def test_the_command_prints_a_table_and_writes_the_curves_and_every_replay(
     value = json.loads(replays.read_text(encoding="utf-8"))
     assert len(value["traces"]) == 2
     assert len(value["replays"]) == 2 * (2 * 2 + 1)
+    bounds = [each for each in value["replays"] if each["policy"] == BOUND]
+    assert all(each["over_bound"] == 1 for each in bounds)
     assert all(each["over_bound"] >= 1 for each in value["replays"])
 
 
