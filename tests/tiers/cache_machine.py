@@ -176,7 +176,13 @@ class CacheMachine(RuleBasedStateMachine):
                 self.meaning[chain_key(parent, part[:end])] = tags[at : at + end]
             parent = chain_key(parent, part)
 
-    def issue(self, actions, bad=None):
+    def adopt(self, entries):
+        """What finds no room is dropped; a block that is in memory is dirty again, and comes back with its children."""
+        actions = self.cache.adopt(entries, self.now)
+        known = [self.cache._index.get(x.key) for x in actions if isinstance(x, Drop)]
+        self.issue(actions, adopting={x.key for x in known if x is not None and x.places})
+
+    def issue(self, actions, bad=None, adopting=()):
         held = {block.key for run in self.running for block in run.hold.blocks} - {bad}
         for action in actions:
             match action:
@@ -199,7 +205,7 @@ class CacheMachine(RuleBasedStateMachine):
                     assert action.key not in held or block.places, (
                         "a record that a hold counts on was dropped"
                     )
-                    if block is not None and action.key != bad:
+                    if block is not None and action.key != bad and action.key not in adopting:
                         assert not any(map(self.is_durable, self.cache._index.children(block)))
                     self.writing.append(action)
                     self.see("drop")
@@ -357,7 +363,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.now += 0.01
         self.learn(root, tokens)
         if self.unread and len(tokens) % 2:
-            self.issue(self.cache.adopt(self.find_chain(root, tokens), self.now))
+            self.adopt(self.find_chain(root, tokens))
         match = self.cache.match(root, tokens)
         assert match.tokens < len(tokens)
         assert (match.partial is None) == (match.partial_rows == 0)
@@ -808,7 +814,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 9))
     def read_slice(self, count):
         entries, self.unread = self.unread[:count], self.unread[count:]
-        self.issue(self.cache.adopt(entries, self.now))
+        self.adopt(entries)
         if self.unread:
             return
         self.cache.end_adopting()
