@@ -365,7 +365,7 @@ def picture(
     return draw(
         f"What the order of victims costs: {title}",
         f"Mean of {len(sizes)} seeds; bands: lowest and highest. "
-        * generated
+        * (len(sizes) > 1)
         + f"Device only, blocks of {BLOCK_TOKENS:,} tokens. Footprint: the most that is ever in use "
         f"or to be used again, {footprint:.1f}M tokens.",
         panels,
