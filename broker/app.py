@@ -202,6 +202,7 @@ async def open_model_engine(config: Config) -> AsyncIterator[Service]:
             host_after_s=tiers.host.after,
             disk_after_s=tiers.disk.after,
             max_lag_s=tiers.disk.max_lag,
+            probation=tiers.probation,
             protect_s={
                 SessionClass.BURST: tiers.protect.burst,
                 SessionClass.TOOL_WAIT: tiers.protect.tool_wait,
@@ -216,7 +217,6 @@ async def open_model_engine(config: Config) -> AsyncIterator[Service]:
             pins=tiers.pins,
         ),
         policy=tiers.policy,
-        probation_s=tiers.probation,
         compact=tiers.disk.compact,
         durability=Durability(tiers.disk.durability),
         min_free_bytes=tiers.disk.min_free,

@@ -137,7 +137,7 @@ class Tiers:
     policy: Literal["session_lru", "lru", "slru"] = "session_lru"
     pins: Annotated[Share, Within(0, 0.5)] = Share(0.25)
     tenant_share: Annotated[Share, Within(0.01, 1)] = Share(1.0)
-    probation: Annotated[Seconds, Within(0)] = Seconds(300.0)
+    probation: bool = True
     ttl_default: Annotated[Seconds, Within(0)] = Seconds(0.0)
     ttl_max: Annotated[Seconds, Within(0)] = Seconds(24 * 3600.0)
     canary: Annotated[Share, Within(0, 1)] = Share(0.0)

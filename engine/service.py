@@ -102,7 +102,6 @@ class EngineSettings:
     restore: RestoreLimits = field(default_factory=RestoreLimits)
     canary: float = 0.0  # fraction of restored blocks that are recomputed and compared
     policy: PolicyName = "session_lru"
-    probation_s: float = 0.0  # how much older a block counts that nobody has come back for
     compact: str = "off"  # the codec of blocks on disk
     durability: Durability = Durability.POWER
     min_free_bytes: int = 0  # of the file system: with less, no block is written
@@ -380,9 +379,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         block_tokens=settings.block_tokens,
         slots=slots,
         limits=settings.limits,
-        policy=policy_named(
-            settings.policy, slots=sum(slots.values()), probation_s=settings.probation_s
-        ),
+        policy=policy_named(settings.policy, slots=sum(slots.values())),
     )
     inbox: SimpleQueue[Command | Reply | ReadsMeasured] = SimpleQueue()
     fetches: SimpleQueue[ReadCommand] = SimpleQueue()

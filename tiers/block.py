@@ -75,7 +75,6 @@ class Block:
     last_used: float
     resting: SessionClass  # its class when no lease covers it
     leases: list[int]  # [session class]: leases of that class that cover it
-    reused: bool = False  # somebody came back for it
     unwanted: bool = False  # the disk gave it up, and does not get it again before it is used again
     kept_until: float = 0.0  # the latest time that a client asked to keep it until
     kids: list[int] = field(

@@ -206,7 +206,14 @@ class TieredCache:
             block.last_used = now
             self._reuse(block, now)
         self._holds.add(hold)
+        self._follow_successors(hold, 1, now)
         return hold
+
+    def _follow_successors(self, hold: Hold, change: int, now: float) -> None:
+        superseded = self._leases.get(hold.supersedes)
+        if superseded is not None:
+            superseded.successors += change
+            self._set_class(superseded, now)
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
@@ -327,7 +334,6 @@ class TieredCache:
 
     def _reuse(self, block: Block, now: float) -> None:
         """Somebody came back for it: to a policy that may be worth something."""
-        block.reused = True
         if block.unwanted:
             block.unwanted = False
             self._note_dirty(block, now)
@@ -459,6 +465,7 @@ class TieredCache:
             self._unreference(block)
         hold.state = HoldState.RELEASED
         self._holds.discard(hold)
+        self._follow_successors(hold, -1, now)
         return tuple(chain)
 
     def lease(
@@ -479,6 +486,7 @@ class TieredCache:
         lease = Lease(
             lease_id, hold.root, session, self._end_hold(hold, now), now, keep_until=keep_until
         )
+        lease.first = supersedes is None
         self._leases.add(lease)
         for block in lease.blocks:
             block.kept_until = max(block.kept_until, keep_until)
@@ -504,13 +512,20 @@ class TieredCache:
             or len(self._leases.pinned() | set(lease.blocks)) <= self.pin_quota
         ):
             to = SessionClass.PINNED
+        elif lease.successors:
+            to = SessionClass.CLOSED
         elif lease.keep_until > now:
             to = max(lease.asked, SessionClass.BURST)
+        elif lease.first and lease.asked is SessionClass.HUMAN_WAIT and self._is_unproven(lease):
+            to = SessionClass.CLOSED
         else:
             to = self._decayed(lease.asked, now - lease.idle_since)
         if to is not lease.session_class:
             self._leases.reclass(lease, to)
             self._where.reweigh(lease.blocks)
+
+    def _is_unproven(self, lease: Lease) -> bool:
+        return self.limits.probation and not lease.keep_until
 
     def _decayed(self, asked: SessionClass, idle_s: float) -> SessionClass:
         if idle_s >= self.limits.protect_s.get(asked, math.inf):
@@ -1170,6 +1185,8 @@ class TieredCache:
             assert (block in self._dirty) == (
                 bool(block.places) and not durable and not block.unwanted
             )
+        successors = Counter(hold.supersedes for hold in self._holds)
+        assert all(lease.successors == successors[lease.id] for lease in self._leases.all)
         for hold in self._holds:
             self._check_hold(hold)
         for action, flight in self._flights.items():

@@ -1,7 +1,8 @@
 """What finished sequences leave behind for their sessions, and when to look at it again.
 
 A lease keeps no refs: its blocks may be evicted. It raises their class while it lives, and says how far down they have
-been told to go. What the broker asked for (`asked`) decays with idleness; a client's TTL and a pin raise it for a time.
+been told to go. What the broker asked for (`asked`) decays with idleness; a client's TTL and a pin raise it for a time. While a sequence continues it, and holds
+what it shares with it, the rest is worth least: a compaction leaves a whole chain behind.
 
 Laws
     `block.leases` counts, per class, the leases that cover a block; they change here only.
@@ -36,6 +37,8 @@ class Lease:
     idle_since: float
     keep_until: float = 0.0  # a client's TTL
     asked: SessionClass = SessionClass.BURST
+    first: bool = False  # its session's first turn: nobody has come back yet
+    successors: int = 0  # running sequences that continue it
     session_class: SessionClass = SessionClass.BURST  # in effect now
     target: Tier = Tier.DEVICE  # the tier that it has been told to move down to so far
     due: float = math.inf  # when to look at it next

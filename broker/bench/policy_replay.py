@@ -90,7 +90,7 @@ def _policy(order: str, future: Future, slots: int) -> Policy:
         case "belady":
             return Belady(future.next_use)
         case "session_lru" | "lru" | "slru":
-            return policy_named(order, slots=slots, probation_s=0.0)
+            return policy_named(order, slots=slots)
         case _:
             raise AssertionError(order)
 

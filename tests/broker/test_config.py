@@ -70,7 +70,7 @@ def test_later_files_and_assignments_win_key_by_key(tmp_path):
         ("tiers.canary=1.1", ["tiers.canary", "between 0 and 1"]),
         ("tiers.canary=true", ["tiers.canary", "a number"]),
         ("tiers.tenant_share=0", ["tiers.tenant_share", "between 0.01 and 1"]),
-        ("tiers.probation=-1", ["tiers.probation", "at least 0s"]),
+        ("tiers.probation=-1", ["tiers.probation", "true or false"]),
         ("tiers.device.high=1.01", ["tiers.device.high", "between 0.1 and 1"]),
         ("tiers.device.low=0.98", ["tiers.device.low", "tiers.device.high"]),
         ("tiers.host.low=1", ["tiers.host.low", "tiers.host.high"]),

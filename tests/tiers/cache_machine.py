@@ -148,7 +148,7 @@ class CacheMachine(RuleBasedStateMachine):
             block_tokens=self.rows,
             slots=self.slots,
             limits=self.limits,
-            policy=policy_named(self.policy, slots=4, probation_s=2.0),
+            policy=policy_named(self.policy, slots=4),
         )
         self.near = set()  # blocks on the host that a pin covers
         self.unread = []  # what was on disk at the start and is not known to the tables yet

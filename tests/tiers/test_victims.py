@@ -55,14 +55,14 @@ def test_a_victim_costs_no_more_among_many_than_among_few():
 
 @pytest.mark.parametrize("name", ["session_lru", "lru", "slru"])
 def test_what_was_used_least_recently_goes_first_when_nothing_else_is_known(name):
-    cache = filled(8, policy_named(name, slots=8, probation_s=0.0))
+    cache = filled(8, policy_named(name, slots=8))
     cache.make_room(3, 100.0)
     left = [at for at in range(8) if cache.match(ROOT, (at, 99)).tokens]
     assert left == [3, 4, 5, 6, 7]
 
 
 def test_slru_lets_a_scan_pass_by_what_was_used_twice():
-    cache = filled(8, policy_named("slru", slots=8, probation_s=0.0))
+    cache = filled(8, policy_named("slru", slots=8))
     for at in (0, 1):
         hold = cache.acquire(cache.match(ROOT, (at, 99)), 50.0)
         cache.release(hold, 50.0)
@@ -74,12 +74,28 @@ def test_slru_lets_a_scan_pass_by_what_was_used_twice():
     assert all(cache.match(ROOT, (at, 99)).tokens for at in (0, 1))
 
 
-def test_what_nobody_came_back_for_counts_as_older():
-    cache = filled(3, SessionLru(probation_s=10.0))
-    hold = cache.acquire(cache.match(ROOT, (0, 99)), 0.5)
-    cache.release(hold, 0.5)
-    cache.make_room(2, 100.0)
-    assert cache.match(ROOT, (0, 99)).tokens == 1
+def test_a_first_turn_is_on_probation_until_its_session_comes_back():
+    cache = make(device=8)
+    turn(cache, (1, 1), 1, now=1.0, session="old")
+    turn(cache, (1, 1, 2), 2, now=2.0, session="old", supersedes=1)
+    turn(cache, (7, 7), 3, now=3.0, session="new")
+    for lease in (2, 3):
+        cache.reclass(lease, SessionClass.HUMAN_WAIT, 4.0)
+    old, new = cache.leases()
+    assert (old.session_class, new.session_class) == (SessionClass.HUMAN_WAIT, SessionClass.CLOSED)
+    cache.reclass(3, SessionClass.TOOL_WAIT, 4.0)
+    assert new.session_class is SessionClass.TOOL_WAIT, "somebody will come back for that"
+
+
+def test_while_a_sequence_continues_a_session_what_it_does_not_share_is_worth_least():
+    cache = make(device=8)
+    turn(cache, tuple(range(10)), 1, now=1.0)
+    (lease,) = cache.leases()
+    hold = cache.acquire(cache.match(ROOT, (0, 1, 2, 3, 99)), 2.0, supersedes=1)
+    assert lease.session_class is SessionClass.CLOSED
+    cache.release(hold, 3.0)
+    assert lease.session_class is SessionClass.BURST, "the turn came to nothing"
+    cache.check()
 
 
 def test_belady_gives_up_what_is_needed_last():
