@@ -655,6 +655,41 @@ def test_a_restore_that_would_lose_is_refused_and_said_so():
     assert not bench.disk.fetched
 
 
+def test_a_disk_that_was_slow_for_a_while_is_asked_again_after_some_refusals():
+    fast = Rates(latency_s=1e-4, step_s=1e-5, token_s=1e-5)
+    bench, prompt = on_disk(prompt_of(40), device=40, rates=fast)
+    for _ in range(60):
+        bench.engine._costs.observe_reads(10, 60.0)
+    for attempt in range(2, 60):
+        bench.run(prompt, 1)
+        if bench.finished(attempt).usage.cached.disk:
+            break
+        assert bench.finished(attempt).usage.recomputed["loss"]
+        bench.inbox.put(Demote(1, Tier.DISK, None))
+        bench.until_quiet()
+    assert 2 < attempt < 59
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_load_teaches_the_disk_s_rate_unless_steps_of_the_model_ran_meanwhile(busy):
+    bench, prompt = on_disk(prompt_of(40), device=80)
+    if busy:
+        bench.submit(prompt_of(3, salt=5), 60)
+        for _ in range(3):
+            bench.turn()
+    bench.now += 1
+    if busy:
+        bench.turn()
+    bench.submit(prompt, 1)
+    bench.turn()
+    while bench.disk.pending:
+        bench.now += 0.002
+        bench.disk.settle()
+        bench.turn()
+    bench.until_quiet()
+    assert (bench.report().rates["latency_s"] == RATES.latency_s) is busy
+
+
 def test_an_operator_may_switch_the_decision_off():
     bench, prompt = on_disk(
         prompt_of(40), device=40, rates=Rates(read_s=1.0), restore=RestoreLimits(decide=False)
