@@ -42,6 +42,11 @@ CACHE, INDEX, POLICY, RESIDENCY, LEASE, POOL, BLOCK = (
     for name in ("cache", "index", "policy", "residency", "lease", "pool", "block")
 )
 
+LMDB, INSPECTION, THREADS = (f"tiers/{name}.py" for name in ("lmdb_store", "inspection", "disk"))
+STORE, STORE_MACHINE, DISK, KEYS = (
+    f"tests/tiers/test_{name}.py" for name in ("lmdb_store", "store_machine", "disk", "keys")
+)
+
 MUTANTS = (
     # slots
     Mutant(
@@ -120,6 +125,7 @@ MUTANTS = (
         CACHE,
         "if not block.refs and not block.busy and not pinned:  # asked",
         "if not block.refs and not block.busy:  # asked",
+        (VICTIMS, *LAWS),
     ),
     Mutant(
         "forgetting a chain ignores busy",
@@ -342,6 +348,7 @@ MUTANTS = (
         CACHE,
         "        if block.unwanted:\n            block.unwanted = False\n            self._note_dirty(block, now)\n        other",
         "        other",
+        (VICTIMS, *LAWS),
     ),
     Mutant(
         "what the disk gave up is written again at once",
@@ -373,15 +380,15 @@ MUTANTS = (
     Mutant(
         "classes do not count",
         POLICY,
-        "return session_class(block), block.last_used - credit",
-        "return 0, block.last_used - credit",
+        "return session_class(block), block.last_used, ",
+        "return 0, block.last_used, ",
         HITS,
     ),
     Mutant(
         "most recently used goes first",
         POLICY,
-        "block.last_used - credit, -block",
-        "credit - block.last_used, -block",
+        "session_class(block), block.last_used, -block",
+        "session_class(block), -block.last_used, -block",
         HITS,
     ),
     Mutant(
@@ -416,6 +423,7 @@ MUTANTS = (
         CACHE,
         "            if sum(block.leases) == mine[block] and not pinned:\n",
         "            if sum(block.leases) == mine[block]:\n",
+        (VICTIMS, *LAWS),
     ),
     # leases and restart
     Mutant(
@@ -466,8 +474,8 @@ MUTANTS = (
     Mutant(
         "the slots of what is not read yet are given away",
         CACHE,
-        "while len(self._unread) < records and",
-        "while False and",
+        "take_many(records, SlotState.HELD)",
+        "take_many(0, SlotState.HELD)",
         HITS,
     ),
     Mutant(
@@ -538,6 +546,91 @@ MUTANTS = (
         "            if pool.capacity - pool.free > marks.high * pool.capacity:",
         "            if False:",
         HITS,
+    ),
+    # the store, its threads, and what is believed
+    Mutant(
+        "a failed write is believed",
+        LMDB,
+        "self._broken = self._suspect = True",
+        "self._suspect = True",
+        (STORE,),
+    ),
+    Mutant(
+        "a replaced record is counted twice",
+        LMDB,
+        "        self._discount(change, block.key)\n",
+        "",
+        (STORE_MACHINE,),
+    ),
+    Mutant(
+        "the environment is opened again under a reader",
+        LMDB,
+        "left = self._changed.wait_for(lambda: not self._inside, _READERS_LEAVE_S)",
+        "left = True",
+        (STORE,),
+    ),
+    Mutant(
+        "unsynced writes are believed under another boot",
+        INSPECTION,
+        "if there != boot:",
+        "if False:",
+        (STORE,),
+    ),
+    Mutant(
+        "a clean mark holds for any file",
+        INSPECTION,
+        "if (size, time) == _shape(path):",
+        "if True:",
+        (STORE,),
+    ),
+    Mutant(
+        "a store that failed leaves a clean mark",
+        LMDB,
+        "            if self._suspect:  # everything",
+        "            if False:  # everything",
+        (STORE,),
+    ),
+    Mutant(
+        "a manifest fails with its blocks",
+        THREADS,
+        "self._commit([self._without_blocks(command, reason)])",
+        "self._answer(command, reason)",
+        (DISK,),
+    ),
+    Mutant(
+        "a degraded disk is never probed",
+        THREADS,
+        "return trouble is not None and self._monotonic() < trouble.probe_at",
+        "return trouble is not None",
+        (DISK,),
+    ),
+    Mutant(
+        "the floor of free space is not looked at",
+        LMDB,
+        "if free - wanted < self._limits.min_free_bytes:",
+        "if False:",
+        (STORE,),
+    ),
+    Mutant(
+        "the first write comes before the mark",
+        LMDB,
+        "            if not self._marked_open:\n                self._mark_open()\n",
+        "            self._marked_open = True\n",
+        (STORE,),
+    ),
+    Mutant(
+        "the environment that came back is any",
+        LMDB,
+        "if found not in (self._acknowledged, self._acknowledged + 1):",
+        "if False:",
+        (STORE,),
+    ),
+    Mutant(
+        "a key alone is believed",
+        INDEX,
+        "return block if block and (block.parent, block.tokens) == (parent, tokens) else None",
+        "return block",
+        (KEYS,),
     ),
 )
 

@@ -480,6 +480,26 @@ def test_a_record_that_was_computed_anew_before_it_was_read_is_not_written_again
     assert pool(cache, Tier.DISK).held == 3
 
 
+def test_a_slice_that_is_older_than_a_drop_is_not_believed():
+    old = make()
+    turn(old, (1, 2), 1)
+    entries = [entry(s, 5.0) for s in spilled(old)]
+    cache = make(disk=1)
+    cache.begin_adopting(0)
+    turn(cache, (1, 2), 1, now=1.0)
+    spilled(cache, 1.0)
+    turn(cache, (3, 4), 2, now=2.0)
+    assert [type(action) for action in spilled(cache, 2.0)] == [Drop, Spill]
+    land(cache, cache.make_room(6, 3.0))
+    assert cache.forget_chain([entries[0].key], (), 3.0) == []
+    cache.end(1, 3.0)
+    cache.adopt(entries, 4.0)
+    cache.end_adopting()
+    cache.check()
+    found = cache.match(ROOT, (1, 2, 3)).partial
+    assert found is None or Tier.DISK not in found.places
+
+
 def test_a_record_whose_parent_is_gone_waits_for_it():
     tokens = tuple(range(9))
     head = chain_key(ROOT, tokens[:4])
@@ -658,6 +678,15 @@ def test_a_deleted_chain_leaves_every_tier_but_for_what_others_need():
     assert cache.match(ROOT, (*head[:4], 77, 78, 79)).tokens == 6
     (other,) = [block.key for block in cache.match(ROOT, (*head[:4], 9)).blocks]
     assert cache.forget_chain((other,), (), 3.0) == [], "a block that others continue stays"
+
+
+def test_a_deletion_spares_what_another_session_still_has():
+    cache = make()
+    head = tuple(range(8))
+    turn(cache, head, 1, session="mine")
+    keys = turn(cache, (*head, 8, 9), 2, session="yours")
+    cache.forget_chain(keys, (), 1.0)
+    assert cache.match(ROOT, (*head, 8, 9)).tokens == 8
 
 
 def test_a_chain_that_is_being_written_is_deleted_when_that_has_ended():

@@ -10,7 +10,7 @@ import pytest
 from tests.tiers.test_cache import NEVER, ROOT, land, make, pool, turn
 from tiers.block import Copy, Drop, Tier, root_key
 from tiers.cache import TieredCache
-from tiers.policy import Belady, Limits, Lru, SessionClass, SessionLru, policy_named
+from tiers.policy import Belady, Limits, Lru, SessionClass, SessionLru, Watermarks, policy_named
 
 OTHER = root_key(b"model", b"somebody else")
 
@@ -210,3 +210,28 @@ def test_a_record_that_the_disk_gave_up_is_not_written_again_before_it_is_used_a
     hold = cache.acquire(cache.match(ROOT, (1, 5)), 4.0)
     cache.release(hold, 4.0)
     assert len(cache.write_behind(4.0, all_dirty=True)) == 2
+
+
+def test_a_pin_holds_against_what_was_on_its_way_down_when_it_came():
+    cache = make(device=4, host=4, disk=8, limits=replace(NEVER, pins=0.5))
+    turn(cache, (1, 2), 1, session="mine")
+    (spill,) = cache.demote(Tier.DISK, None, 1.0)
+    assert cache.pin(ROOT, "mine", 10.0, 1.0) == 1
+    land(cache, [spill], 2.0)
+    assert pool(cache, Tier.DEVICE).held == 1, "asked again when it landed"
+    land(cache, cache.demote(Tier.HOST, None, 3.0), 3.0)
+    assert cache.demote(Tier.DISK, None, 3.0) == []
+    assert pool(cache, Tier.HOST).held == 1
+
+
+def test_emptying_the_host_ahead_of_need_leaves_what_is_pinned():
+    marks = {Tier.HOST: Watermarks(high=0.3, low=0.0)}
+    cache = make(device=4, host=4, limits=replace(NEVER, pins=0.5, watermarks=marks))
+    turn(cache, (1, 2), 1, session="mine")
+    turn(cache, (3, 4), 2, session="other")
+    assert cache.pin(ROOT, "mine", 10.0, 0.0) == 1
+    land(cache, cache.write_behind(0.0, all_dirty=True))
+    land(cache, cache.demote(Tier.HOST, None, 1.0), 1.0)
+    land(cache, cache.tick(1.0), 1.0)
+    assert cache.match(ROOT, (3, 4, 5)).partial.places.keys() == {Tier.DISK}
+    assert Tier.HOST in cache.match(ROOT, (1, 2, 5)).partial.places
