@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tiers.ledger import EVICTION_CAUSES, REASONS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -19,19 +21,6 @@ if TYPE_CHECKING:
 
 _SOURCES = ("computed", "device", "host", "disk", "remote")
 _TIERS = ("device", "host", "disk")
-_CAUSES = ("capacity", "quota", "demoted", "superseded", "expired")
-REASONS = (  # why a prompt token was computed
-    "new",  # never seen
-    "logits",  # the prompt's last one
-    *(f"evicted_{tier}_{cause}" for tier in _TIERS for cause in _CAUSES),
-    "deleted",
-    "verify_failed",
-    "io_failed",
-    "slow",  # its load passed the deadline
-    "loss",  # computing it was predicted to be faster
-    "changed",  # the session's turn before had another token here
-    "unaligned",  # known, inside a block that is not
-)
 _DISK_STATES = ("off", "ok", "degraded")
 _VERIFY_REASONS = (
     "missing",
@@ -122,7 +111,7 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
         [
             ({"tier": tier, "cause": cause}, engine.eviction_causes.get(tier, {}).get(cause, 0))
             for tier in _TIERS
-            for cause in (*_CAUSES, "deleted", "verify_failed", "io_failed")
+            for cause in EVICTION_CAUSES
         ],
     )
     put("spills_total", "counter", "Blocks written to disk.", one(engine.spills_total))

@@ -73,6 +73,7 @@ from tiers.disk import (
     PersistFailed,
     Rotten,
 )
+from tiers.ledger import FRESH
 from tiers.policy import SessionClass
 
 if TYPE_CHECKING:
@@ -99,12 +100,6 @@ log = logging.getLogger(__name__)
 # 2026-11), which a request that comes just then has to wait for.
 CHECK_INTERVAL_S = 300.0
 PROBE_S = 1.0  # how soon to look again whether a degraded disk takes blocks
-FRESH = (
-    "new",
-    "logits",
-    "changed",
-    "unaligned",
-)  # why tokens were computed that no cache could have had
 
 
 class RunsBatches(Protocol):

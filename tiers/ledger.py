@@ -3,7 +3,7 @@
 new                       never seen, or so long ago that it is forgotten even here
 logits                    known, but its logits choose the next token: a prompt's last one
 changed                   the session's turn before had other tokens here
-evicted_<tier>_<cause>    capacity, quota, demoted or superseded: the tier that it left last, and by what;
+evicted_<tier>_<cause>    capacity, quota or superseded: the tier that it left last, and by what;
                           expired: by any of these, after the protection that its client had asked for
 deleted                   by its client
 verify_failed, io_failed  its bytes were refused, or could not be read
@@ -15,9 +15,27 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from tiers.block import Tier
+
 if TYPE_CHECKING:
     from tiers.block import BlockKey
 
+FRESH = ("new", "logits", "changed")  # what no cache could have had
+REASONS = (
+    *FRESH,
+    *(
+        f"evicted_{tier.name.lower()}_{cause}"
+        for tier in Tier
+        for cause in ("capacity", "quota", "superseded", "expired")
+    ),
+    "deleted",
+    "verify_failed",
+    "io_failed",
+    "slow",
+    "loss",
+)
+# why a block leaves a tier; it may stay in another
+EVICTION_CAUSES = ("capacity", "quota", "demoted", "superseded", "deleted", "rotten")
 LEDGER_KEYS = 200_000  # about 30 MB: twice the records of a disk of 140 GB at 1.4 MB a block
 
 

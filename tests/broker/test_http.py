@@ -16,6 +16,7 @@ from tests.broker.rig import open_rig
 from tests.broker.wire.grammar import check_events, check_response
 from tests.fakes import FakeService, saying
 from tiers.block import StoreError, Tier
+from tiers.ledger import EVICTION_CAUSES, REASONS
 
 ROUTES = [
     ("POST", "/v1/responses"),
@@ -583,26 +584,10 @@ async def test_a_disk_that_refuses_is_one_log_line_and_counted_and_comes_back_by
 async def test_every_series_of_a_known_label_is_always_there():
     async with open_rig() as rig:
         text = (await rig.browser().request("GET", "/metrics")).body.decode()
-    tiers, causes = (
-        ("device", "host", "disk"),
-        ["capacity", "quota", "demoted", "superseded", "expired"],
-    )
-    reasons = [f"evicted_{tier}_{cause}" for tier in tiers for cause in causes]
-    reasons += [
-        "new",
-        "logits",
-        "deleted",
-        "verify_failed",
-        "io_failed",
-        "slow",
-        "loss",
-        "changed",
-        "unaligned",
-    ]
-    for reason in reasons:
+    for reason in REASONS:
         assert f'homeport_recomputed_tokens_total{{reason="{reason}"}} 0' in text
-    for tier in tiers:
-        for cause in causes:
+    for tier in ("device", "host", "disk"):
+        for cause in EVICTION_CAUSES:
             series = f'homeport_evictions_by_cause_total{{tier="{tier}",cause="{cause}"}} 0'
             assert series in text
     for reason in ("full", "io"):
