@@ -612,6 +612,8 @@ class Engine:
         if sequence.load_started is None:
             sequence.load_started = now
         self._perform(actions)
+        for ahead in self._prefetches.holds:
+            self._cache.credit(hold, ahead)
         self._release_all(self._prefetches.take_served(hold), now)
         return True
 

@@ -215,6 +215,14 @@ class TieredCache:
             superseded.successors += change
             self._set_class(superseded, now)
 
+    def credit(self, hold: Hold, ahead: Hold) -> None:
+        """What a hold brought up ahead of another counts for that other as found where it was before."""
+        pairs = zip(hold.blocks, ahead.blocks, strict=False)
+        for at, (block, same) in enumerate(pairs):
+            if block is same:
+                tier, tokens = hold.found[at]
+                hold.found[at] = (max(tier, ahead.found[at][0]), tokens)
+
     # -- loading -----------------------------------------------------------------------------------------------------
 
     def slots_to_load(self, hold: Hold) -> int:

@@ -40,7 +40,7 @@ def test_storage_as_it_is_changes_nothing_at_all(measured):
 def test_compact_storage_keeps_perplexity_and_choices(measured, scheme):
     one, bounds = measured[scheme], BOUNDS[scheme]
     assert one.tokens == REST - 1
-    assert 1 < one.exact_perplexity < 60  # it does read the text
+    assert 1 < one.exact_perplexity < 500  # it does read the text: at random it would be 49,152
     assert abs(one.change) <= bounds["change"]
     assert one.top1 >= bounds["top1"]
     assert one.top1_decided >= 0.995

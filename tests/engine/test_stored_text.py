@@ -59,7 +59,9 @@ def service(store, digest):
     """The real service over a store, without an engine behind it."""
     engine = SimpleNamespace(max_context=8)
     text = Text(ByteTokenizer(), digest=digest)
-    parts = SimpleNamespace(text=text, name="m", engine=engine, inbox=SimpleQueue(), store=store)
+    parts = SimpleNamespace(
+        text=text, name="m", engine=engine, inbox=SimpleQueue(), store=store, scrubber=None
+    )
     return EngineService(parts), parts.inbox
 
 

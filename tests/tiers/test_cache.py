@@ -587,6 +587,16 @@ def test_a_hole_that_is_never_computed_leaves_nothing_behind():
     assert pool(cache, Tier.DEVICE).lent == 0
 
 
+def test_what_was_fetched_ahead_counts_as_found_on_disk():
+    tokens = tuple(range(12))
+    cache, ahead, fetches = restored(tokens)
+    land(cache, fetches)
+    hold = cache.acquire(cache.match(ROOT, (*tokens, 99)), 2.0)
+    assert hold.by_tier == {Tier.DEVICE: 12}
+    cache.credit(hold, ahead)
+    assert hold.by_tier == {Tier.DISK: 12}
+
+
 def test_what_would_be_restored_at_a_loss_is_left_where_it_is():
     tokens = tuple(range(10))
     old = make()
