@@ -573,12 +573,6 @@ class TieredCache:
             self._set_class(lease, now)
             self._leases.schedule(lease, min(lease.due, self._next_look(lease, now)))
 
-    def end(self, lease_id: int, now: float) -> None:
-        """The session is over: its own blocks are worth least from now on."""
-        lease = self._leases.get(lease_id)
-        if lease is not None:
-            self._end_lease(lease, SessionClass.CLOSED)
-
     def leases(self) -> Iterable[Lease]:
         return self._leases.all
 

@@ -54,7 +54,7 @@ class Hold:
     private: list[Slot] = field(default_factory=list)  # device slots after those of `blocks`
     pending: list[int] = field(default_factory=list)  # tokens in the private slots
     flight: Flight | None = None  # the copy that brings the partial's bytes into private[0]
-    landed: int = 0  # blocks[:landed] are known to be on the device
+    landed: int = 0  # blocks[:landed] are not on their way any more
     table: list[Slot] = field(default_factory=list)  # device slots of blocks and private
 
     @property

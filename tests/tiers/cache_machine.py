@@ -21,6 +21,7 @@ from hypothesis import event
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from tests.tiers.test_cache import ended
 from tiers.block import Copy, Drop, Fetch, Spill, StoreError, Tier, chain_key, root_key
 from tiers.cache import HoldState, TieredCache
 from tiers.policy import Limits, SessionClass, Watermarks, policy_named
@@ -757,7 +758,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def end_lease(self, pick):
-        self.cache.end(max(1, self.next_lease - pick), self.now)
+        ended(self.cache, max(1, self.next_lease - pick))
         self.settle()
 
     @precondition(lambda self: any(True for _ in whole_index(self.store)))
@@ -848,7 +849,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.quiet()
         for lease in list(self.cache.leases()):
             self.cache.unpin(lease.root, lease.session, self.now)
-            self.cache.end(lease.id, self.now)
+            ended(self.cache, lease.id)
         self.issue(self.cache.demote(Tier.DISK, None, self.now))
         self.quiet()
         rest = self.cache.statistics()

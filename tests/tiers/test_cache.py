@@ -52,6 +52,13 @@ def turn(cache, tokens, lease_id, now=0.0, *, supersedes=None, session="s"):
     return keys
 
 
+def ended(cache, lease_id):
+    """As when a later turn supersedes the lease, or a deletion takes it."""
+    lease = cache._leases.get(lease_id)
+    if lease is not None:
+        cache._end_lease(lease, SessionClass.CLOSED)
+
+
 def spilled(cache, now=0.0):
     return land(cache, cache.write_behind(now, all_dirty=True), now)
 
@@ -311,7 +318,7 @@ def test_a_full_disk_drops_what_is_worth_less_and_nothing_else():
     old, tail = turn(cache, tuple(range(6)), 1, now=1.0)
     spilled(cache, 1.0)
     (new,) = turn(cache, (9, 9, 9), 2, now=2.0)
-    cache.end(1, 2.0)
+    ended(cache, 1)
     drop, spill = cache.write_behind(2.0, all_dirty=True)
     assert (type(drop), drop.key) == (Drop, tail)
     assert (type(spill), spill.key) == (Spill, new)
@@ -648,7 +655,7 @@ def test_every_token_that_is_computed_has_a_reason():
     turn(cache, one, 1, now=1.0)
     again = (*one, 10)
     assert cache.explain(cache.match(ROOT, again), again) == {"logits": 1}
-    cache.end(1, 1.5)
+    ended(cache, 1)
     cache.make_room(3, 2.0)
     turn(cache, two, 2, now=2.0)
     match = cache.match(ROOT, (*one, 10, 11))
@@ -712,7 +719,7 @@ def test_at_rest_refs_and_leases_are_zero():
     turn(cache, tuple(range(10)), 1)
     hold = begin(cache, tuple(range(11)))
     cache.release(hold, 1.0)
-    cache.end(1, 1.0)
+    ended(cache, 1)
     land(cache, cache.demote(Tier.DISK, None, 2.0))
     now = cache.statistics()
     assert (now.refs, now.leases, now.holds, now.dirty, now.flying) == (0, 0, 0, 0, 0)

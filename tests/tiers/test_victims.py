@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.tiers.test_cache import NEVER, ROOT, land, make, pool, turn
+from tests.tiers.test_cache import NEVER, ROOT, ended, land, make, pool, turn
 from tiers.block import Copy, Drop, Tier, root_key
 from tiers.cache import TieredCache
 from tiers.policy import Belady, Limits, Lru, SessionClass, SessionLru, Watermarks, policy_named
@@ -67,7 +67,7 @@ def test_slru_lets_a_scan_pass_by_what_was_used_twice():
         hold = cache.acquire(cache.match(ROOT, (at, 99)), 50.0)
         cache.release(hold, 50.0)
     for at in range(2, 8):  # newer, but once only
-        cache.end(at, 51.0)
+        ended(cache, at)
     for scan in range(100, 106):
         cache.make_room(1, 60.0)
         store(cache, (scan,), scan, 60.0 + scan)
@@ -111,7 +111,7 @@ def test_a_tenant_above_its_share_gives_first_whatever_its_blocks_are_worth():
     cache = TieredCache(block_tokens=4, slots=slots, limits=limits)
     for at in range(3):
         store(cache, (at,), at, 1.0, OTHER)
-        cache.end(at, 1.0)  # worth least
+        ended(cache, at)  # worth least
     for at in range(7):
         store(cache, (at,), 10 + at, 2.0 + at)
     cache.make_room(2, 20.0)
