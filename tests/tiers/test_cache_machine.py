@@ -12,14 +12,14 @@ SEEN = (
     "HOST full",
     "DISK full",
     "fetch",
-    "shared arriving",
     "partial copied",
-    "tail taken over",
     "failed Fetch bad",
     "adopted",
     "restored",
 )
 SEEN_SELDOM = (
+    "shared arriving",
+    "tail taken over",
     "failed Fetch io",
     "failed Copy bad",
     "hole",
