@@ -145,6 +145,7 @@ class Engine:
         restore: RestoreLimits,
         canaries: Canaries,
         records: int,
+        stored_bytes: int,
         root: Callable[[bytes], BlockKey],
         max_context: int,
         vocab_size: int,
@@ -166,6 +167,7 @@ class Engine:
             max(1, restore.reading_bytes // memory.block_bytes),
         )
         self._adoption = Adoption(records)
+        self._stored_bytes = stored_bytes  # of a block on disk: compact ones are smaller
         self._root = root
         self._max_context = min(max_context, scheduler.context_limit)
         self._vocab_size = vocab_size
@@ -852,13 +854,14 @@ class Engine:
             tiers=tuple(
                 TierReport(
                     tier=tier.name.lower(),
-                    capacity_bytes=of.pool.capacity * block_bytes,
-                    used_bytes=(of.pool.capacity - of.pool.free) * block_bytes,
+                    capacity_bytes=of.pool.capacity * size,
+                    used_bytes=(of.pool.capacity - of.pool.free) * size,
                     blocks=of.pool.held,
                     leased_blocks=of.leased,
                     held_refs=of.refs,
                 )
                 for tier, of in cache.tiers.items()
+                for size in (self._stored_bytes if tier is Tier.DISK else block_bytes,)
             ),
             sessions=tuple(_session_report(lease, now) for lease in self._cache.leases()),
             recomputed_total=dict(counters.recomputed),

@@ -425,6 +425,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         restore=settings.restore,
         canaries=Canaries(settings.canary, random.random),
         records=store.statistics().blocks,
+        stored_bytes=stored_as.payload_bytes(loaded.geometry),
         root=functools.partial(root_key, loaded.fingerprint),
         max_context=loaded.max_context,
         vocab_size=loaded.vocab_size,

@@ -125,6 +125,7 @@ class Bench:
             restore=restore,
             canaries=Canaries(canary, lambda: 0.5),
             records=self.store.statistics().blocks,
+            stored_bytes=geometry.block_bytes // 2,
             root=lambda salt: root_key(b"fake", salt),
             max_context=10_000,
             vocab_size=VOCAB,
@@ -1123,3 +1124,10 @@ def test_any_mixture_of_turns_forks_cancels_and_demotions_gives_oracle_ids(
     bench.inbox.put(Demote(2, Tier.DISK, None))
     bench.pass_time(1000)
     bench.pass_time(1000)
+
+
+def test_the_disk_is_reported_in_the_bytes_that_it_takes():
+    """Records may be compact: half as large here."""
+    bench = Bench(device=8, disk=8)
+    capacity = {tier.tier: tier.capacity_bytes for tier in bench.report().tiers}
+    assert capacity["disk"] * 2 == capacity["device"]
