@@ -472,6 +472,17 @@ def test_what_the_disk_holds_is_found_after_a_restart():
         assert set(dropped) == {x.key for x in entries[1:]}, "heads are kept before tails"
 
 
+def test_a_child_is_not_kept_at_its_parents_cost():
+    old = make()
+    turn(old, tuple(range(8)), 1)
+    head, tail = spilled(old)
+    small = make(disk=1)
+    small.begin_adopting(0)
+    dropped = small.adopt([entry(head, 1.0), entry(tail, 5.0)], 0.0)
+    assert dropped == [Drop(tail.key)], "though it was used later"
+    small.check()
+
+
 def test_a_record_that_was_computed_anew_before_it_was_read_is_not_written_again():
     old = make()
     turn(old, tuple(range(9)), 1)
