@@ -83,6 +83,11 @@ class Turn:
     def by_tier(self) -> dict[str, int]:
         return dict(self.response["usage"]["homeport:cached_by_tier"])
 
+    @property
+    def recomputed(self) -> dict[str, int]:
+        """{reason: tokens}: why the others were computed."""
+        return dict(self.response["usage"]["homeport:recomputed"])
+
 
 def _said(item: Item) -> tuple[str, ...]:
     if item["type"] == "function_call":

@@ -102,6 +102,7 @@ class Sample:
     known_tokens: int
     cached_tokens: int
     by_tier: dict[str, int]  # {tier name: tokens found there}
+    recomputed: dict[str, int]  # {reason: tokens}
     same: bool | None
 
     @property
@@ -248,5 +249,6 @@ def _sample(scenario: str, turn: Turn, known: int, *, same: bool | None) -> Samp
         known_tokens=known,
         cached_tokens=turn.cached_tokens,
         by_tier=turn.by_tier,
+        recomputed=turn.recomputed,
         same=same,
     )

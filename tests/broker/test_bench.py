@@ -79,7 +79,7 @@ def test_an_error_event_is_a_refusal_with_its_code():
 
 
 def _sample(name, ttft_s, *, same=None, cached=90, known=91):
-    return Sample(name, ttft_s, 100, known, cached, {"device": cached}, same)
+    return Sample(name, ttft_s, 100, known, cached, {"device": cached}, {}, same)
 
 
 def test_rows_compare_medians_with_cold_and_take_the_slowest_as_p95():
