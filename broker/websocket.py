@@ -31,7 +31,8 @@ from broker.foresight import session_labels
 from broker.listen import linger, refuse
 from broker.session import ConnectionScope
 from broker.turn import Cancellation
-from broker.wire.article import TERMINAL_EVENTS, Dialogue, done_event
+from broker.wire.article import Dialogue, done_event
+from broker.wire.responses_out import TERMINAL_EVENTS
 from broker.wire.sse import json_text
 from broker.wire.ws_frames import (
     ArticleItem,

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from broker.wire.items import Item
     from broker.wire.requests import TurnRequest
 
-TERMINAL_EVENTS = ("response.completed", "response.incomplete", "response.failed")
-
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
@@ -131,7 +129,7 @@ class Dialogue:
 
 
 def done_event(terminal: Mapping[str, Any]) -> dict[str, Any]:
-    """`response.done`, to be sent after `terminal`, one of `TERMINAL_EVENTS`."""
+    """`response.done`, to be sent after `terminal`, one of `responses_out.TERMINAL_EVENTS`."""
     return {
         **terminal,
         "type": "response.done",

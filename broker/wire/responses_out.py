@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 Status = Literal["completed", "incomplete"]
 
+TERMINAL_EVENTS = ("response.completed", "response.incomplete", "response.failed")
+
 
 @dataclass(slots=True)
 class _Message:

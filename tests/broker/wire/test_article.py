@@ -6,6 +6,7 @@ from broker.errors import BadRequest
 from broker.wire import article
 from broker.wire.article import Dialogue, ToolResult
 from broker.wire.items import FunctionCallOutput, Message
+from broker.wire.responses_out import TERMINAL_EVENTS
 
 OPENING = {
     "model": "m",
@@ -164,7 +165,7 @@ def test_an_item_needs_an_opening():
     assert caught.value.code == "conversation_not_open"
 
 
-@pytest.mark.parametrize("kind", article.TERMINAL_EVENTS)
+@pytest.mark.parametrize("kind", TERMINAL_EVENTS)
 def test_done_follows_every_terminal_event_with_its_response(kind):
     terminal = {"type": kind, "sequence_number": 8, "response": {"id": "resp_1"}}
     assert article.done_event(terminal) == {

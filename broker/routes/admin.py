@@ -1,0 +1,128 @@
+"""What operators ask and order: probes, metrics, the tiers' state, demotion, pins and deletion."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from broker import keeping
+from broker.config import duration
+from broker.errors import BadRequest
+from broker.metrics import render
+from broker.routes.body import read_body, tenant_of
+from broker.wire.fields import optional_name
+from broker.wire.json_in import parse_object
+from tiers.block import Tier
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from broker.port import Port
+
+OPEN_PATHS = ("/healthz", "/readyz")  # need no key
+
+
+def admin_routes(port: Port) -> list[Route]:
+    routes = _Admin(port)
+    return [
+        Route("/healthz", routes.healthz, methods=["GET"]),
+        Route("/readyz", routes.readyz, methods=["GET"]),
+        Route("/metrics", routes.metrics, methods=["GET"]),
+        Route("/admin/sessions", routes.sessions, methods=["GET"]),
+        Route("/admin/tiers", routes.tiers, methods=["GET"]),
+        Route("/admin/demote", routes.demote, methods=["POST"]),
+        Route("/admin/pins", routes.pins, methods=["GET"]),
+        Route("/admin/pins", routes.pin, methods=["POST"]),
+        Route("/admin/pins/{session:path}", routes.unpin, methods=["DELETE"]),
+        Route("/admin/sessions/{session:path}", routes.forget, methods=["DELETE"]),
+    ]
+
+
+class _Admin:
+    def __init__(self, port: Port) -> None:
+        self._port = port
+
+    async def healthz(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
+        self._port.check_open()
+        return JSONResponse({"status": "ready", "model": self._port.config.model.name})
+
+    async def metrics(self, request: Request) -> Response:
+        report = await self._port.engine.inspect()
+        return PlainTextResponse(
+            render(report, self._port.report()),
+            media_type="text/plain; version=0.0.4; charset=utf-8",
+        )
+
+    async def sessions(self, request: Request) -> Response:
+        report = await self._port.engine.inspect()
+        return JSONResponse({"sessions": [dataclasses.asdict(one) for one in report.sessions]})
+
+    async def tiers(self, request: Request) -> Response:
+        report = dataclasses.asdict(await self._port.engine.inspect())
+        del report["sessions"]
+        return JSONResponse(report)
+
+    async def demote(self, request: Request) -> Response:
+        body = parse_object(await read_body(request, self._port))
+        tiers = {"host": Tier.HOST, "disk": Tier.DISK}
+        tier, session = body.get("tier"), body.get("session")
+        if not isinstance(tier, str) or tier not in tiers:
+            raise BadRequest("'tier' must be 'host' or 'disk'.", code="invalid_value", param="tier")
+        if not isinstance(session, str | None):
+            raise BadRequest(
+                "'session' must be a string or null.", code="invalid_type", param="session"
+            )
+        return JSONResponse({"moved_blocks": await self._port.engine.demote(tiers[tier], session)})
+
+    async def pins(self, request: Request) -> Response:
+        report = await self._port.engine.inspect()
+        return JSONResponse({"pins": [dataclasses.asdict(one) for one in report.pins]})
+
+    async def pin(self, request: Request) -> Response:
+        tenant, body = tenant_of(request), parse_object(await read_body(request, self._port))
+        session, response_id = optional_name(body, "session"), optional_name(body, "response_id")
+        if (session is None) == (response_id is None):
+            raise BadRequest(
+                "Name the 'session' or a 'response_id' of it, and not both.",
+                code="invalid_value",
+                param="session",
+            )
+        seconds = _ttl(body.get("ttl"))
+        if response_id is not None:
+            session = await keeping.session_of(self._port, tenant, response_id)
+        assert session is not None
+        pinned = await keeping.pin(self._port, tenant, session, seconds)
+        return JSONResponse(dataclasses.asdict(pinned))
+
+    async def unpin(self, request: Request) -> Response:
+        session = request.path_params["session"]
+        await keeping.unpin(self._port, tenant_of(request), session)
+        return JSONResponse({"session": session, "deleted": True})
+
+    async def forget(self, request: Request) -> Response:
+        session = request.path_params["session"]
+        forgotten = await keeping.forget(self._port, tenant_of(request), session)
+        return JSONResponse(dataclasses.asdict(forgotten))
+
+
+def _ttl(value: Any) -> float:
+    """A pin's time: "90s", "1h", or a number of seconds. Raises BadRequest."""
+    seconds: float | None = None
+    if isinstance(value, str):
+        seconds = duration(value)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = value
+    if seconds is None or not 0 < seconds < math.inf:
+        raise BadRequest(
+            "'ttl' must be a time such as '30m' or '1h', or a number of seconds.",
+            code="invalid_value",
+            param="ttl",
+        )
+    return seconds

@@ -1,0 +1,54 @@
+"""What a request brings: its body, bounded in bytes and in time, and the tenant that `Guard` found."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from broker.errors import ClientError, TooLarge
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from broker.access import Tenant
+    from broker.port import Port
+
+_DRAINED_BODIES = (
+    4  # bodies' worth of bytes read and dropped, so that a client hears its 413 instead of a reset
+)
+
+
+async def read_body(request: Request, port: Port) -> bytes:
+    """The request's body. Raises ClientError 415, 413 or 408."""
+    http = port.config.http
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise ClientError(
+            f"Content-Encoding '{encoding}' is not supported.",
+            code="unsupported_encoding",
+            status=415,
+        )
+    too_large = TooLarge(f"The request body is over {http.max_body} bytes.")
+    declared = request.headers.get("content-length")
+    if declared is not None and int(declared) > http.max_body * _DRAINED_BODIES:
+        raise too_large
+    body = bytearray()
+    try:
+        with trio.fail_after(http.body_timeout):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > http.max_body * _DRAINED_BODIES:
+                    raise too_large
+    except trio.TooSlowError:
+        late = f"The request body took over {http.body_timeout:g} s."
+        raise ClientError(late, code="request_timeout", status=408) from None
+    if len(body) > http.max_body:
+        raise too_large
+    return bytes(body)
+
+
+def tenant_of(request: Request) -> Tenant:
+    """Whom the request's key proved."""
+    tenant: Tenant = request.scope["state"]["tenant"]
+    return tenant
