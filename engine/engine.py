@@ -58,7 +58,7 @@ from engine.batch import Batch, Segment
 from engine.canary import Canaries, Canary
 from engine.prefetch import Prefetches
 from engine.reads import Reads
-from engine.restore import ReadsMeasured
+from engine.restore import Part, ReadsMeasured
 from engine.sampler import SamplingState
 from engine.sequence import Load, Phase, Sequence
 from tiers.block import BlockKey, Copy, Drop, Fetch, Spill, StoreError, Tier
@@ -374,7 +374,7 @@ class Engine:
         if self._stopping or not whole.blocks or self._prefetches.covers(whole):
             return
         found = _found(whole)
-        reads_disk = any(tier is Tier.DISK for tier, _ in found)
+        reads_disk = any(part.tier is Tier.DISK for part in found)
         may_read = self._scheduler.may_read() and (
             self._prefetches.reading < self._restore.max_loading
         )
@@ -575,20 +575,20 @@ class Engine:
             match = self._cache.match(self._root(sequence.submit.salt), tuple(sequence.tokens))
             found = _found(match)
             parts = self._worth(found, len(sequence.tokens))
-            sequence.reads_disk = any(tier is Tier.DISK for tier, _ in found[:parts])
+            sequence.reads_disk = any(part.tier is Tier.DISK for part in found[:parts])
             if sequence.reads_disk and not self._scheduler.may_read():
                 continue  # passed over from now on, until somebody's load is done
             if not self._start_loading(sequence, match, found[:parts], now):
                 return
 
-    def _worth(self, found: list[tuple[Tier, int]], tokens: int) -> int:
+    def _worth(self, found: list[Part], tokens: int) -> int:
         """How many of the leading parts to restore."""
         if not self._restore.decide:
             return len(found)
         return self._costs.choose(found, tokens, self._reads.queued)
 
     def _start_loading(
-        self, sequence: Sequence, match: Match, found: list[tuple[Tier, int]], now: float
+        self, sequence: Sequence, match: Match, found: list[Part], now: float
     ) -> bool:
         """False, and nothing has changed, when slots are held by others, or their bytes are still on the way out."""
         supersedes = sequence.submit.supersedes
@@ -619,10 +619,10 @@ class Engine:
         self._release_all(self._prefetches.take_served(hold), now)
         return True
 
-    def _load_of(self, found: list[tuple[Tier, int]], now: float) -> Load:
+    def _load_of(self, found: list[Part], now: float) -> Load:
         """What to expect. Others' reads come first, and some of them may bring what this one waits for too."""
-        own = sum(tier is Tier.DISK for tier, _ in found)
-        copies = sum(tier is Tier.HOST for tier, _ in found)
+        own = sum(part.tier is Tier.DISK for part in found)
+        copies = sum(part.tier is Tier.HOST for part in found)
         reads = self._reads.queued + own
         predicted = self._costs.copy_s(copies) + self._costs.read_s(reads)
         deadline = now + self._restore.deadline * predicted + self._restore.floor_s
@@ -804,7 +804,7 @@ class Engine:
         """Compute a restored block again, behind the same blocks, into a slot of nobody's, and compare."""
         tokens, size = canary.tokens, self._cache.block_tokens
         match = self._cache.match(canary.root, (*tokens, 0))
-        on_device = all(tier is Tier.DEVICE for tier, _ in _found(match))
+        on_device = all(part.tier is Tier.DEVICE for part in _found(match))
         if match.tokens != len(tokens) or not on_device or self._cache.free_slots < 2:
             self._canaries.skip()
             return
@@ -920,13 +920,15 @@ def _session_report(lease: Lease, now: float) -> SessionReport:
     )
 
 
-def _found(match: Match) -> list[tuple[Tier, int]]:
-    """Each matched part's nearest tier and its tokens; what is on its way to the device already counts as there."""
+def _found(match: Match) -> list[Part]:
+    """The matched blocks, and the rows of the one behind them that matched in part."""
     parts = [(block, len(block.tokens)) for block in match.blocks]
     if match.partial is not None:
         parts.append((match.partial, match.partial_rows))
     return [
-        (Tier.DEVICE if Tier.DEVICE in block.arriving else min(block.places), tokens)
+        Part(Tier.DEVICE, tokens, arriving=True)
+        if Tier.DEVICE in block.arriving
+        else Part(min(block.places), tokens)
         for block, tokens in parts
     ]
 

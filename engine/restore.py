@@ -20,7 +20,7 @@ Laws
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from engine.estimate import Estimate
 from tiers.block import Tier
@@ -67,6 +67,17 @@ class ReadsMeasured:
     read_s: float
 
 
+class Part(NamedTuple):
+    """A block of a match, or the rows of its last one: where it is nearest, and how many tokens it holds.
+
+    One that is on its way to the device counts as there, but is waited for like the reads before it.
+    """
+
+    tier: Tier
+    tokens: int
+    arriving: bool = False
+
+
 class RestoreCosts:
     """The estimates for one engine. `calibrated` is where they begin, and where refusals take them back to."""
 
@@ -106,19 +117,21 @@ class RestoreCosts:
         steps = -(-(end - begin) // self._step_tokens)
         return self._prefill.predict(steps, end - begin, _depths(begin, end))
 
-    def choose(self, found: Sequence[tuple[Tier, int]], tokens: int, queued: int) -> int:
+    def choose(self, found: Sequence[Part], tokens: int, queued: int) -> int:
         """How many of the leading parts to restore; all but perhaps the last are whole blocks.
 
-        `found` has each part's nearest tier and its tokens, in order, `tokens` counts the whole prompt, and `queued`
-        the blocks that the disk reads first. Parts on the device, or on their way there, cost nothing.
+        `found` has the match's parts in order, `tokens` counts the whole prompt, and `queued` the blocks that the disk
+        reads first. Parts on the device cost nothing.
         """
         host = disk = reused = 0
+        waits = False  # for the disk
         every = [self.prefill_s(0, tokens)]
-        for tier, of_part in found:
-            host += tier is Tier.HOST
-            disk += tier is Tier.DISK
-            reused += of_part
-            load = self.copy_s(host) + (self.read_s(queued + disk) if disk else 0.0)
+        for part in found:
+            host += part.tier is Tier.HOST
+            disk += part.tier is Tier.DISK
+            waits |= part.tier is Tier.DISK or part.arriving
+            reused += part.tokens
+            load = self.copy_s(host) + (self.read_s(queued + disk) if waits else 0.0)
             every.append(load + self.prefill_s(reused, tokens))
         # Of equals the longer: it leaves more of the machine to others.
         best = min(range(len(every)), key=lambda parts: (every[parts], -parts))

@@ -656,6 +656,16 @@ def test_a_restore_that_would_lose_is_refused_and_said_so():
     assert not bench.disk.fetched
 
 
+def test_a_request_that_overtakes_its_own_prefetch_restores_its_tail_too():
+    read = Rates(read_s=1e-3 / (2 * 4 * BLOCK), latency_s=1e-4, token_s=1e-3)
+    bench, prompt = on_disk(prompt_of(5 * BLOCK + 4), device=40, rates=read)
+    bench.inbox.put(Prefetch(b"", prompt))
+    bench.engine._turn(bench.emit)
+    assert bench.engine._reads.queued >= 5
+    assert bench.run(prompt, 3) == oracle(prompt, 3)
+    assert bench.finished(2).usage.computed_tokens == 1
+
+
 def test_a_disk_that_was_slow_for_a_while_is_asked_again_after_some_refusals():
     fast = Rates(latency_s=1e-4, step_s=1e-5, token_s=1e-5)
     bench, prompt = on_disk(prompt_of(40), device=40, rates=fast)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.restore import MARGIN, Rates, RestoreCosts
+from engine.restore import MARGIN, Part, Rates, RestoreCosts
 from tiers.block import Tier
 
 BLOCK_TOKENS, BLOCK_BYTES, STEP_TOKENS = 32, 1_474_560, 512
@@ -23,7 +23,9 @@ MACHINES = [
     for copy, (read, latency), (token, depth, step) in itertools.product(COPIES, READS, PREFILLS)
 ]
 FOUND = [
-    [(first, BLOCK_TOKENS)] * here + [(then, BLOCK_TOKENS)] * there + [(then, 17)] * tail
+    [Part(first, BLOCK_TOKENS)] * here
+    + [Part(then, BLOCK_TOKENS)] * there
+    + [Part(then, 17)] * tail
     for first, then in ((Tier.DISK, Tier.DISK), (Tier.HOST, Tier.DISK), (Tier.DEVICE, Tier.HOST))
     for here in (0, 1, 20, 100)
     for there in (1, 30)
@@ -42,19 +44,19 @@ def costs(rates: Rates = GUESSED) -> RestoreCosts:
 
 def seconds(machine: Rates, found, parts: int, tokens: int, queued: int = 0) -> float:
     """To the first token, token by token and block by block: the model written out."""
-    host = sum(tier is Tier.HOST for tier, _ in found[:parts])
-    disk = sum(tier is Tier.DISK for tier, _ in found[:parts])
+    host = sum(tier is Tier.HOST for tier, _, _ in found[:parts])
+    disk = sum(tier is Tier.DISK for tier, _, _ in found[:parts])
     load = host * BLOCK_BYTES * machine.copy_s
     if disk:
         load += machine.latency_s + (queued + disk) * BLOCK_BYTES * machine.read_s
-    reused = sum(of_part for _, of_part in found[:parts])
+    reused = sum(of_part for _, of_part, _ in found[:parts])
     steps = -(-(tokens - reused) // STEP_TOKENS)
     fed = sum(machine.token_s + at * machine.depth_s for at in range(reused, tokens))
     return load + steps * machine.step_s + fed
 
 
 def regret(believed: Rates, machine: Rates, found, new: int) -> float:
-    tokens = sum(of_part for _, of_part in found) + new
+    tokens = sum(of_part for _, of_part, _ in found) + new
     chosen = costs(believed).choose(found, tokens, 0)
     every = [seconds(machine, found, parts, tokens) for parts in (0, len(found))]
     return seconds(machine, found, chosen, tokens) / min(every)
@@ -76,7 +78,7 @@ def test_with_an_estimate_a_fifth_off_the_choice_costs_at_most_a_quarter(wrong, 
 def test_both_answers_are_given_on_these_machines():
     """Or the two tests above say nothing."""
     answers = {
-        (costs(machine).choose(found, sum(n for _, n in found) + 1, 0) > 0)
+        (costs(machine).choose(found, sum(n for _, n, _ in found) + 1, 0) > 0)
         for machine in MACHINES
         for found in FOUND
         if found[0][0] is Tier.DISK
@@ -93,7 +95,7 @@ def test_both_answers_are_given_on_these_machines():
 def test_no_other_end_is_better_than_the_chosen_by_more_than_the_margin(
     tiers, new, queued, machine
 ):
-    found = [(tier, BLOCK_TOKENS) for tier in tiers]
+    found = [Part(tier, BLOCK_TOKENS) for tier in tiers]
     tokens = BLOCK_TOKENS * len(found) + new
     chosen = costs(machine).choose(found, tokens, queued)
     every = [seconds(machine, found, parts, tokens, queued) for parts in range(len(found) + 1)]
@@ -102,15 +104,25 @@ def test_no_other_end_is_better_than_the_chosen_by_more_than_the_margin(
 
 def test_what_is_in_memory_is_reused_though_what_is_on_disk_behind_it_would_lose():
     machine = Rates(read_s=1, latency_s=1, copy_s=1e-12)
-    found = [(Tier.HOST, BLOCK_TOKENS)] * 3 + [(Tier.DISK, BLOCK_TOKENS)] * 2
+    found = [Part(Tier.HOST, BLOCK_TOKENS)] * 3 + [Part(Tier.DISK, BLOCK_TOKENS)] * 2
     assert costs(machine).choose(found, 200, 0) == 3
 
 
 def test_a_long_queue_at_the_disk_is_part_of_the_price():
     machine = Rates(token_s=1e-3, read_s=1e-2 / BLOCK_BYTES, latency_s=1e-3)
-    found = [(Tier.DISK, BLOCK_TOKENS)] * 10
+    found = [Part(Tier.DISK, BLOCK_TOKENS)] * 10
     assert costs(machine).choose(found, 321, 0) == 10
     assert costs(machine).choose(found, 321, 10_000) == 0
+
+
+def test_what_is_on_its_way_is_waited_for_anyway_so_what_is_behind_it_costs_its_own_read_only():
+    """A tail of 20 tokens was computed on a slow disk: the whole queue of its own session's prefetch was its price."""
+    machine = Rates(token_s=1e-3, read_s=5e-3 / BLOCK_BYTES, latency_s=1e-3)
+    coming = [Part(Tier.DEVICE, BLOCK_TOKENS, arriving=True)] * 25
+    tail = Part(Tier.DISK, 20)
+    assert costs(machine).choose([*coming, tail], 25 * BLOCK_TOKENS + 86, 25) == 26
+    there = [Part(Tier.DEVICE, BLOCK_TOKENS)] * 25
+    assert costs(machine).choose([*there, tail], 25 * BLOCK_TOKENS + 86, 25) == 25, "others' reads"
 
 
 def test_nothing_found_is_nothing_to_restore():
@@ -154,7 +166,7 @@ def test_a_clock_that_stood_still_teaches_nothing():
 
 def test_a_disk_that_was_slow_for_a_while_is_tried_again_after_refusals():
     believed = costs()
-    found = [(Tier.DISK, BLOCK_TOKENS)] * 10
+    found = [Part(Tier.DISK, BLOCK_TOKENS)] * 10
     for _ in range(60):
         believed.observe_reads(10, 60.0)
     assert believed.choose(found, 321, 0) == 0
