@@ -1,8 +1,10 @@
 """From what a client names or repeats to what was really said: the tables first, then the manifests on disk.
 
 Laws
-    An output that the model sampled here is recalled with its exact ids, by item id, else by what it says.
+    An output that the model sampled here is recalled with its exact ids, by the id of an item or a call, else by what
+    it says. Over which API it was said, and over which it is repeated, makes no difference.
     Each response's output is recalled once, however the client's list cuts it up: the ids already cover all of it.
+    Some APIs have ids for calls only. What stands beside a call, and was said with it, belongs to it.
     What cannot be recalled is kept as the client's JSON describes it. Only an id that must resolve is an error.
     A manifest that cannot be read is as good as absent.
 """
@@ -17,7 +19,9 @@ from broker.errors import NotFound, UnknownResponse
 from broker.session import Part, from_manifest
 from broker.wire.items import (
     ClientGroup,
+    FunctionCall,
     ItemReference,
+    Message,
     content_digest,
     group_outputs,
 )
@@ -78,7 +82,7 @@ class Recall:
         return None
 
     async def item(self, item_id: str) -> Node | None:
-        """The response that has this output item, stored or not."""
+        """The response that has this output item, or made the call of this id, stored or not."""
         node = self.sessions.find_item(self.tenant.name, item_id)
         if node is not None:
             return node
@@ -129,6 +133,8 @@ class Recall:
         runs: list[tuple[Node | None, list[Item]]] = []
         for item in items:
             node = None if item.id is None else await self.item(item.id)
+            if node is None and isinstance(item, FunctionCall):
+                node = await self.item(item.call_id)
             if isinstance(item, ItemReference) and (node is None or not node.stored):
                 raise NotFound(
                     f"Item with id '{item.id}' not found.", code="item_not_found", param="input"
@@ -137,7 +143,7 @@ class Recall:
                 runs[-1][1].append(item)
             else:
                 runs.append((node, [item]))
-        return [(node, tuple(run)) for node, run in runs]
+        return _united([(node, tuple(run)) for node, run in runs])
 
     async def _by_content(
         self,
@@ -162,6 +168,55 @@ class Recall:
             return None
         self.sessions.add(node)
         return node
+
+
+_Run = tuple["Node | None", tuple["Item", ...]]
+_REACH = (
+    16  # items without ids beside one with an id that may belong to it; more is no output of ours
+)
+
+
+def _united(runs: list[_Run]) -> list[_Run]:
+    """The same items, with those that have no id we know given to the response that said them beside one that has."""
+    out: list[_Run] = []
+    rest = list(runs)
+    while rest:
+        node, run = rest.pop(0)
+        if node is None:
+            out.append((node, run))
+            continue
+        while (
+            len(rest) > 1 and rest[0][0] is None and rest[1][0] is node
+        ):  # between two items of it
+            run += rest.pop(0)[1] + rest.pop(0)[1]
+        before = out.pop()[1] if out and out[-1][0] is None else ()
+        after = rest.pop(0)[1] if rest and rest[0][0] is None else ()
+        left, right = _reach(node, before, run, after)
+        stranger, own = before[: len(before) - left], before[len(before) - left :]
+        if stranger:
+            out.append((None, stranger))
+        out.append((node, own + run + after[:right]))
+        if after[right:]:
+            rest.insert(0, (None, after[right:]))
+    return out
+
+
+def _reach(
+    node: Node, before: tuple[Item, ...], run: tuple[Item, ...], after: tuple[Item, ...]
+) -> tuple[int, int]:
+    """How many of the items before and after `run` the node said too.
+
+    As many as make up what it said; where a client wrote that anew, as many messages as are missing.
+    """
+    for left in range(min(len(before), _REACH), -1, -1):
+        for right in range(min(len(after), _REACH), -1, -1):
+            whole = before[len(before) - left :] + run + after[:right]
+            if content_digest(whole) == node.content:
+                return left, right
+    ids = {item.id for item in run} | {i.call_id for i in run if isinstance(i, FunctionCall)}
+    missing = [i for i in node.output if isinstance(i, Message) and i.id not in ids]
+    left = min(len(missing), len(before))
+    return left, min(len(missing) - left, len(after))
 
 
 async def continued(recall: Recall, connection: ConnectionScope, response_id: str) -> Node:

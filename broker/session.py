@@ -80,7 +80,7 @@ class Node:
     instructions: str | None
     tools: tuple[ToolSpec, ...]
     response: Mapping[str, Any] | None  # the finished response object; None unless stored
-    item_ids: tuple[str, ...] = ()  # of the output
+    item_ids: tuple[str, ...] = ()  # of the output: its items' and its calls'
     content: bytes = b""  # content_digest of the output; empty if there was none
     keys: tuple[BlockKey, ...] = ()
     labels: tuple[

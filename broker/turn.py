@@ -38,6 +38,7 @@ from broker.wire.items import (
     Message,
     Reasoning,
     content_digest,
+    ids_of,
     parse_items,
     spoken_name,
 )
@@ -149,6 +150,9 @@ class Resolved:
     said: Recalled  # this request's items
     before: Node | None
     latest: Node | None  # the parent, or the newest turn that bears the session's name
+    tools: tuple[
+        ToolSpec, ...
+    ]  # the request's, in the order and words of the turn before where those are the same
     after: TokenIds | None  # the parent's exact ids, if the prompt is those and a suffix
 
     @property
@@ -156,7 +160,7 @@ class Resolved:
         return self.history + self.said.parts
 
     def conversation(self) -> Conversation:
-        return conversation(self.request.instructions, self.request.tools, self.parts)
+        return conversation(self.request.instructions, self.tools, self.parts)
 
 
 async def run_turn(
@@ -247,9 +251,10 @@ class _Turn:
         latest = parent or await recall.latest(self._labels())
         self._expect(latest)
         history = () if parent is None else parent.history
+        tools = _as_before(request.tools, latest)
 
         def prompt(parts: tuple[Part, ...]) -> TokenIds:
-            return self._prompt(conversation(request.instructions, request.tools, history + parts))
+            return self._prompt(conversation(request.instructions, tools, history + parts))
 
         said = await recall.parts(request.items, prompt=prompt)
         self._expect(said.last)
@@ -257,11 +262,14 @@ class _Turn:
         unchanged = (
             parent is not None
             and parent.sampled != ()
-            and (request.instructions, request.tools) == (parent.instructions, parent.tools)
+            and request.instructions == parent.instructions
+            and same_tools(request.tools, parent.tools)
             and all(part.sampled is None for part in said.parts)
         )
         after = parent.tokens if parent is not None and unchanged else None
-        return Resolved(request, history, said, said.last or parent, latest, after)
+        before = said.last or parent
+        tools = _as_before(request.tools, before or latest)
+        return Resolved(request, history, said, before, latest, tools, after)
 
     def _expect(self, node: Node | None) -> None:
         if node is not None:
@@ -447,11 +455,11 @@ class _Turn:
         request = resolved.request
         if before.history_known and request.instructions != before.instructions:
             return Divergence(at, "instructions")
-        if before.history_known and request.tools != before.tools:
+        if before.history_known and not same_tools(request.tools, before.tools):
             return Divergence(at, "tools")
 
         def length(parts: tuple[Part, ...]) -> int:
-            cut = conversation(request.instructions, request.tools, parts)
+            cut = conversation(request.instructions, resolved.tools, parts)
             return len(self.engine.text.prefix(cut))
 
         try:
@@ -482,9 +490,9 @@ class _Turn:
             sampled_from=len(prompt),
             history=(*resolved.parts, Part(output, sampled)),
             instructions=resolved.request.instructions,
-            tools=resolved.request.tools,
+            tools=resolved.tools,
             response=response if self.request.store else None,
-            item_ids=tuple(item.id for item in output if item.id is not None),
+            item_ids=ids_of(output),
             content=content_digest(output) if output else b"",
             keys=() if finished is None else tuple(map(BlockKey, finished.keys)),
             labels=tuple(dict.fromkeys((session, *self._labels()))),
@@ -640,6 +648,22 @@ def _messages(items: tuple[Item, ...], names: Mapping[str, str]) -> list[ChatMes
     if spoken or calls:
         out.append(ChatMessage("assistant", "".join(spoken), tuple(calls)))
     return out
+
+
+def same_tools(some: tuple[ToolSpec, ...], others: tuple[ToolSpec, ...]) -> bool:
+    """Whether a model sees the same tools, however they are sorted, and in whichever API they were declared."""
+    if some == others:
+        return True
+
+    def seen(tools: tuple[ToolSpec, ...]) -> dict[str, dict[str, Any]]:
+        return {tool.spoken_name: _tool_json(tool) for tool in tools}
+
+    return len(some) == len(others) and seen(some) == seen(others)
+
+
+def _as_before(tools: tuple[ToolSpec, ...], before: Node | None) -> tuple[ToolSpec, ...]:
+    """The tools as the turn before had them, if they are the same: in another order they would be another prompt."""
+    return before.tools if before is not None and same_tools(tools, before.tools) else tools
 
 
 def _tool_json(tool: ToolSpec) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Manifest:
     stored: bool  # False: the id must not answer once its connection is gone; the tokens still serve replays
     tokens: TokenIds
     sampled_from: int
-    item_ids: tuple[str, ...]  # output items, as clients will replay them
+    item_ids: tuple[str, ...]  # of output items and calls, as clients will replay them
     content_digest: bytes  # of the output's normalised contents: finds a replay that carries no ids
     keys: tuple[BlockKey, ...]
     body: bytes

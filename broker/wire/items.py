@@ -3,9 +3,10 @@
 Laws
     Parsing is total over what real clients replay: our own items byte for byte, the same items with ids
     stripped, bare `{role, content}` messages, content as a string or as parts, any extra fields.
-    `content_digest` of a response's output equals that of any replay of it. It covers what was sampled
-    (texts, call names, argument strings, in order) and nothing that clients add, drop or renumber (ids, call
-    ids, statuses, annotations, how the text is cut into parts and messages).
+    `content_digest` of a response's output equals that of any replay of it, over any API. It covers what was said
+    (texts, call names, the JSON values of arguments, in order) and nothing that clients add, drop, renumber or
+    write anew (ids, call ids, statuses, annotations, thoughts, how the text is cut into parts and messages, white
+    space around it, how a call's arguments are spaced and sorted).
     Items keep the order they came in.
 
 A run of assistant messages, calls and reasoning is one group: what one response produced, as far as the
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
-from broker.errors import UnsupportedContent
+from broker.errors import BadRequest, UnsupportedContent
 from broker.wire.fields import (
     as_object,
     invalid_type,
@@ -33,6 +34,7 @@ from broker.wire.fields import (
     required_name,
     required_string,
 )
+from broker.wire.json_in import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -148,14 +150,26 @@ def is_output(item: Item) -> bool:
             return True
 
 
+def ids_of(output: Iterable[Item]) -> tuple[str, ...]:
+    """Every id by which a client may repeat these items: theirs, and their calls'. No two are equal."""
+    ids: dict[str, None] = {}
+    for item in output:
+        if item.id is not None:
+            ids[item.id] = None
+        if isinstance(item, FunctionCall):
+            ids[item.call_id] = None
+    return tuple(ids)
+
+
 def content_digest(items: Iterable[Item]) -> bytes:
     """32 bytes that name what one output group says. Client items in the list count for nothing.
 
-    Layout hashed: for each run of message text, call or reasoning a tag byte, then its strings, each framed
-    by its length in bytes as u64 LE. Neighbouring messages are one run, and an empty text is none.
+    Layout hashed: for each run of message text, or call, a tag byte, then its strings, each framed by its length in
+    bytes as u64 LE. Neighbouring messages are one run, white space around it is left out, and an empty text is none.
+    Arguments that are JSON stand in one canonical form: keys sorted, no white space, whole numbers as integers.
     A reference is framed by its id, so it equals nothing but itself: resolve references first.
     """
-    digest = blake2b(digest_size=32, person=b"homeport-out-1")
+    digest = blake2b(digest_size=32, person=b"homeport-out-2")
     text = ""
     for item in items:
         if isinstance(item, Message) and is_output(item):
@@ -170,17 +184,39 @@ def content_digest(items: Iterable[Item]) -> bytes:
 def _framed_item(item: Item) -> bytes:
     match item:
         case FunctionCall():
-            return _framed(b"c", spoken_name(item.name, item.namespace), item.arguments)
-        case Reasoning():
-            return _framed(b"r", item.text)
+            name = spoken_name(item.name, item.namespace)
+            return _framed(b"c", name, _canonical(item.arguments))
         case ItemReference():
             return _framed(b"i", item.id)
-        case Message() | FunctionCallOutput():
+        case Message() | FunctionCallOutput() | Reasoning():
             return b""
 
 
 def _framed_text(text: str) -> bytes:
-    return _framed(b"t", text) if text else b""
+    said = text.strip()
+    return _framed(b"t", said) if said else b""
+
+
+def _canonical(arguments: str) -> str:
+    """A call's arguments as every client that means the same would write them; what is no JSON stays as it is."""
+    try:
+        value = parse_json(arguments)
+    except BadRequest:
+        return arguments
+    return json.dumps(_whole(value), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def _whole(value: Json) -> Json:
+    """A JSON value whose whole numbers are integers: 1.0 and 1 are one number, and some languages write the latter."""
+    match value:
+        case float():
+            return int(value) if value.is_integer() else value
+        case list():
+            return [_whole(inner) for inner in value]
+        case dict():
+            return {key: _whole(inner) for key, inner in value.items()}
+        case _:
+            return value
 
 
 def _framed(tag: bytes, *strings: str) -> bytes:

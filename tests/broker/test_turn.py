@@ -698,6 +698,14 @@ def stripped(item: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in item.items() if k not in ("id", "status")}
 
 
+def called_bare(item: dict[str, Any]) -> dict[str, Any]:
+    """As clients of an API that has ids for calls only, and sends arguments as JSON values, repeat it."""
+    bare = stripped(item)
+    if bare.get("type") == "function_call":
+        bare["arguments"] = json.dumps(json.loads(bare["arguments"]), indent=1, sort_keys=True)
+    return bare
+
+
 @given(data=st.data())
 @settings(max_examples=60)
 async def test_a_replay_finds_the_tokens_of_an_uninterrupted_chain(data: st.DataObject) -> None:
@@ -720,7 +728,7 @@ async def test_a_replay_finds_the_tokens_of_an_uninterrupted_chain(data: st.Data
             way = (
                 "replay"
                 if outcome is None
-                else data.draw(st.sampled_from(["id", "replay", "bare", "restart"]))
+                else data.draw(st.sampled_from(["id", "replay", "bare", "called", "restart"]))
             )
             event(way)
             limits = {"max_output_tokens": 5} if data.draw(st.booleans()) and number % 2 else {}
@@ -729,7 +737,8 @@ async def test_a_replay_finds_the_tokens_of_an_uninterrupted_chain(data: st.Data
             else:
                 if way == "restart":
                     desk.restart()
-                past = [stripped(i) for i in history] if way == "bare" else history
+                as_sent = {"bare": stripped, "called": called_bare}.get(way, dict)
+                past = [as_sent(item) for item in history]
                 body = {"input": [*past, *delta]}
             outcome = await desk.turn(**body, **fixed, **limits)
             assert outcome.node is not None
@@ -766,6 +775,79 @@ async def test_an_output_cut_up_by_the_client_is_spliced_once(desk: Desk) -> Non
     rendered = byte_text().decode(desk.prompt)
     assert rendered.count("Looking.") == 1
     assert rendered.count("<tool_response>") == 2
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        CALL,
+        CALL + CALL.removeprefix("Looking."),
+        CALL + " Between. " + CALL.removeprefix("Looking."),
+        CALL.removeprefix("Looking."),
+    ],
+)
+@pytest.mark.parametrize("rewritten", [False, True])
+@pytest.mark.parametrize("restart", [False, True])
+async def test_what_was_said_beside_a_call_belongs_to_the_response_that_made_it(
+    desk: Desk, said: str, rewritten: bool, restart: bool
+) -> None:
+    desk.engine.reply = saying(said, "ok")
+    first = await desk.turn(input="hi", tools=TOOLS, store=not rewritten or not restart)
+    assert first.node is not None
+    output = [called_bare(item) for item in first.response["output"]]
+    if rewritten and not restart:  # without the items that it said, only the whole is recognised
+        for item in output:
+            if item["type"] == "message":
+                item["content"] = "something else"
+    if restart:
+        desk.restart()
+    results = [
+        {"type": "function_call_output", "call_id": item["call_id"], "output": "bin"}
+        for item in output
+        if item["type"] == "function_call"
+    ]
+    await desk.turn(input=[user("hi"), *output, *results], tools=TOOLS)
+    assert desk.prompt[: len(first.node.tokens)] == first.node.tokens
+    rendered = byte_text().decode(desk.prompt)
+    assert rendered.count("Looking.") == said.count("Looking.")
+    assert "something else" not in rendered
+
+
+async def test_a_strangers_words_before_a_call_stay_the_clients(desk: Desk) -> None:
+    """Two answers one after the other, the first of another server: only the second is ours."""
+    desk.engine.reply = saying(CALL, "ok")
+    first = await desk.turn(input="hi", tools=TOOLS)
+    output = [called_bare(item) for item in first.response["output"]]
+    result = {"type": "function_call_output", "call_id": output[-1]["call_id"], "output": "bin"}
+    other = {"role": "assistant", "content": "From elsewhere."}
+    second = await desk.turn(input=[user("hi"), other, *output, result], tools=TOOLS)
+    rendered = byte_text().decode(desk.prompt)
+    assert rendered.count("From elsewhere.") == rendered.count("Looking.") == 1
+    assert second.node is not None
+    assert first.node is not None
+    assert [part.sampled for part in second.node.history[1:3]] == [None, first.node.sampled]
+
+
+async def test_tools_that_only_are_sorted_anew_stay_the_prompt_that_they_were(desk: Desk) -> None:
+    tools = [
+        {"type": "function", "name": "a", "parameters": {"type": "object", "properties": {}}},
+        {"type": "function", "name": "b", "description": "B.", "strict": True},
+    ]
+    resorted = [
+        {"strict": None, "description": "B.", "name": "b", "type": "function"},
+        {"parameters": {"properties": {}, "type": "object"}, "name": "a", "type": "function"},
+    ]
+    first = await desk.turn(input="hi", tools=tools)
+    assert first.node is not None
+    by_id = await desk.turn(input="more", tools=resorted, previous_response_id=first.response["id"])
+    assert by_id.node is not None
+    assert desk.prompt[: len(first.node.tokens)] == first.node.tokens
+    assert "part" not in by_id.response["homeport:cache"]
+    said = [user("hi"), *map(stripped, first.response["output"])]
+    await desk.turn(input=[*said, user("again")], tools=resorted)
+    assert desk.prompt[: len(first.node.tokens)] == first.node.tokens
+    changed = await desk.turn(input=[*said, user("again")], tools=resorted[:1])
+    assert changed.response["homeport:cache"]["part"] == "tools"
 
 
 async def test_references_stand_for_stored_items(desk: Desk) -> None:
