@@ -5,8 +5,8 @@ Laws
     stripped, bare `{role, content}` messages, content as a string or as parts, any extra fields.
     `content_digest` of a response's output equals that of any replay of it, over any API. It covers what was said
     (texts, call names, the JSON values of arguments, in order) and nothing that clients add, drop, renumber or
-    write anew (ids, call ids, statuses, annotations, thoughts, how the text is cut into parts and messages, white
-    space around it, how a call's arguments are spaced and sorted).
+    write anew (ids, call ids, statuses, annotations, thoughts, how the text is cut into parts and messages and
+    trimmed, how a call's arguments are spaced and sorted).
     Items keep the order they came in.
 
 A run of assistant messages, calls and reasoning is one group: what one response produced, as far as the
@@ -165,7 +165,7 @@ def content_digest(items: Iterable[Item]) -> bytes:
     """32 bytes that name what one output group says. Client items in the list count for nothing.
 
     Layout hashed: for each run of message text, or call, a tag byte, then its strings, each framed by its length in
-    bytes as u64 LE. Neighbouring messages are one run, white space around it is left out, and an empty text is none.
+    bytes as u64 LE. Neighbouring messages are one run, white space is left out, and an empty text is none.
     Arguments that are JSON stand in one canonical form: keys sorted, no white space, whole numbers as integers.
     A reference is framed by its id, so it equals nothing but itself: resolve references first.
     """
@@ -193,7 +193,7 @@ def _framed_item(item: Item) -> bytes:
 
 
 def _framed_text(text: str) -> bytes:
-    said = text.strip()
+    said = "".join(text.split())  # who trims messages that we join changes the white space inside
     return _framed(b"t", said) if said else b""
 
 
