@@ -130,7 +130,7 @@ class _CreateBody:
         if path is None:
             return error
         for place in sorted(self._places, key=len, reverse=True):
-            if path == place or path.startswith((f"{place}.", f"{place}[")):
+            if path.startswith(place):
                 named = self._places[place] + path.removeprefix(place)
                 message = error.message.replace(f"'{path}'", f"'{named}'")
                 return BadRequest(message, code=error.code, param=named)
@@ -264,7 +264,7 @@ class _CreateBody:
         if kind not in ("function", "custom"):
             return tool
         inner = _required_object(tool, kind, at)
-        self._places |= {place: join(at, kind), join(place, "type"): join(at, "type")}
+        self._places[place] = join(at, kind)
         form = inner.get("format")
         if isinstance(form, dict) and isinstance(form.get("grammar"), dict):
             inner = {**inner, "format": {**form["grammar"], "type": form.get("type")}}

@@ -1,6 +1,5 @@
 """Chat bodies: the same request as over Responses, and a refusal in the words that the client used."""
 
-import json
 import re
 
 import pytest
@@ -11,6 +10,7 @@ from broker.errors import BadRequest
 from broker.wire.chat_in import ChatRequest, parse_chat
 from broker.wire.items import FunctionCall, FunctionCallOutput, Message, Reasoning
 from broker.wire.requests import ToolChoice, ToolKind, ToolSpec, Transport, parse_create
+from tests.broker.wire.chat_bodies import LANGCHAIN, SCHEMA, VERCEL
 
 ASKED = {"role": "user", "content": "Hi."}
 FUNCTION = {"type": "function", "function": {"name": "f"}}
@@ -21,6 +21,15 @@ CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 
 def parse(*messages, **fields):
     return parse_chat({"messages": list(messages) or [ASKED], **fields}).turn
+
+
+def fault(body):
+    """What is wrong with a body; None if nothing is."""
+    try:
+        parse_chat(body)
+    except BadRequest as error:
+        return error
+    return None
 
 
 def refusal(body):
@@ -333,6 +342,18 @@ def wrong(*messages):
             "messages[1].tool_calls[0].function.name",
         ),
         (
+            wrong({"role": "assistant", "tool_calls": [{"id": "c", **CUSTOM}]}),
+            "missing_required_parameter",
+            "messages[0].tool_calls[0].custom.input",
+        ),
+        (
+            wrong(
+                {"role": "assistant", "tool_calls": [{"id": "c", "type": "custom", "custom": {}}]}
+            ),
+            "missing_required_parameter",
+            "messages[0].tool_calls[0].custom.name",
+        ),
+        (
             wrong({"role": "assistant", "function_call": {"name": "f"}}),
             "missing_required_parameter",
             "messages[0].function_call.arguments",
@@ -475,44 +496,77 @@ def test_the_sentence_of_a_refusal_names_the_same_field():
     assert "'c'" in error.message
 
 
-# Bodies as frameworks make them, read from their sources.
+EVERYTHING = {
+    "messages": [
+        *(ASKED for _ in range(10)),
+        {
+            "role": "assistant",
+            "content": "c",
+            "reasoning": "r",
+            "tool_calls": [CALL, {"id": "c", **CUSTOM}],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "r"},
+    ],
+    "tools": [
+        FUNCTION,
+        {"type": "web_search"},
+        {"type": "custom", "custom": {"format": {"type": "grammar", "grammar": GRAMMAR}}},
+    ],
+    "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": [FUNCTION, CUSTOM]}},
+    "max_tokens": 5,
+    "verbosity": "low",
+    "reasoning_effort": "high",
+    "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}},
+}
 
-SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("input", "messages"),
+        ("input[1].content", "messages[1].content"),
+        ("input[10]", "messages[10]"),
+        ("input[11].content[0]", "messages[10].content[0]"),
+        ("input[12].name", "messages[10].tool_calls[0].function.name"),
+        ("input[13].input", "messages[10].tool_calls[1].custom.input"),
+        ("input[14].output[0].text", "messages[11].content[0].text"),
+        ("tools[0].strict", "tools[0].function.strict"),
+        ("tools[1].user_location", "tools[1].user_location"),
+        ("tools[2].format.syntax", "tools[2].custom.format.grammar.syntax"),
+        ("tool_choice.mode", "tool_choice.allowed_tools.mode"),
+        ("tool_choice.tools", "tool_choice.allowed_tools.tools"),
+        ("tool_choice.tools[1].name", "tool_choice.allowed_tools.tools[1].custom.name"),
+        ("max_output_tokens", "max_tokens"),
+        ("text.verbosity", "verbosity"),
+        ("text.format", "response_format"),
+        ("text.format.schema.properties", "response_format.json_schema.schema.properties"),
+        ("reasoning.effort", "reasoning_effort"),
+        ("metadata.a", "metadata.a"),
+    ],
+)
+def test_whatever_the_create_body_is_refused_for_is_named_as_the_client_wrote_it(
+    monkeypatch, path, named
+):
+    """Also what nothing refuses yet."""
+
+    def refuse(body, *, transport):
+        raise BadRequest(f"Not '{path}'.", code="c", param=path)
+
+    monkeypatch.setattr("broker.wire.chat_in.parse_create", refuse)
+    error = fault(EVERYTHING)
+    assert (error.message, error.code, error.param) == (f"Not '{named}'.", "c", named)
+
+
+def test_a_refusal_of_no_field_stays_one(monkeypatch):
+    def refuse(body, *, transport):
+        raise BadRequest("No.")
+
+    monkeypatch.setattr("broker.wire.chat_in.parse_create", refuse)
+    assert fault(EVERYTHING).param is None
 
 
 def test_a_langchain_agents_second_request():
-    """ChatOpenAI: calls are rendered anew from parsed arguments, null content beside them, extras dropped from results."""
-    arguments = json.dumps({"path": "é"}, ensure_ascii=False)
-    call = {"type": "function", "id": "call_1", "function": {"name": "ls", "arguments": arguments}}
-    request = parse_chat(
-        {
-            "messages": [
-                {"content": "Be brief.", "role": "system"},
-                {"content": "List.", "role": "user"},
-                {"content": None, "role": "assistant", "tool_calls": [call]},
-                {"content": "a.txt", "role": "tool", "tool_call_id": "call_1"},
-            ],
-            "model": "smollm2-135m-instruct",
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "temperature": 0.0,
-            "max_completion_tokens": 100,
-            "n": 1,
-            "parallel_tool_calls": False,
-            "tool_choice": {"type": "function", "function": {"name": "ls"}},
-            "tools": [
-                {
-                    "type": "function",
-                    "function": {
-                        "name": "ls",
-                        "description": "List.",
-                        "parameters": SCHEMA,
-                        "strict": True,
-                    },
-                }
-            ],
-        }
-    )
+    request = parse_chat(LANGCHAIN)
     kinds = [type(item) for item in request.turn.items]
     assert kinds == [Message, Message, FunctionCall, FunctionCallOutput]
     assert request.turn.items[2].arguments == '{"path": "é"}'
@@ -528,43 +582,7 @@ def test_a_langchain_message_of_content_blocks():
 
 
 def test_a_vercel_ai_sdk_request():
-    """openai-compatible: undefined fields are absent, an empty text stands beside calls, results are strings."""
-    call = {
-        "id": "call_1",
-        "type": "function",
-        "function": {"name": "ls", "arguments": '{"path":"é"}'},
-        "extra_content": {"google": {"thought_signature": "x"}},
-    }
-    request = parse_chat(
-        {
-            "model": "smollm2-135m-instruct",
-            "user": "u",
-            "max_tokens": 50,
-            "temperature": 0,
-            "stop": ["END"],
-            "reasoning_effort": "low",
-            "messages": [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": [{"type": "text", "text": "List."}]},
-                {
-                    "role": "assistant",
-                    "content": "",
-                    "reasoning_content": "Which?",
-                    "tool_calls": [call],
-                },
-                {"role": "tool", "tool_call_id": "call_1", "content": '{"files":[]}'},
-            ],
-            "tools": [
-                {
-                    "type": "function",
-                    "function": {"name": "ls", "description": "List.", "parameters": SCHEMA},
-                }
-            ],
-            "tool_choice": "auto",
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    )
+    request = parse_chat(VERCEL)
     kinds = [type(item) for item in request.turn.items]
     assert kinds == [Message, Message, Reasoning, FunctionCall, FunctionCallOutput]
     assert request.turn.max_output_tokens == 50
@@ -639,15 +657,6 @@ FIELDS = [
     "reasoning_effort",
     "store",
 ]
-
-
-def fault(body):
-    """What is wrong with a body; None if nothing is."""
-    try:
-        parse_chat(body)
-    except BadRequest as error:
-        return error
-    return None
 
 
 @given(
