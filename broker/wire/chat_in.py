@@ -9,7 +9,8 @@ Laws
     prompt is then that of the same conversation over Responses, token for token, whether its first system text comes
     as `instructions` or as an input message there: this is what lets a client change its API and keep its KV.
     An assistant message is what one response said: thoughts, text, calls, in this order. What `chat_out` said and a
-    client sends back has the same `content_digest` as the response it came from.
+    client sends back has the `content_digest` of the response it came from, if that spoke in this order, too. A text
+    after a call has lost its place, but no word.
     A tool's result answers a call that stands before it.
     What changes the answer is understood or refused by name; everything else is accepted, unknown fields too.
     A completion is stored only if the client says so: the default of this API, and not that of Responses.
@@ -238,7 +239,8 @@ class _CreateBody:
         """Function and custom tools without the object around them; `create` judges all others."""
         tools: list[Json] = []
         for index, value in enumerate(optional_array(self._chat, "tools") or []):
-            tools.append(self._unwrapped(as_object(value, at := f"tools[{index}]"), at, at))
+            at = f"tools[{index}]"
+            tools.append(self._unwrapped(as_object(value, at), at, at))
         return tools
 
     def _tool_choice(self) -> Json:
@@ -254,8 +256,7 @@ class _CreateBody:
         tools: list[Json] = []
         for index, value in enumerate(optional_array(allowed, "tools", at=inner) or []):
             path = f"{inner}.tools[{index}]"
-            entry = self._unwrapped(as_object(value, path), path, f"{at}.tools[{index}]")
-            tools.append(entry)
+            tools.append(self._unwrapped(as_object(value, path), path, f"{at}.tools[{index}]"))
         return {"type": "allowed_tools", "mode": allowed.get("mode"), "tools": tools}
 
     def _unwrapped(self, tool: dict[str, Json], at: str, place: str) -> dict[str, Json]:
