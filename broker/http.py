@@ -26,6 +26,7 @@ from starlette.requests import ClientDisconnect
 
 from broker.errors import BrokerError, ClientError, http_body
 from broker.routes.admin import OPEN_PATHS, admin_routes
+from broker.routes.chat import chat_routes
 from broker.routes.models import models_routes
 from broker.routes.refusal import (
     answer_broker_error,
@@ -85,7 +86,12 @@ class HttpSide:
 
 def build_app(port: Port) -> ASGIApp:
     """The guarded routes."""
-    table = [*responses_routes(port), *models_routes(port), *admin_routes(port)]
+    table = [
+        *responses_routes(port),
+        *chat_routes(port),
+        *models_routes(port),
+        *admin_routes(port),
+    ]
     app = Starlette(
         routes=table,
         exception_handlers={

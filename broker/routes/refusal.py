@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from broker.errors import BrokerError, ClientError, TurnFailed, http_body
+from broker.wire.chat_out import chat_error_body
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -22,7 +23,8 @@ def refusal(error: BrokerError, scope: Scope) -> JSONResponse:
     headers = dict(error.headers)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(http_body(error), status_code=error.status, headers=headers)
+    body = chat_error_body if scope["path"].startswith("/v1/chat/") else http_body
+    return JSONResponse(body(error), status_code=error.status, headers=headers)
 
 
 async def answer_broker_error(request: Request, error: Exception) -> Response:

@@ -8,5 +8,7 @@ ws_frames       a WebSocket text frame to what is to be done about it
 article         the dialect without `type` fields, and the loop that continues by itself
 toolcalls       sampled text to text and tool calls, as it streams
 responses_out   a turn's progress to numbered events and the response object
+chat_in         a Chat Completions body to a `TurnRequest`
+chat_out        a turn's events to Chat Completions' chunks and completion
 sse             an event to bytes
 """

@@ -308,7 +308,10 @@ def _text(obj: dict[str, Json], key: str, at: str) -> str:
 
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
-_UNREADABLE_PARTS = ("input_image", "input_file", "input_audio", "input_video")
+_UNREADABLE_PARTS = (
+    *("input_image", "input_file", "input_audio", "input_video"),
+    *("image_url", "file", "video_url"),  # their names in Chat Completions
+)
 
 
 def _part(value: Json, at: str) -> str:

@@ -23,3 +23,8 @@ def json_text(value: Mapping[str, Any]) -> str:
 def sse_frame(event: Mapping[str, Any]) -> bytes:
     """`event:` equals the event's type: some clients drop events without that line."""
     return f"event: {event['type']}\ndata: {json_text(event)}\n\n".encode()
+
+
+def data_frame(value: Mapping[str, Any]) -> bytes:
+    """A frame without `event:`, for an API whose values have no types: its clients know one kind only."""
+    return f"data: {json_text(value)}\n\n".encode()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.wire.sse import DONE, json_text, sse_frame
+from broker.wire.sse import DONE, data_frame, json_text, sse_frame
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
@@ -20,6 +20,10 @@ def test_an_event_is_one_data_line_whatever_its_text(delta):
     assert "\r" not in frame
     assert rest == ["", ""]
     assert json.loads(second.removeprefix("data: ")) == event
+
+
+def test_a_value_without_a_type_is_its_data_line_alone():
+    assert data_frame({"a": "é\n"}) == 'data: {"a":"é\\n"}\n\n'.encode()
 
 
 def test_the_end_of_a_body():
