@@ -57,7 +57,7 @@ class UnknownAttention(Exception):
 
 def backend(device: torch.device) -> str:
     """Which of the kernels below compute, for who must tell their rounding apart."""
-    return "paged_cpu, sdpa cpu" if device.type == "cpu" else f"sdpa {device.type}"
+    return "fused_cpu, paged_cpu, sdpa cpu" if device.type == "cpu" else f"sdpa {device.type}"
 
 
 def register() -> None:

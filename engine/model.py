@@ -49,6 +49,7 @@ from transformers import (
 from engine import attention, paged_cpu
 from engine.batch import Batch, Segment
 from engine.fingerprint import Origin, fingerprint, weigh
+from engine.fused_cpu import FusedModel
 from engine.runner import Runner
 from tiers.arena import Arena, Geometry
 from tiers.block import Slot
@@ -93,6 +94,7 @@ class LoadedModel:
     vocab_size: int
     max_context: int
     stop_ids: frozenset[int]  # of the model's own config; the tokenizer may know more
+    fused: FusedModel | None = None  # what small batches run on instead, where it can
 
 
 def load(spec: LoadSpec) -> LoadedModel:
@@ -114,7 +116,7 @@ def load(spec: LoadSpec) -> LoadedModel:
     model = model.to(device)
     geometry = probe(model, spec.block_tokens)
     if device.type == "cpu":
-        log.info("preparing the attention kernel: about 5 s where it was never compiled")
+        log.info("preparing the kernels: about half a minute where they were never compiled")
         paged_cpu.warm_up()
     loaded = LoadedModel(
         model=model,
@@ -129,7 +131,15 @@ def load(spec: LoadSpec) -> LoadedModel:
         vocab_size=config.vocab_size,
         max_context=config.max_position_embeddings,
         stop_ids=_stop_ids(directory, config),
+        fused=FusedModel.of(model) if device.type == "cpu" else None,
     )
+    if loaded.fused is not None:
+        log.info(
+            "small batches run on %.0f MB of packed weights: %s",
+            loaded.fused.packed_bytes / 1e6,
+            ", ".join(f"{count} {form}" for form, count in loaded.fused.forms.items()),
+        )
+        compare(replace(loaded, fused=None))
     compare(loaded)
     return loaded
 

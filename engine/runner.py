@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine import fused_cpu
 from engine.attention import PagedForward
 
 if TYPE_CHECKING:
@@ -21,16 +22,19 @@ if TYPE_CHECKING:
 class Runner:
     """A loaded model over one arena. Used by one thread."""
 
-    __slots__ = ("_arena", "_model")
+    __slots__ = ("_arena", "_fused", "_model")
 
     def __init__(self, loaded: LoadedModel, arena: Arena) -> None:
         assert arena.geometry == loaded.geometry, "the arena was made for another model"
         assert arena.device == loaded.device, "the arena must be where the model is"
         self._model = loaded.model
+        self._fused = loaded.fused
         self._arena = arena
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits [segments with `sample`, vocabulary] in float32, in the order of the segments."""
+        if self._fused is not None and len(batch.tokens) <= fused_cpu.MAX_TOKENS:
+            return self._fused.run(batch, self._arena)
         device = self._arena.device
         wanted = [s.start + s.count - 1 for s in batch.segments if s.sample]
         with torch.inference_mode():

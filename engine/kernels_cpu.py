@@ -1,0 +1,568 @@
+"""Everything that numba compiles for the CPU, and nothing else: products with packed weights, attention over pages, and a
+whole forward pass of a few tokens, without Python and without the GIL from embedding to logits.
+
+One file, because numba's cache knows a compiled function by its own file only: what it calls elsewhere could change behind
+its back. What is compiled here is cached beside this file, or in the user's cache directory where that cannot be written.
+
+Laws
+    A token's result does not depend on which tokens it is computed with, nor on the slots that hold its sequence. It may
+    depend on the number of threads, by rounding.
+    Rows of a block beyond a sequence's context are never read: they may hold anything, NaN included.
+
+Products. The innermost loops are written in LLVM's own vector types: what numba makes of the same loops in Python was 1.5
+to 10 times as slow, depending on the number of tokens and the processor. Measured on two cores at load 7 (AMD EPYC with
+AVX-512 and, in brackets, AVX2 only), 106 million weights as Q4, ms for one thread: 8 (11) for one token, 13 (14) for 2,
+17 (23) for 4, 39 (29) for 8. In float32 they are 424 MB, which this memory takes 40 to 60 ms to read.
+
+Attention. Flash decoding: every thread walks its share of every sequence's blocks with an online softmax, and the shares
+are merged at the end. Blocks are dealt round robin, so threads stay level for any mix of context lengths, and from each
+sequence's own start, so what a sequence gets is the same to the bit whoever it is batched with.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Array = np.ndarray[Any, Any]
+
+LANES = 16  # rows of a group: one AVX-512 register of float32, or two of AVX2
+SHARE = 32  # weights of a row that share a scale, in GGUF's formats
+
+
+class Form(enum.IntEnum):
+    F32 = 0
+    BF16 = 1
+    Q8 = 2
+    Q4 = 3
+
+
+class Matrices(NamedTuple):
+    """Every matrix of a model, laid end to end by element type: what compiled code takes."""
+
+    bytes_: Array  # uint8: Q4 and Q8
+    halves: Array  # uint16
+    floats: Array  # float32
+    scales: Array  # float32
+    table: Array  # int64 [matrices, 4]: form, rows, first code, first scale
+
+
+# The innermost loops
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_FLOAT = ir.FloatType()
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+_TOKENS = (4, 2, 1)  # how many are multiplied at a time: as many as registers allow
+
+
+def _number(value: int) -> ir.Constant:
+    return ir.Constant(_I64, value)
+
+
+def _all(kind: ir.Type, value: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(kind, LANES), [value] * LANES)
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    nothing = ir.Constant(_VECTOR, ir.Undefined)
+    first = builder.insert_element(nothing, value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, nothing, _all(_I32, 0))
+
+
+def _load(builder: ir.IRBuilder, pointer: ir.Value, kind: ir.Type, at: int) -> ir.Value:
+    """LANES elements from the `at`-th behind `pointer` on."""
+    place = builder.gep(pointer, [_number(at)])
+    vector = builder.load(builder.bitcast(place, ir.VectorType(kind, LANES).as_pointer()))
+    vector.align = 1
+    return vector
+
+
+def _fused(builder: ir.IRBuilder, one: ir.Value, other: ir.Value, added: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
+    return builder.call(function, [one, other, added])
+
+
+def _q4_columns(builder: ir.IRBuilder, codes: ir.Value) -> list[tuple[int, ir.Value]]:
+    """(column, its weights as floats) of one share, without scale and least."""
+    columns = []
+    for k in range(SHARE // 2):
+        both = _load(builder, codes, _I8, k * LANES)
+        low, high = builder.and_(both, _all(_I8, 15)), builder.lshr(both, _all(_I8, 4))
+        columns += [(k, _unsigned(builder, low)), (k + SHARE // 2, _unsigned(builder, high))]
+    return columns
+
+
+def _q8_columns(builder: ir.IRBuilder, codes: ir.Value) -> list[tuple[int, ir.Value]]:
+    columns = []
+    for k in range(SHARE):
+        wide = builder.sext(_load(builder, codes, _I8, k * LANES), ir.VectorType(_I32, LANES))
+        columns.append((k, builder.sitofp(wide, _VECTOR)))
+    return columns
+
+
+def _bf16_columns(builder: ir.IRBuilder, codes: ir.Value) -> list[tuple[int, ir.Value]]:
+    wide = builder.zext(_load(builder, codes, _I16, 0), ir.VectorType(_I32, LANES))
+    return [(0, builder.bitcast(builder.shl(wide, _all(_I32, 16)), _VECTOR))]
+
+
+def _f32_columns(builder: ir.IRBuilder, codes: ir.Value) -> list[tuple[int, ir.Value]]:
+    return [(0, _load(builder, codes, _FLOAT, 0))]
+
+
+def _unsigned(builder: ir.IRBuilder, small: ir.Value) -> ir.Value:
+    return builder.uitofp(builder.zext(small, ir.VectorType(_I32, LANES)), _VECTOR)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What one turn of a form's loop reads: `width` columns, in so many code elements, with so many scales."""
+
+    width: int
+    codes: int
+    scales: int
+    columns: Callable[[ir.IRBuilder, ir.Value], list[tuple[int, ir.Value]]]
+
+
+_STEPS = {
+    Form.Q4: _Step(SHARE, SHARE // 2 * LANES, 2, _q4_columns),
+    Form.Q8: _Step(SHARE, SHARE * LANES, 1, _q8_columns),
+    Form.BF16: _Step(1, LANES, 0, _bf16_columns),
+    Form.F32: _Step(1, LANES, 0, _f32_columns),
+}
+
+
+def _product(form: Form, tokens: int) -> Any:
+    """out[t, lane] = sum over k of weight[lane, k] * x[t, k], of one group and `tokens` neighbouring tokens.
+
+    Sums are made in one order whatever `tokens` is: as many partial sums, taken in turns, joined in the same way.
+    """
+    step = _STEPS[form]
+    partial_sums = 4 if step.width > 1 else 1
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def product(
+        typing: Any, codes: Any, code_at: Any, scales: Any, scale_at: Any, x: Any, x_at: Any,
+        x_step: Any, sums: Any, sum_at: Any, sum_step: Any, steps: Any, out: Any, out_at: Any,
+        out_step: Any,
+    ) -> Any:  # fmt: skip
+        number = types.int64
+        signature = types.void(
+            codes, number, scales, number, x, number, number, sums, number, number, number, out,
+            number, number,
+        )  # fmt: skip
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            def pointer(index: int, kind: ir.Type, at: ir.Value) -> ir.Value:
+                array = context.make_array(signature.args[index])(
+                    context, builder, arguments[index]
+                )
+                return builder.gep(builder.bitcast(array.data, kind.as_pointer()), [at])
+
+            kind = {Form.BF16: _I16, Form.F32: _FLOAT}.get(form, _I8)
+            first_code = pointer(0, kind, arguments[1])
+            first_scale = pointer(2, _FLOAT, arguments[3])
+            x_step, sum_step, steps, out_step = (arguments[i] for i in (6, 9, 10, 13))
+
+            def of_token(index: int, at: ir.Value, stride: ir.Value, token: int) -> ir.Value:
+                offset = builder.add(at, builder.mul(stride, _number(token)))
+                return pointer(index, _FLOAT, offset)
+
+            xs = [of_token(4, arguments[5], x_step, token) for token in range(tokens)]
+            sums = [of_token(7, arguments[8], sum_step, token) for token in range(tokens)]
+            zero = ir.Constant(_VECTOR, None)
+            totals = [cgutils.alloca_once_value(builder, zero) for _ in range(tokens)]
+            with cgutils.for_range(builder, steps) as loop:
+                at = loop.index
+                here = builder.gep(first_code, [builder.mul(at, _number(step.codes))])
+                of_x = [builder.gep(x, [builder.mul(at, _number(step.width))]) for x in xs]
+                partial: list[list[ir.Value | None]] = [
+                    [None] * partial_sums for _ in range(tokens)
+                ]
+                for turn, (column, weights) in enumerate(step.columns(builder, here)):
+                    place = turn % partial_sums
+                    for token in range(tokens):
+                        value = builder.load(builder.gep(of_x[token], [_number(column)]))
+                        vector, before = _splat(builder, value), partial[token][place]
+                        if step.scales == 0:
+                            before = builder.load(totals[token])
+                        if before is None:
+                            partial[token][place] = builder.fmul(weights, vector)
+                        else:
+                            partial[token][place] = _fused(builder, weights, vector, before)
+                scale = builder.gep(first_scale, [builder.mul(at, _number(step.scales * LANES))])
+                for token in range(tokens):
+                    joined = partial[token][0]
+                    for more in partial[token][1:]:
+                        joined = builder.fadd(joined, more)
+                    if step.scales:
+                        before = builder.load(totals[token])
+                        if step.scales == 2:
+                            least = _load(builder, scale, _FLOAT, LANES)
+                            summed = builder.load(builder.gep(sums[token], [at]))
+                            before = _fused(builder, least, _splat(builder, summed), before)
+                        joined = _fused(builder, _load(builder, scale, _FLOAT, 0), joined, before)
+                    builder.store(joined, totals[token])
+            for token in range(tokens):
+                to = of_token(11, arguments[12], out_step, token)
+                stored = builder.store(
+                    builder.load(totals[token]), builder.bitcast(to, _VECTOR.as_pointer())
+                )
+                stored.align = 4
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return product
+
+
+def _rows(form: Form) -> Any:
+    """`product` for any number of tokens, compiled: the rows of one group, whose first is `to`."""
+    four, two, one = (_product(form, tokens) for tokens in _TOKENS)
+    step = _STEPS[form]
+    width, per_step = step.width, step.codes
+    scales_per_step = step.scales * LANES
+
+    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    def rows(
+        codes: Array, code: int, scales: Array, scale: int, x: Array, sums: Array, out: Array, to: int
+    ) -> None:  # fmt: skip
+        tokens, columns, in_all, shares = x.shape[0], x.shape[1], out.shape[1], sums.shape[1]
+        steps = columns // width
+        code += to // LANES * steps * per_step
+        scale += to // LANES * steps * scales_per_step
+        t = 0
+        while t < tokens:
+            x_at, sum_at, at = t * columns, t * shares, t * in_all + to
+            if tokens - t >= 4:
+                four(
+                    codes,
+                    code,
+                    scales,
+                    scale,
+                    x,
+                    x_at,
+                    columns,
+                    sums,
+                    sum_at,
+                    shares,
+                    steps,
+                    out,
+                    at,
+                    in_all,
+                )
+                t += 4
+            elif tokens - t >= 2:
+                two(
+                    codes,
+                    code,
+                    scales,
+                    scale,
+                    x,
+                    x_at,
+                    columns,
+                    sums,
+                    sum_at,
+                    shares,
+                    steps,
+                    out,
+                    at,
+                    in_all,
+                )
+                t += 2
+            else:
+                one(
+                    codes,
+                    code,
+                    scales,
+                    scale,
+                    x,
+                    x_at,
+                    columns,
+                    sums,
+                    sum_at,
+                    shares,
+                    steps,
+                    out,
+                    at,
+                    in_all,
+                )
+                t += 1
+
+    return rows
+
+
+_rows_q4, _rows_q8, _rows_bf16, _rows_f32 = map(_rows, (Form.Q4, Form.Q8, Form.BF16, Form.F32))
+_Q4, _Q8, _BF16 = int(Form.Q4), int(Form.Q8), int(Form.BF16)
+
+
+@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def multiply(matrices: Matrices, index: int, x: Array, out: Array, threads: int) -> None:
+    """out[t, r] = sum over k of matrix[r, k] * x[t, k].
+
+    `x` is [tokens, columns], `out` [tokens, rows rounded up to a whole group], both float32 and contiguous.
+    """
+    form, rows, code, scale = matrices.table[index]
+    tokens, shares = x.shape[0], x.shape[1] // SHARE
+    sums = np.zeros((tokens, max(1, shares)), np.float32)
+    if form == _Q4:
+        for token in range(tokens):
+            for share in range(shares):
+                total = np.float32(0)
+                for k in range(share * SHARE, (share + 1) * SHARE):
+                    total += x[token, k]
+                sums[token, share] = total
+    groups = (rows + LANES - 1) // LANES
+    for thread in numba.prange(threads):
+        for group in range(groups * thread // threads, groups * (thread + 1) // threads):
+            to = group * LANES
+            if form == _Q4:
+                _rows_q4(matrices.bytes_, code, matrices.scales, scale, x, sums, out, to)
+            elif form == _Q8:
+                _rows_q8(matrices.bytes_, code, matrices.scales, scale, x, sums, out, to)
+            elif form == _BF16:
+                _rows_bf16(matrices.halves, code, matrices.scales, scale, x, sums, out, to)
+            else:
+                _rows_f32(matrices.floats, code, matrices.scales, scale, x, sums, out, to)
+
+
+# Attention
+
+# Sums in any order, fused; but infinities keep their meaning: the maximum of an empty share is -inf.
+FAST_BUT_INFINITE = {"reassoc", "contract", "arcp", "nsz", "afn"}
+
+
+@numba.njit(  # type: ignore[untyped-decorator]
+    parallel=True, fastmath=FAST_BUT_INFINITE, nogil=True, cache=True, error_model="numpy"
+)
+def attend(
+    query: Array,
+    blocks: Array,
+    layer: int,
+    tables: Array,
+    starts: Array,
+    counts: Array,
+    contexts: Array,
+    scaling: np.float32,
+    out: Array,
+    threads: int,
+) -> None:
+    kv_heads, block_tokens, head_dim = blocks.shape[3], blocks.shape[4], blocks.shape[5]
+    tokens, query_heads = query.shape[0], query.shape[1]
+    group = query_heads // kv_heads
+    # Each thread's share: unnormalised output, highest score so far, sum of the exponentials so far.
+    shares = np.zeros((threads, tokens, query_heads, head_dim), np.float32)
+    highest = np.full((threads, tokens, query_heads), -np.inf, np.float32)
+    weight = np.zeros((threads, tokens, query_heads), np.float32)
+
+    for thread in numba.prange(threads):
+        scores = np.empty(block_tokens, np.float32)
+        for sequence in range(tables.shape[0]):
+            context, count, start = contexts[sequence], counts[sequence], starts[sequence]
+            for kv_head in range(kv_heads):
+                first = (thread + kv_head) % threads
+                for block in range(first, (context + block_tokens - 1) // block_tokens, threads):
+                    slot = tables[sequence, block]
+                    keys = blocks[slot, layer, 0, kv_head]
+                    values = blocks[slot, layer, 1, kv_head]
+                    for token in range(start, start + count):
+                        # A token sees itself and what came before it.
+                        seen = context - count + 1 + token - start - block * block_tokens
+                        rows = min(block_tokens, seen)
+                        if rows <= 0:
+                            continue
+                        for head in range(kv_head * group, (kv_head + 1) * group):
+                            vector = query[token, head]
+                            before = highest[thread, token, head]
+                            top = before
+                            for row in range(rows):
+                                score = np.float32(0)
+                                for d in range(head_dim):
+                                    score += vector[d] * keys[row, d]
+                                score *= scaling
+                                scores[row] = score
+                                top = max(top, score)
+                            shrink = np.exp(before - top)
+                            total = weight[thread, token, head] * shrink
+                            share = shares[thread, token, head]
+                            for d in range(head_dim):
+                                share[d] *= shrink
+                            for row in range(rows):
+                                scores[row] = np.exp(scores[row] - top)
+                                total += scores[row]
+                            for row in range(rows):
+                                part = scores[row]
+                                for d in range(head_dim):
+                                    share[d] += part * values[row, d]
+                            highest[thread, token, head] = top
+                            weight[thread, token, head] = total
+
+    for sequence in range(tables.shape[0]):
+        for token in range(starts[sequence], starts[sequence] + counts[sequence]):
+            for head in range(query_heads):
+                top = highest[0, token, head]
+                for thread in range(1, threads):
+                    top = max(top, highest[thread, token, head])
+                total = np.float32(0)
+                result = out[token, head]
+                for d in range(head_dim):
+                    result[d] = 0
+                for thread in range(threads):
+                    # A thread without a block of this sequence has -inf here, and so no part in it.
+                    part = np.exp(highest[thread, token, head] - top)
+                    total += part * weight[thread, token, head]
+                    for d in range(head_dim):
+                        result[d] += part * shares[thread, token, head, d]
+                for d in range(head_dim):
+                    result[d] /= total
+
+
+# A forward pass
+
+
+class Net(NamedTuple):
+    """A decoder of the Llama family: what `forward` computes with. All float32 and contiguous but the counts."""
+
+    matrices: Matrices  # layer by layer q k v, o, gate up, down; then the head's
+    embedding: Array  # [vocabulary, hidden]
+    norms: Array  # [2 * layers + 1, hidden]: before attention, before the MLP, ...; at last before the head
+    biases: Array  # [layers, rows of q k v], or [0, 0]
+    head_norms: Array  # [2 * layers, head_dim]: q, k, ...; or [0, 0]
+    cosines: Array  # [positions, head_dim]
+    sines: Array  # [positions, head_dim]
+    query_heads: int
+    epsilon: float
+    scaling: float
+
+
+@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+def _whole(rows: int) -> int:
+    """Rounded up to a whole group."""
+    return (rows + LANES - 1) // LANES * LANES
+
+
+@numba.njit(nogil=True, fastmath=FAST_BUT_INFINITE, error_model="numpy")  # type: ignore[untyped-decorator]
+def _normalise(x: Array, weight: Array, epsilon: float, out: Array) -> None:
+    """RMS norm of one vector."""
+    squares = np.float32(0)
+    for i in range(x.shape[0]):
+        squares += x[i] * x[i]
+    factor = np.float32(1 / np.sqrt(squares / np.float32(x.shape[0]) + np.float32(epsilon)))
+    for i in range(x.shape[0]):
+        out[i] = weight[i] * (x[i] * factor)
+
+
+@numba.njit(nogil=True, fastmath=FAST_BUT_INFINITE, error_model="numpy")  # type: ignore[untyped-decorator]
+def _turn(x: Array, cosine: Array, sine: Array, out: Array) -> None:
+    """Rotary embedding of one head: pairs are half a head apart."""
+    half = x.shape[0] // 2
+    for i in range(half):
+        out[i] = x[i] * cosine[i] - x[i + half] * sine[i]
+        out[i + half] = x[i + half] * cosine[i + half] + x[i] * sine[i + half]
+
+
+@numba.njit(nogil=True, fastmath=FAST_BUT_INFINITE, error_model="numpy")  # type: ignore[untyped-decorator]
+def _place(
+    net: Net, layer: int, of_token: Array, position: int, query: Array, block: Array, row: int
+) -> None:
+    """One token's rows of q, k and v: turned, q into `query` [heads, head_dim], k and v into their row of a block.
+
+    `block` is [2, kv_heads, block_tokens, head_dim].
+    """
+    kv_heads, size = block.shape[1], block.shape[3]
+    cosine, sine = net.cosines[position], net.sines[position]
+    normed = np.empty(size, np.float32)
+    for head in range(net.query_heads + kv_heads):
+        vector = of_token[head * size : (head + 1) * size]
+        is_key = head >= net.query_heads
+        if net.head_norms.shape[0]:
+            _normalise(vector, net.head_norms[2 * layer + is_key], net.epsilon, normed)
+            vector = normed
+        if is_key:
+            _turn(vector, cosine, sine, block[0, head - net.query_heads, row])
+        else:
+            _turn(vector, cosine, sine, query[head])
+    values = of_token[(net.query_heads + kv_heads) * size :]
+    for head in range(kv_heads):
+        for i in range(size):
+            block[1, head, row, i] = values[head * size + i]
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST_BUT_INFINITE, error_model="numpy")  # type: ignore[untyped-decorator]
+def forward(
+    net: Net,
+    blocks: Array,  # [slots, layers, 2, kv_heads, block_tokens, head_dim]
+    tokens: Array,  # int64 [tokens], as all that follow
+    positions: Array,
+    slots: Array,  # where each token's KV goes
+    rows: Array,
+    tables: Array,  # as of `attend`
+    starts: Array,
+    counts: Array,
+    contexts: Array,
+    sampled: Array,  # [samples] which tokens' logits are wanted
+    logits: Array,  # float32 [samples, vocabulary rounded up to a whole group]
+    threads: int,
+) -> None:
+    """Write these tokens' KV into the blocks, and the logits of those that are sampled into `logits`."""
+    count, hidden = tokens.shape[0], net.embedding.shape[1]
+    layers, kv_heads, size = blocks.shape[1], blocks.shape[3], blocks.shape[5]
+    heads = net.query_heads
+    inner = net.matrices.table[2, 1] // 2  # of the MLP
+
+    state = np.empty((count, hidden), np.float32)
+    for t in range(count):
+        state[t] = net.embedding[tokens[t]]
+    normed = np.empty((count, hidden), np.float32)
+    mixed = np.empty((count, _whole((heads + 2 * kv_heads) * size)), np.float32)
+    query = np.empty((count, heads, size), np.float32)
+    attended = np.empty((count, heads, size), np.float32)
+    change = np.empty((count, _whole(hidden)), np.float32)
+    gates = np.empty((count, _whole(2 * inner)), np.float32)
+    active = np.empty((count, inner), np.float32)
+
+    for layer in range(layers):
+        for t in range(count):
+            _normalise(state[t], net.norms[2 * layer], net.epsilon, normed[t])
+        multiply(net.matrices, 4 * layer, normed, mixed, threads)
+        for t in range(count):
+            if net.biases.shape[0]:
+                for i in range(net.biases.shape[1]):
+                    mixed[t, i] += net.biases[layer, i]
+            _place(net, layer, mixed[t], positions[t], query[t], blocks[slots[t], layer], rows[t])
+        attend(
+            query, blocks, layer, tables, starts, counts, contexts, np.float32(net.scaling),
+            attended, threads,
+        )  # fmt: skip
+        multiply(
+            net.matrices, 4 * layer + 1, attended.reshape(count, heads * size), change, threads
+        )
+        for t in range(count):
+            for i in range(hidden):
+                state[t, i] += change[t, i]
+            _normalise(state[t], net.norms[2 * layer + 1], net.epsilon, normed[t])
+        multiply(net.matrices, 4 * layer + 2, normed, gates, threads)
+        for t in range(count):
+            for i in range(inner):
+                gate = gates[t, i]
+                active[t, i] = gate / (np.float32(1) + np.exp(-gate)) * gates[t, inner + i]
+        multiply(net.matrices, 4 * layer + 3, active, change, threads)
+        for t in range(count):
+            for i in range(hidden):
+                state[t, i] += change[t, i]
+
+    last = np.empty((sampled.shape[0], hidden), np.float32)
+    for n in range(sampled.shape[0]):
+        _normalise(state[sampled[n]], net.norms[2 * layers], net.epsilon, last[n])
+    multiply(net.matrices, 4 * layers, last, logits, threads)
