@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # Most particular first: one session may have several threads.
 _LABELS = (b"thread-id", b"session-id", b"x-claude-code-session-id")
-_AGENT = b"x-claude-code-agent-id"  # names a thread within its session, and nothing outside of it
 _LABEL_CHARS = 512  # as for `prompt_cache_key`, which says the same in a body
 _AGAIN_S = 10.0  # from a handshake to its first turn (guessed)
 
@@ -35,12 +34,8 @@ class Prefetcher(Protocol):
 
 def session_labels(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str, ...]:
     """The names that a request's headers (lower-case names) give to its session, most particular first."""
-    wanted = (*_LABELS, _AGENT)
-    found = {name: value.decode("latin-1").strip() for name, value in headers if name in wanted}
-    named = [found.get(name, "") for name in _LABELS]
-    session, agent = found.get(b"x-claude-code-session-id"), found.get(_AGENT)
-    if session and agent:
-        named.insert(0, f"{session}/{agent}")
+    found = {name: value.decode("latin-1").strip() for name, value in headers if name in _LABELS}
+    named = (found.get(name, "") for name in _LABELS)
     return tuple(dict.fromkeys(text for text in named if 0 < len(text) <= _LABEL_CHARS))
 
 
