@@ -193,10 +193,12 @@ class PromptCaches:
         ttl_s: float,
         started_at: float,
     ) -> None:
-        """A short time over a long one shortens nothing."""
+        """Written over, an entry keeps the longer of both times, and its end if that is later."""
         old = _readable(entries, name, started_at)
-        ttl_s = ttl_s if old is None else max(ttl_s, old.ttl_s)
-        entries[name] = _Entry(tokens, ttl_s, started_at + ttl_s)
+        if old is not None:
+            ttl_s = max(ttl_s, old.ttl_s)
+        end = started_at + ttl_s
+        entries[name] = _Entry(tokens, ttl_s, end if old is None else max(end, old.readable_until))
         entries.move_to_end(name)
         if len(entries) > self._max_entries:
             entries.popitem(last=False)
