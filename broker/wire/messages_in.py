@@ -243,6 +243,12 @@ def _declared(body: Mapping[str, Json]) -> list[_Declared]:
                 param=join(at, "type"),
             )
         spec = _tool(tool, at) if kind == "custom" else None
+        if spec is not None and spec.name in [one.spec.name for one in out if one.spec]:
+            raise BadRequest(
+                f"Tool names must be unique: '{spec.name}' is declared twice.",
+                code="invalid_value",
+                param=join(at, "name"),
+            )
         out.append(_Declared(spec, at, _mark(tool, at)))
     return out
 

@@ -383,7 +383,7 @@ async def test_a_turn_that_breaks_is_an_error_event_in_a_stream_and_a_500_withou
             r"prompt is too long: 50\d\d tokens > 4096 maximum",
         ),
         (
-            {"tools": [LS] * 2, "tool_choice": {"type": "x"}},
+            {"tools": [LS], "tool_choice": {"type": "x"}},
             400,
             "invalid_request_error",
             "tool_choice.type: ",

@@ -484,6 +484,7 @@ def test_the_automatic_mark_is_on_the_last_block_that_is_no_thought():
         ({"cache_control": {}}, "cache_control.type"),
         ({"tools": [{"name": "ls"}]}, "tools[0].input_schema"),
         ({"tools": [{"input_schema": {}}]}, "tools[0].name"),
+        ({"tools": [LS, CAT, LS]}, "tools[2].name"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
