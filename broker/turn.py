@@ -8,6 +8,7 @@
 
 Laws
     What is wrong with a request is raised before the first event; after it, there is exactly one terminal event.
+    What the prompt took is said as soon as the engine has begun, before anything else of the answer.
     A turn that fails takes its lane's own parent id with it (clients then replay); a fork's parent stays.
     The ids of the next turn's prefix are this prompt and every id sampled, stop id included.
     Instructions are each request's own. Tools are too, except that a continuation which declares none keeps those

@@ -212,7 +212,8 @@ def _stop_sequences(body: Mapping[str, Json]) -> tuple[str, ...]:
 
 def _user_id(body: Mapping[str, Json]) -> str | None:
     metadata = optional_object(body, "metadata") or {}
-    return optional_name(metadata, "user_id", at="metadata", max_chars=_MAX_USER_ID_CHARS)
+    user_id = optional_string(metadata, "user_id", at="metadata", max_chars=_MAX_USER_ID_CHARS)
+    return user_id or None
 
 
 # Tools
@@ -330,6 +331,8 @@ def _system(body: Mapping[str, Json], tools: tuple[ToolSpec, ...]) -> _System:
     blocks: list[Block] = []
     for path, value in _parts(body, "system", ""):
         text, ttl_s = _text_block(value, path)
+        billed = _BILLING.match(text)
+        text = text if billed is None else text[billed.end() :]
         if text:
             whole = whole + _PARAGRAPH + text if whole else text
             name = name_after(name, text)
@@ -515,7 +518,7 @@ def _parts(obj: Mapping[str, Json], key: str, at: str) -> list[tuple[str, Json]]
 
 
 def _text_block(value: Json, at: str) -> tuple[str, float | None]:
-    """The text of a block that must be one, without a billing line, and what its mark asks for."""
+    """The text of a block that must be one, and what its mark asks for."""
     part = as_object(value, at)
     kind = required_string(part, "type", at=at)
     if kind != "text":
@@ -527,8 +530,7 @@ def _text_block(value: Json, at: str) -> tuple[str, float | None]:
             code="invalid_value",
             param=join(at, "cache_control"),
         )
-    billed = _BILLING.match(text)
-    return (text if billed is None else text[billed.end() :]), ttl_s
+    return text, ttl_s
 
 
 def _result(value: Json, at: str) -> str:

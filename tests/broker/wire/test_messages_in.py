@@ -183,6 +183,11 @@ def test_the_system_prompt_is_a_string_or_blocks_without_the_billing_line(
     assert parse(system=system_field).turn.instructions == instructions
 
 
+def test_what_a_user_says_is_left_as_it_is():
+    said = "x-anthropic-billing-header: is what I saw in a log"
+    assert items(user(said))[0].text == said
+
+
 def test_the_rest_of_a_request_becomes_fields_of_the_turn():
     turn = parse(
         model="m",
@@ -206,6 +211,10 @@ def test_the_rest_of_a_request_becomes_fields_of_the_turn():
     assert turn.metadata == {"user_id": "user_1"}
     assert turn.follows == "resp_1"
     assert turn.asked_ttl_s == 3600
+
+
+def test_an_empty_user_id_names_nobody():
+    assert parse(metadata={"user_id": ""}).user_id is None
 
 
 def test_a_top_k_of_one_is_greedy():

@@ -20,6 +20,7 @@ from tests.broker.wire.messages_grammar import GrammarError, check_message, chec
 CACHED = CachedTokens(device=1, host=2, disk=3, remote=0)
 INPUT = InputUsage(fresh=4, read=3, written_5m=2, written_1h=1)
 TOOLS = [{"name": "f", "input_schema": {"type": "object"}}]
+EVENT = TypeAdapter(RawMessageStreamEvent)
 
 
 def usage(output_tokens=5):
@@ -125,7 +126,7 @@ def test_the_official_client_accumulates_the_same_message(script):
     snapshot, buffers = None, {}
     for one in events:
         if one["type"] not in ("ping", "message_stop"):
-            parsed = TypeAdapter(RawMessageStreamEvent).validate_python(one)
+            parsed = EVENT.validate_python(one)
             snapshot = accumulate_event(event=parsed, current_snapshot=snapshot, json_bufs=buffers)
     whole = machine.message(turn.response())
     found = snapshot.to_dict()
