@@ -47,8 +47,8 @@ STORE, STORE_MACHINE, DISK, KEYS = (
     f"tests/tiers/test_{name}.py" for name in ("lmdb_store", "store_machine", "disk", "keys")
 )
 
-CACHE_CONTROL, MESSAGES_IN, MESSAGES_OUT, CUTS = (
-    *(f"broker/wire/{name}.py" for name in ("cache_control", "messages_in", "messages_out")),
+CACHE_CONTROL, CONTENT, MESSAGES_OUT, CUTS = (
+    *(f"broker/wire/{name}.py" for name in ("cache_control", "messages_prompt", "messages_out")),
     "broker/cuts.py",
 )
 COUNTING = ("tests/broker/wire/test_cache_control.py",)
@@ -687,28 +687,28 @@ MUTANTS = (
     ),
     Mutant(
         "a tool's name does not cover the system prompt",
-        MESSAGES_IN,
+        CONTENT,
         'name_after(b"tools", system.text)',
         'name_after(b"tools")',
         READING,
     ),
     Mutant(
         "the billing line stays in the prompt",
-        MESSAGES_IN,
+        CONTENT,
         "text if billed is None else text[billed.end() :]",
         "text",
         READING,
     ),
     Mutant(
         "a result may answer no call",
-        MESSAGES_IN,
+        CONTENT,
         "if used not in self._calls:",
         "if False:",
         READING,
     ),
     Mutant(
         "a user's neighbouring messages stay apart",
-        MESSAGES_IN,
+        CONTENT,
         '            if role == "assistant":\n                self._grown()',
         "            if role:\n                self._grown()",
         READING,

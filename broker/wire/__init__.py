@@ -8,6 +8,7 @@ ws_frames       a WebSocket text frame to what is to be done about it
 article         the dialect without `type` fields, and the loop that continues by itself
 toolcalls       sampled text to text and tool calls, as it streams
 responses_out   a turn's progress to numbered events and the response object
+messages_prompt what a Messages prompt is made of, as items and as blocks
 messages_in     an Anthropic Messages body to a `TurnRequest`
 messages_out    a turn's events to Messages events and the Message
 messages_ids    one id under the prefixes of each API

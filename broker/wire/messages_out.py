@@ -24,12 +24,10 @@ from broker.wire.messages_ids import message_id, tool_use_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Literal
 
     from broker.wire.cache_control import InputUsage
+    from broker.wire.messages_in import Thinking
     from broker.wire.responses_out import Event
-
-    Thinking = Literal["shown", "sealed", "hidden"]
 
 PING: Event = {"type": "ping"}
 RAW_ARGUMENTS = "homeport:arguments"  # holds a call's argument string that is no JSON object

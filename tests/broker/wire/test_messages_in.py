@@ -457,6 +457,7 @@ def test_the_automatic_mark_is_on_the_last_block_that_is_no_thought():
         ({"messages": [user({"type": "text"})]}, "messages[0].content[0].text"),
         ({"messages": [user(USE)]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [user("a"), assistant(RESULT), user("b")]}, "messages[1].content[0].type"),
         ({"messages": [user("a"), assistant("b")]}, "messages[1]"),
         (
