@@ -26,6 +26,7 @@ from broker.wire.messages_in import parse_count, parse_messages
 from broker.wire.messages_out import MessageStream, diagnostics
 from broker.wire.sse import sse_frame
 from engine.text import UnrenderableError
+from tiers.policy import SessionClass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -78,13 +79,23 @@ class _Messages:
 
     async def create(self, request: Request) -> TurnResponse:
         tenant, labels = tenant_of(request), session_labels(request.scope["headers"])
-        await self._port.expect(tenant, labels)
+        if _begins_anew(request.headers):
+            await self._close(tenant, labels)
+        else:
+            await self._port.expect(tenant, labels)
         asked = parse_messages(parse_object(await read_body(request, self._port)))
         if not labels and asked.user_id is not None:
             labels = (asked.user_id,)
         answer = MessagesAnswer(asked.turn.stream, self._machine(request, tenant, asked))
         scope = ConnectionScope(labels=labels)
         return TurnResponse(asked.turn, answer, tenant, scope, self._port)
+
+    async def _close(self, tenant: Tenant, labels: tuple[str, ...]) -> None:
+        """The session's turns so far are not gone on from: their KV goes before that of those which wait."""
+        node = await Recall(self._port.engine, self._port.sessions, tenant).latest(labels)
+        if node is not None and node.lease is not None:
+            self._port.engine.reclass(node.lease, SessionClass.CLOSED)
+            node.expected_at = self._port.clock.now()  # so that the turn does not fetch it either
 
     def _machine(self, request: Request, tenant: Tenant, asked: MessagesRequest) -> MessageStream:
         started_at = self._port.clock.now()
@@ -132,3 +143,10 @@ class _Messages:
 
     async def hello(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
+
+
+def _begins_anew(headers: Mapping[str, str]) -> bool:
+    """Whether the agent says that it compacted its context. A helper agent says so of its own, under the same session."""
+    said = headers.get("x-claude-code-context-compacted", "").lower()
+    main = headers.get("x-claude-code-request-class", "main") == "main"
+    return main and said not in ("", "0", "false")

@@ -13,6 +13,7 @@ from engine.text import UnrenderableError
 from tests.broker.rig import open_rig
 from tests.broker.wire.messages_grammar import check_message, check_stream, exactly
 from tests.fakes import echoing_sum, saying
+from tiers.policy import SessionClass
 
 MARK = {"type": "ephemeral"}
 HOUR = {"type": "ephemeral", "ttl": "1h"}
@@ -567,6 +568,33 @@ async def test_a_session_is_called_as_the_client_calls_it_and_its_kv_is_fetched_
             if b"Hi." in bytes(i for i in n.tokens if i < 256)
         ]
         assert rig.engine.prefetched[0] == node.tokens
+
+
+@pytest.mark.parametrize(
+    ("headers", "closed"),
+    [
+        ({}, False),
+        ({"x_claude_code_context_compacted": "true"}, True),
+        ({"x_claude_code_context_compacted": "0"}, False),
+        (
+            {
+                "x_claude_code_context_compacted": "true",
+                "x_claude_code_request_class": "subagent",
+            },
+            False,
+        ),
+    ],
+)
+async def test_what_an_agent_compacted_away_is_closed_and_not_fetched(headers, closed):
+    async with open_rig() as rig:
+        browser = rig.browser()
+        named = {"x_claude_code_session_id": "s"}
+        await browser.request("POST", "/v1/messages", body("Hi."), **named)
+        [lease] = rig.engine.leases
+        rig.clock.time += 60
+        await browser.request("POST", "/v1/messages", body("A summary."), **named, **headers)
+        assert (rig.engine.leases[lease] is SessionClass.CLOSED) == closed
+        assert bool(rig.engine.prefetched) != closed
 
 
 @pytest.mark.parametrize("stream", [True, False])
