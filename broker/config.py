@@ -172,6 +172,11 @@ class Http:
 
 
 @dataclass(frozen=True, slots=True)
+class Messages:
+    cache_min_tokens: Annotated[int, Within(0)] = 1024
+
+
+@dataclass(frozen=True, slots=True)
 class Admission:
     max_turns: Annotated[int, Within(1)] = 64
     max_queued: Annotated[int, Within(0)] = 256
@@ -197,6 +202,7 @@ class Config:
     tiers: Tiers = Tiers()
     websocket: WebSocket = WebSocket()
     http: Http = Http()
+    messages: Messages = Messages()
     admission: Admission = Admission()
     dev: Dev = Dev()
     log: Log = Log()

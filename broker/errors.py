@@ -1,4 +1,4 @@
-"""Everything that can go wrong with a request, and how each transport says it.
+"""Everything that can go wrong with a request, and how each transport and each API says it.
 
     BrokerError                  has status, code, type, param, message, headers: enough for any transport
       ClientError                they are wrong: 4xx, or an error event; never logged above info
@@ -83,6 +83,8 @@ class ContextTooLong(BadRequest):
     code = "context_length_exceeded"
 
     def __init__(self, *, limit_tokens: int, prompt_tokens: int) -> None:
+        self.limit_tokens = limit_tokens
+        self.prompt_tokens = prompt_tokens
         super().__init__(
             f"Your input exceeds the context window of this model: {prompt_tokens} tokens, "
             f"and at most {limit_tokens} fit.",
@@ -168,6 +170,50 @@ def error_object(error: BrokerError) -> dict[str, Any]:
 def http_body(error: BrokerError) -> dict[str, Any]:
     """The JSON body of an HTTP answer with `error.status` and `error.headers`."""
     return {"error": error_object(error)}
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    421: "permission_error",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def anthropic_status(error: BrokerError) -> int:
+    """The HTTP status in Anthropic's API, where being busy has one of its own."""
+    return 529 if isinstance(error, Overloaded) else error.status
+
+
+def anthropic_error_type(code: str, status: int) -> str:
+    """`status` decides where the code does not: of a turn that broke in the middle, only the code is left."""
+    if code == Overloaded.code:
+        return "overloaded_error"
+    if code == ContextTooLong.code:
+        return "invalid_request_error"
+    return _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+
+
+def anthropic_body(error: BrokerError, request_id: str | None) -> dict[str, Any]:
+    """The JSON body of an answer in Anthropic's API. It has no field for the path at fault: the message names it."""
+    message = error.message
+    if isinstance(error, ContextTooLong):  # clients look for these words, and then compact
+        message = f"prompt is too long: {error.prompt_tokens} tokens > {error.limit_tokens} maximum"
+    elif error.param is not None and error.param not in message:
+        path = "messages" if error.param == "input" else error.param
+        message = f"{path}: {message}"
+    kind = anthropic_error_type(error.code, anthropic_status(error))
+    return {
+        "type": "error",
+        "error": {"type": kind, "message": message},
+        "request_id": request_id,
+    }
 
 
 def error_event(error: BrokerError, *, stream_id: str | None = None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from starlette.requests import ClientDisconnect
 from broker.errors import BrokerError, ClientError, http_body
 from broker.routes.admin import OPEN_PATHS, admin_routes
 from broker.routes.chat import chat_routes
+from broker.routes.messages import PROBE_PATHS, messages_routes
 from broker.routes.models import models_routes
 from broker.routes.refusal import (
     answer_broker_error,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from broker.port import Port
 
 log = logging.getLogger(__name__)
+
+_ID_HEADERS = (b"x-request-id", b"request-id")  # OpenAI's, Anthropic's
 
 
 class HttpSide:
@@ -89,6 +92,7 @@ def build_app(port: Port) -> ASGIApp:
     table = [
         *responses_routes(port),
         *chat_routes(port),
+        *messages_routes(port),
         *models_routes(port),
         *admin_routes(port),
     ]
@@ -113,19 +117,21 @@ class Guard:
         self._port = port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = self._port.new_id("req").encode()
+        request_id = self._port.new_id("req")
 
         async def send_with_id(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+                ids = [(name, request_id.encode()) for name in _ID_HEADERS]
+                message["headers"] = [*message.get("headers", []), *ids]
             await send(message)
 
         if scope["type"] == "websocket":
             await _refuse_late_upgrade(receive, send)
             return
+        scope["state"]["request_id"] = request_id
         access = self._port.access
         try:
-            if scope["path"] in OPEN_PATHS:
+            if scope["path"] in (*OPEN_PATHS, *PROBE_PATHS):
                 access.check_source(scope["headers"])
             else:
                 scope["state"]["tenant"] = access.admit(scope["headers"])

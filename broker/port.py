@@ -84,12 +84,7 @@ class Port:
     ) -> None:
         """Run one turn to its terminal event. Raises BrokerError if it is refused before its first event."""
         self.check_open()
-        if request.model is not None and request.model not in self.models:
-            raise NotFound(
-                f"The model '{request.model}' does not exist.",
-                code="model_not_found",
-                param="model",
-            )
+        self.check_model(request.model)
         async with self.admission.place():
             self.turns_total[transport] += 1
             outcome = await run_turn(
@@ -129,6 +124,13 @@ class Port:
         """Raises Overloaded when no turn may start any more."""
         if self.stopping.is_set():
             raise Overloaded("The server is restarting; try again.", retry_after_s=_RESTART_S)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises NotFound for a model that is not served; a client may leave it out."""
+        if name is not None and name not in self.models:
+            raise NotFound(
+                f"The model '{name}' does not exist.", code="model_not_found", param="model"
+            )
 
     def report(self) -> EdgeReport:
         return EdgeReport(

@@ -8,6 +8,7 @@
 
 Laws
     What is wrong with a request is raised before the first event; after it, there is exactly one terminal event.
+    What the prompt took is said as soon as the engine has begun, before anything else of the answer.
     A turn that fails takes its lane's own parent id with it (clients then replay); a fork's parent stays.
     The ids of the next turn's prefix are this prompt and every id sampled, stop id included.
     Instructions are each request's own. Tools are too, except that a continuation which declares none keeps those
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import trio
 
+from broker.cuts import token_positions
 from broker.divergence import Divergence, diverged_at, item_at
 from broker.errors import BadRequest, BrokerError, ContextTooLong, Overloaded
 from broker.foresight import expect
@@ -47,6 +49,7 @@ from broker.wire.retention import Retention
 from broker.wire.toolcalls import CallArguments, CallEnd, CallStart, ToolCallSplitter
 from broker.wire.toolcalls import Text as Said
 from engine.api import (
+    Began,
     Finished,
     FinishReason,
     Refused,
@@ -66,7 +69,7 @@ if TYPE_CHECKING:
     from broker.access import Tenant
     from broker.session import ConnectionScope, Sessions
     from broker.wire.items import Item
-    from broker.wire.requests import ToolSpec, TurnRequest
+    from broker.wire.requests import Cut, ToolSpec, TurnRequest
     from engine.api import LeaseId, Output, RequestId
     from engine.text import Text
     from tiers.block import Tier, TokenIds
@@ -248,7 +251,7 @@ class _Turn:
             parent = await continued(recall, self.connection, request.previous_response_id)
             if not request.tools:
                 request = replace(request, tools=parent.tools)
-        latest = parent or await recall.latest(self._labels())
+        latest = parent or self._followed() or await recall.latest(self._labels())
         self._expect(latest)
         history = () if parent is None else parent.history
         tools = _as_before(request.tools, latest)
@@ -270,6 +273,10 @@ class _Turn:
         before = said.last or parent
         tools = _as_before(request.tools, before or latest)
         return Resolved(request, history, said, before, latest, tools, after)
+
+    def _followed(self) -> Node | None:
+        named = self.request.follows
+        return None if named is None else self.sessions.known(self.tenant.name, named)
 
     def _expect(self, node: Node | None) -> None:
         if node is not None:
@@ -299,8 +306,9 @@ class _Turn:
         if before is not None and before.response_id in self.connection.warming:
             # The engine shares what is computed, not what is being computed.
             await self._patiently(stream, self.connection.warming[before.response_id].wait)
+        most = room if request.max_output_tokens is None else request.max_output_tokens
         sampling = Sampling(
-            max_tokens=min(request.max_output_tokens or room, room),
+            max_tokens=min(most, room),
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,
@@ -310,6 +318,7 @@ class _Turn:
         submit = self._submit(resolved, stream.response_id, prompt, sampling, supersedes)
         speech = _Speech(request, stream, self.engine.text, self.new_id)
         async with self.engine.generate(submit) as outputs:
+            cuts = self._cuts(resolved, prompt)  # while the engine is at work
             output = await self._patiently(stream, outputs.receive)
             if isinstance(output, Refused):
                 raise _refusal(output, limit_tokens=self.engine.max_context, prompt=prompt)
@@ -319,7 +328,9 @@ class _Turn:
                 self.cancellation.bind(
                     stream.response_id, lambda: self.engine.cancel(submit.request)
                 )
-            await self._start(stream)
+            assert isinstance(output, Began), "a request begins before anything else"
+            stream.prompt_known(len(prompt), output.cached, cuts)
+            await (self.emit(stream.keepalive()) if self.started else self._start(stream))
             while not isinstance(output, Finished):
                 assert not isinstance(output, Refused), "refused after it began"
                 if isinstance(output, Sampled):
@@ -344,6 +355,8 @@ class _Turn:
                 self.engine.reclass(finished.lease, SessionClass.CLOSED)
             await self._say([*events, *stream.fail("server_error", "The turn failed; try again.")])
             return Outcome(stream.response(), None)
+        if speech.stop_sequence is not None:
+            stream.stopped_at(speech.stop_sequence)
         reason = None if speech.stopped else _INCOMPLETE[finished.reason]
         events += stream.finish(
             "completed" if reason is None else "incomplete",
@@ -467,6 +480,17 @@ class _Turn:
         except UnrenderableError:  # a template that takes whole conversations only
             return Divergence(at, "input")
 
+    def _cuts(self, resolved: Resolved, prompt: TokenIds) -> tuple[int, ...]:
+        """The token positions of the request's cuts in its prompt."""
+        request = resolved.request
+
+        def prefix(cut: Cut, parts: tuple[Part, ...]) -> TokenIds:
+            instructions = (request.instructions or "")[: cut.instructions] or None
+            whole = conversation(instructions, request.tools[: cut.tools], resolved.history + parts)
+            return self.engine.text.prefix(whole)
+
+        return token_positions(request, resolved.said, prompt, prefix)
+
     def _node(
         self,
         resolved: Resolved,
@@ -563,7 +587,12 @@ class _Speech:
     @property
     def stopped(self) -> bool:
         """Whether a stop string was said."""
-        return self._stops.found is not None
+        return self.stop_sequence is not None
+
+    @property
+    def stop_sequence(self) -> str | None:
+        """The stop string that was said."""
+        return self._stops.found
 
     def feed(self, tokens: TokenIds) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []

@@ -47,6 +47,16 @@ STORE, STORE_MACHINE, DISK, KEYS = (
     f"tests/tiers/test_{name}.py" for name in ("lmdb_store", "store_machine", "disk", "keys")
 )
 
+CACHE_CONTROL, CONTENT, MESSAGES_OUT, CUTS = (
+    *(f"broker/wire/{name}.py" for name in ("cache_control", "messages_prompt", "messages_out")),
+    "broker/cuts.py",
+)
+COUNTING = ("tests/broker/wire/test_cache_control.py",)
+READING = ("tests/broker/wire/test_messages_in.py",)
+SAYING = ("tests/broker/wire/test_messages_out.py",)
+PLACES = ("tests/broker/test_cuts.py",)
+OVER_HTTP = ("tests/broker/test_messages.py",)
+
 MUTANTS = (
     # slots
     Mutant(
@@ -631,6 +641,119 @@ MUTANTS = (
         "return block if block and (block.parent, block.tokens) == (parent, tokens) else None",
         "return block",
         (KEYS,),
+    ),
+    # the Messages API
+    Mutant(
+        "a read is claimed that the engine did not give",
+        CACHE_CONTROL,
+        "            and entry.tokens <= cached_tokens\n",
+        "",
+        COUNTING,
+    ),
+    Mutant(
+        "a breakpoint walks back 21 positions",
+        CACHE_CONTROL,
+        "point.block - _WALK + 1",
+        "point.block - _WALK",
+        COUNTING,
+    ),
+    Mutant(
+        "a hit is not refreshed",
+        CACHE_CONTROL,
+        "            self._write(entries, best, read, 0.0, started_at)",
+        "            pass",
+        COUNTING,
+    ),
+    Mutant(
+        "an entry outlives its time",
+        CACHE_CONTROL,
+        "entry.readable_until <= now",
+        "entry.readable_until < now",
+        COUNTING,
+    ),
+    Mutant(
+        "the lowest prefix does not count",
+        CACHE_CONTROL,
+        "end >= self._min_tokens",
+        "end > self._min_tokens",
+        COUNTING,
+    ),
+    Mutant(
+        "five breakpoints are accepted",
+        CACHE_CONTROL,
+        "MAX_BREAKPOINTS = 4",
+        "MAX_BREAKPOINTS = 5",
+        COUNTING,
+    ),
+    Mutant(
+        "a tool's name does not cover the system prompt",
+        CONTENT,
+        'name_after(b"tools", system.text)',
+        'name_after(b"tools")',
+        READING,
+    ),
+    Mutant(
+        "the billing line stays in the prompt",
+        CONTENT,
+        "text if billed is None else text[billed.end() :]",
+        "text",
+        READING,
+    ),
+    Mutant(
+        "a result may answer no call",
+        CONTENT,
+        "if used not in self._calls:",
+        "if False:",
+        READING,
+    ),
+    Mutant(
+        "a user's neighbouring messages stay apart",
+        CONTENT,
+        '            if role == "assistant":\n                self._grown()',
+        "            if role:\n                self._grown()",
+        READING,
+    ),
+    Mutant(
+        "message_start does not wait for the prompt's usage",
+        MESSAGES_OUT,
+        "if self._started or prompt is None:",
+        "if self._started:",
+        SAYING,
+    ),
+    Mutant(
+        "sealed thoughts are said",
+        MESSAGES_OUT,
+        'case "response.reasoning_text.delta" if self._thinking == "shown":',
+        'case "response.reasoning_text.delta" if self._thinking != "hidden":',
+        SAYING,
+    ),
+    Mutant(
+        "a full context passes for max_tokens",
+        MESSAGES_OUT,
+        'return "model_context_window_exceeded" if short else "max_tokens"',
+        'return "max_tokens"',
+        SAYING,
+    ),
+    Mutant(
+        "a place counts what the prompt does not share",
+        CUTS,
+        "return min(len(before), len(prompt)) if at is None else at",
+        "return min(len(before), len(prompt))",
+        PLACES,
+    ),
+    Mutant(
+        "a recalled part before a place is rendered from its words",
+        CUTS,
+        "            parts.append(part)",
+        "            parts.append(Part(part.items))",
+        PLACES,
+    ),
+    Mutant(
+        "a message that does not stream never hears its prompt",
+        "broker/routes/turns.py",
+        "        frames = self._answer.frames(event)\n        if self._answer.streams:\n",
+        "        if self._answer.streams:\n            frames = self._answer.frames(event)\n",
+        OVER_HTTP,
     ),
 )
 

@@ -1,4 +1,4 @@
-"""What a request brings: its body, bounded in bytes and in time, and the tenant that `Guard` found."""
+"""What a request brings: its body, bounded in bytes and in time, and the tenant and the id that `Guard` gave it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from broker.errors import ClientError, TooLarge
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.types import Scope
 
     from broker.access import Tenant
     from broker.port import Port
@@ -52,3 +53,9 @@ def tenant_of(request: Request) -> Tenant:
     """Whom the request's key proved."""
     tenant: Tenant = request.scope["state"]["tenant"]
     return tenant
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id that the answer bears in its headers."""
+    request_id: str = scope["state"]["request_id"]
+    return request_id

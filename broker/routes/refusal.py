@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from broker.errors import BrokerError, ClientError, TurnFailed, http_body
+from broker.errors import (
+    BrokerError,
+    ClientError,
+    TurnFailed,
+    anthropic_body,
+    anthropic_status,
+    http_body,
+)
+from broker.routes.body import request_id_of
 from broker.wire.chat_out import chat_error_body
 
 if TYPE_CHECKING:
@@ -18,13 +26,25 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
 
+def speaks_anthropic(scope: Scope) -> bool:
+    """Whether the client speaks Anthropic's API: by the path, and where two APIs share one, by that API's header."""
+    path = scope["path"]
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return True
+    shared = path == "/v1/models" or path.startswith("/v1/models/")
+    return shared and any(name == b"anthropic-version" for name, _ in scope["headers"])
+
+
 def refusal(error: BrokerError, scope: Scope) -> JSONResponse:
     """The answer to the request of `scope`."""
     headers = dict(error.headers)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    body = chat_error_body if scope["path"].startswith("/v1/chat/") else http_body
-    return JSONResponse(body(error), status_code=error.status, headers=headers)
+    if speaks_anthropic(scope):
+        body = anthropic_body(error, request_id_of(scope))
+        return JSONResponse(body, status_code=anthropic_status(error), headers=headers)
+    said = chat_error_body if scope["path"].startswith("/v1/chat/") else http_body
+    return JSONResponse(said(error), status_code=error.status, headers=headers)
 
 
 async def answer_broker_error(request: Request, error: Exception) -> Response:

@@ -48,7 +48,7 @@ class ResponsesAnswer:
     streams: bool
 
     def frames(self, event: Event) -> tuple[bytes, ...]:
-        return (sse_frame(event),)
+        return (sse_frame(event),) if self.streams else ()
 
     def end(self) -> bytes:
         return DONE

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class TurnAnswer(Protocol):
-    """One turn in one API's words. Told every event of the turn, in order, if it streams."""
+    """One turn in one API's words. Told every event of the turn, in order; frames are sent only if it streams."""
 
     @property
     def streams(self) -> bool: ...
@@ -101,8 +101,9 @@ class TurnResponse(Response):
     async def _emit(self, event: Event) -> None:
         if event["type"] in TERMINAL_EVENTS:
             self._terminal = event
+        frames = self._answer.frames(event)
         if self._answer.streams:
-            for frame in self._answer.frames(event):
+            for frame in frames:
                 await self._write(frame, more=True)
 
     async def _write(self, data: bytes, *, more: bool) -> None:

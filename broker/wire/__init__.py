@@ -10,5 +10,10 @@ toolcalls       sampled text to text and tool calls, as it streams
 responses_out   a turn's progress to numbered events and the response object
 chat_in         a Chat Completions body to a `TurnRequest`
 chat_out        a turn's events to Chat Completions' chunks and completion
+messages_prompt what a Messages prompt is made of, as items and as blocks
+messages_in     an Anthropic Messages body to a `TurnRequest`
+messages_out    a turn's events to Messages events and the Message
+messages_ids    one id under the prefixes of each API
+cache_control   Anthropic's cache breakpoints, and the usage that they make of a prompt
 sse             an event to bytes
 """

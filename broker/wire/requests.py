@@ -83,6 +83,17 @@ class ToolChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """A place in a request: where its prompt has so many tools, characters of the instructions, whole items, and
+    characters of the text of the item after them."""
+
+    tools: int
+    instructions: int
+    items: int = 0
+    text: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TurnRequest:
     """One request for one response. Everything that a client did not say has its default."""
 
@@ -105,6 +116,10 @@ class TurnRequest:
     metadata: Mapping[str, str] = field(default_factory=dict)
     prompt_cache_key: str | None = None
     asked_ttl_s: float | None = None  # how long its KV should be kept at least; None: as ever
+    cuts: tuple[
+        Cut, ...
+    ] = ()  # places whose token positions are said with the prompt's other numbers
+    follows: str | None = None  # the response that it is compared with, where none is continued
     echo: Mapping[str, Json] = field(
         default_factory=dict
     )  # response fields: the client's own words

@@ -8,6 +8,7 @@ Laws (tests/broker/wire/grammar.py checks them on every stream, in tests of this
     The terminal event's `output` is exactly the items that were done. A failure finishes no item falsely: an
     open one is left open and is not in `output`.
     On a named lane every event carries `stream_id`; on the default lane none does.
+    Once the engine has begun, every `response.in_progress` says what the prompt took: `homeport:prompt`.
 
     start ──> (text* | call_start call_arguments* call_end)* ──> finish | fail
                 └── text opens a message; a call or the end closes it
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from broker.wire.requests import TurnRequest
-    from engine.api import Usage
+    from engine.api import CachedTokens, Usage
 
 Event = dict[str, Any]
 Status = Literal["completed", "incomplete"]
@@ -81,6 +82,8 @@ class ResponseStream:
         self._usage: dict[str, Any] | None = None
         self._cache: dict[str, Any] = {"ttl_s": int(ttl_s)}
         self._stored: str | None = None
+        self._stop_sequence: str | None = None
+        self._prompt: dict[str, Any] | None = None
 
     @property
     def output_items(self) -> list[dict[str, Any]]:
@@ -95,6 +98,21 @@ class ResponseStream:
     def diverged(self, at: int, part: str) -> None:
         """Say from now on where the prompt left the one before it."""
         self._cache |= {"diverged_at": at, "part": part}
+
+    def prompt_known(
+        self, input_tokens: int, cached: CachedTokens, cuts: tuple[int, ...] = ()
+    ) -> None:
+        """Say from now on what the prompt's tokens are, and where in them the places are that the request asked for."""
+        self._prompt = {
+            "input_tokens": input_tokens,
+            "cached_tokens": cached.total,
+            "cached_by_tier": cached_by_tier(cached),
+            "cuts": list(cuts),
+        }
+
+    def stopped_at(self, stop_sequence: str) -> None:
+        """Which of the request's stop strings ended the output; the terminal event says it."""
+        self._stop_sequence = stop_sequence
 
     def start(self) -> list[Event]:
         assert self._status == "queued", "started twice"
@@ -197,6 +215,8 @@ class ResponseStream:
         ours: dict[str, Any] = {"homeport:cache": dict(self._cache)}
         if self._stored is not None:
             ours["homeport:stored"] = self._stored
+        if self._stop_sequence is not None:
+            ours["homeport:stop_sequence"] = self._stop_sequence
         return {
             "id": self.response_id,
             "object": "response",
@@ -284,7 +304,10 @@ class ResponseStream:
         return events
 
     def _response_event(self, name: str) -> Event:
-        return self._event(f"response.{name}", response=self.response())
+        said: dict[str, Any] = {"response": self.response()}
+        if name == "in_progress" and self._prompt is not None:
+            said["homeport:prompt"] = self._prompt
+        return self._event(f"response.{name}", **said)
 
     def _part_event(self, kind: str, message: _Message, **fields: Any) -> Event:
         return self._item_event(kind, item_id=message.id, content_index=0, **fields)
@@ -316,13 +339,17 @@ def usage_json(usage: Usage) -> dict[str, Any]:
         "output_tokens": usage.output_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.prompt_tokens + usage.output_tokens,
-        "homeport:cached_by_tier": {
-            "device": cached.device,
-            "host": cached.host,
-            "disk": cached.disk,
-            "remote": cached.remote,
-        },
+        "homeport:cached_by_tier": cached_by_tier(cached),
         "homeport:recomputed": dict(usage.recomputed),
+    }
+
+
+def cached_by_tier(cached: CachedTokens) -> dict[str, int]:
+    return {
+        "device": cached.device,
+        "host": cached.host,
+        "disk": cached.disk,
+        "remote": cached.remote,
     }
 
 

@@ -248,7 +248,7 @@ async def test_foreign_browsers_are_refused_on_every_request_of_a_connection(fie
 async def test_unknown_paths_and_methods_have_openai_shaped_errors():
     async with open_rig() as rig:
         browser = rig.browser()
-        for path in ("/", "/v1/response", "/v1/models/", "/v1/responses/a/b"):
+        for path in ("/nowhere", "/v1/response", "/v1/models/", "/v1/responses/a/b"):
             answer = await browser.request("GET", path)
             assert (answer.status, answer.code) == (
                 404,

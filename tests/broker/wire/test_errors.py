@@ -17,6 +17,9 @@ from broker.errors import (
     Unauthorized,
     UnknownResponse,
     UnsupportedContent,
+    anthropic_body,
+    anthropic_error_type,
+    anthropic_status,
     error_event,
     http_body,
 )
@@ -106,3 +109,41 @@ def test_client_errors_are_told_from_ours():
     assert issubclass(ClientError, BrokerError)
     assert not issubclass(Overloaded, ClientError)
     assert not issubclass(TurnFailed, ClientError)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "message"),
+    [
+        (BadRequest("m", param="input", code="c"), 400, "invalid_request_error", "messages: m"),
+        (BadRequest("'top_k' is m", param="top_k"), 400, "invalid_request_error", "'top_k' is m"),
+        (BadRequest("m", param="tools[0].type"), 400, "invalid_request_error", "tools[0].type: m"),
+        (
+            ContextTooLong(limit_tokens=10, prompt_tokens=11),
+            400,
+            "invalid_request_error",
+            "prompt is too long: 11 tokens > 10 maximum",
+        ),
+        (Unauthorized("m"), 401, "authentication_error", "m"),
+        (Forbidden("m"), 403, "permission_error", "m"),
+        (NotFound("m"), 404, "not_found_error", "m"),
+        (ClientError("m", status=405), 405, "invalid_request_error", "m"),
+        (ClientError("m", status=408), 408, "timeout_error", "m"),
+        (TooLarge("m"), 413, "request_too_large", "m"),
+        (ClientError("m", status=415), 415, "invalid_request_error", "m"),
+        (ClientError("m", status=421), 421, "permission_error", "m"),
+        (ClientError("m", status=429), 429, "rate_limit_error", "m"),
+        (Overloaded("m", retry_after_s=2), 529, "overloaded_error", "m"),
+        (TurnFailed("m"), 500, "api_error", "m"),
+    ],
+)
+def test_each_error_in_anthropics_words(error, status, kind, message):
+    assert anthropic_status(error) == status
+    assert anthropic_body(error, "req_1") == {
+        "type": "error",
+        "error": {"type": kind, "message": message},
+        "request_id": "req_1",
+    }
+
+
+def test_a_gateways_timeout_is_told_apart():
+    assert anthropic_error_type("server_error", 504) == "timeout_error"

@@ -388,3 +388,29 @@ def test_nothing_comes_before_the_start():
     for early in (lambda stream: stream.text("x"), lambda stream: stream.fail("c", "m")):
         with pytest.raises(AssertionError):
             early(new_stream())
+
+
+def test_what_the_prompt_took_is_said_from_when_it_is_known_until_the_end():
+    stream = new_stream()
+    events = [*stream.start(), stream.keepalive()]
+    stream.prompt_known(10, USAGE.cached, (4, 6))
+    events += [stream.keepalive(), *stream.text("a"), stream.keepalive()]
+    events += stream.finish("completed", None, USAGE, completed_at=1)
+    check_events(events)
+    said = [one.get("homeport:prompt") for one in events if one["type"] == "response.in_progress"]
+    known = {
+        "input_tokens": 10,
+        "cached_tokens": 6,
+        "cached_by_tier": {"device": 1, "host": 2, "disk": 3, "remote": 0},
+        "cuts": [4, 6],
+    }
+    assert said == [None, None, known, known]
+    assert "homeport:prompt" not in stream.response()
+
+
+def test_the_stop_string_that_ended_an_output_is_said():
+    stream = new_stream()
+    events = [*stream.start(), *stream.text("a")]
+    stream.stopped_at("###")
+    events += stream.finish("completed", None, USAGE, completed_at=1)
+    assert check_events(events)["homeport:stop_sequence"] == "###"
