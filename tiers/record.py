@@ -31,16 +31,17 @@ Laws
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import xxhash
 
 from tiers.block import BlockKey, StoreError
-from tiers.hashed_copy import copy_hashed
+from tiers.hashed_copy import fill_hashed
 
 if TYPE_CHECKING:
     from tiers.block import TokenIds
-    from tiers.hashed_copy import Hasher
+    from tiers.hashed_copy import Fill, Hasher
 
 MAGIC = b"HPKV"
 VERSION = 1
@@ -93,43 +94,52 @@ def encode_head(
     return bytes(head)
 
 
-def verify(
-    record: memoryview, *, fingerprint: bytes, key: BlockKey, parent: BlockKey, tokens: TokenIds
-) -> memoryview:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The record that is looked for: its head must name all of this."""
+
+    fingerprint: bytes
+    key: BlockKey
+    parent: BlockKey
+    tokens: TokenIds
+
+
+def verify(record: memoryview, asked: Asked) -> memoryview:
     """The payload, a view into `record`.
 
     Raises `StoreError` with reason size, magic, version, fingerprint, key, tokens or checksum. The checks that need
     no payload come first; the checksum is the one that makes the others trustworthy.
     """
-    head, payload, checksum = _parts(record, fingerprint, key, parent, tokens)
+    head = bytearray(record[: _head_within(record.nbytes, asked)])
+    payload_size, checksum = _open_head(head, record.nbytes, asked)
+    payload = record[record.nbytes - payload_size :]
     found = hasher(head)
     found.update(payload)
-    _compare(found.digest(), checksum, key)
+    _compare(found.digest(), checksum, asked.key)
     return payload
 
 
-def extract(
-    record: memoryview,
-    into: memoryview,
-    *,
-    fingerprint: bytes,
-    key: BlockKey,
-    parent: BlockKey,
-    tokens: TokenIds,
-) -> None:
-    """Copy the payload to `into`, as long as a payload, and verify what arrived there. Raises what `verify` does.
+def extract(fill: Fill, size: int, into: memoryview, asked: Asked) -> None:
+    """Put the payload of a record of `size` bytes `into`, as long as a payload, and verify what arrived there.
 
-    What is refused never stays there: `into` is as it was, or, where only the checksum could tell, blank. This costs
-    little more than the copy, and `verify` with a copy a third more (hashed_copy.py).
+    Raises what `verify` does, and what `fill` does. The payload is not asked for before the head is believed.
+    What is refused never stays in `into`: it is as it was, or, once bytes of a payload went there, blank. This costs
+    little more than a copy, and `verify` with a copy a third more (hashed_copy.py).
     """
-    head, payload, checksum = _parts(record, fingerprint, key, parent, tokens)
-    if payload.nbytes != into.nbytes:
-        raise StoreError("size", f"{payload.nbytes} bytes of payload where {into.nbytes} belong")
+    head = bytearray(_head_within(size, asked))
+    fill(0, memoryview(head))
+    payload_size, checksum = _open_head(head, size, asked)
+    if payload_size != into.nbytes:
+        raise StoreError("size", f"{payload_size} bytes of payload where {into.nbytes} belong")
     found = hasher(head)
-    copy_hashed(payload, into, found)
-    if found.digest() != checksum:
-        into[:] = BLANK * into.nbytes
-    _compare(found.digest(), checksum, key)
+    good = False
+    try:
+        fill_hashed(fill, len(head), into, found)
+        _compare(found.digest(), checksum, asked.key)
+        good = True
+    finally:
+        if not good:
+            into[:] = BLANK * into.nbytes
 
 
 def hasher(head: bytearray | bytes) -> Hasher:
@@ -139,13 +149,20 @@ def hasher(head: bytearray | bytes) -> Hasher:
     return begun
 
 
-def _parts(
-    record: memoryview, fingerprint: bytes, key: BlockKey, parent: BlockKey, tokens: TokenIds
-) -> tuple[bytearray, memoryview, bytes]:
-    """Head with a checksum of zeros, payload, checksum: of the record that was asked for, if the checksum holds."""
-    expected_head = head_size(len(tokens))
-    if record.nbytes < expected_head:
-        raise StoreError("size", f"record of {record.nbytes} bytes is shorter than its head")
+def _head_within(size: int, asked: Asked) -> int:
+    """Bytes of the head of a record of `size`."""
+    expected = head_size(len(asked.tokens))
+    if size < expected:
+        raise StoreError("size", f"record of {size} bytes is shorter than its head")
+    return expected
+
+
+def _open_head(head: bytearray, size: int, asked: Asked) -> tuple[int, bytes]:
+    """The payload's size and the checksum, which is zeros in `head` from then on.
+
+    `head` begins the record of `size` bytes that was asked for, if the checksum holds.
+    """
+    key, tokens = asked.key, asked.tokens
     (
         magic,
         version,
@@ -158,27 +175,23 @@ def _parts(
         token_count,
         zero,
         checksum,
-    ) = _FIXED.unpack_from(record)
+    ) = _FIXED.unpack_from(head)
     if magic != MAGIC:
         raise StoreError("magic", f"record begins with {magic!r}")
     if version != VERSION:
         raise StoreError("version", f"record format {version}, this is format {VERSION}")
-    if found_fingerprint != fingerprint:
+    if found_fingerprint != asked.fingerprint:
         raise StoreError("fingerprint", "record was computed by another model or KV format")
-    if found_key != key or found_parent != parent:
+    if found_key != key or found_parent != asked.parent:
         raise StoreError("key", f"asked for {key.hex()[:16]}, found {found_key.hex()[:16]}")
     if token_count != len(tokens) or zero:
         raise StoreError("tokens", f"record holds {token_count} tokens, asked for {len(tokens)}")
-    if struct.unpack_from(f"<{len(tokens)}I", record, _FIXED.size) != tokens:
+    if struct.unpack_from(f"<{len(tokens)}I", head, _FIXED.size) != tokens:
         raise StoreError("tokens", "record holds other tokens than asked for")
-    if units * ALIGNMENT != expected_head or expected_head + payload_size != record.nbytes:
-        raise StoreError(
-            "size", f"record of {record.nbytes} bytes claims {payload_size} of payload"
-        )
-    payload = record[expected_head:]
-    head = bytearray(record[:expected_head])
+    if units * ALIGNMENT != len(head) or len(head) + payload_size != size:
+        raise StoreError("size", f"record of {size} bytes claims {payload_size} of payload")
     head[_CHECKSUM] = _NO_CHECKSUM
-    return head, payload, checksum
+    return payload_size, checksum
 
 
 def _compare(found: bytes, checksum: bytes, key: BlockKey) -> None:

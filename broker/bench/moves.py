@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
+import statistics
 import time
+from collections import Counter
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -23,12 +26,13 @@ from tiers.state_dir import StateDir
 from tiers.store import StoreLimits, record_bytes_on_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from tiers.block import BlockKey, TokenIds
     from tiers.codec import Codec
     from tiers.disk import ReadCommand
+    from tiers.store import Way
 
 _BLOCK_TOKENS = 32
 _FINGERPRINT = b"bench tiers".ljust(32, b".")
@@ -65,7 +69,9 @@ class Bench:
     host: Arena = field(init=False)
     memory: Memory = field(init=False)
     moves: dict[str, list[Timed]] = field(default_factory=dict)  # {row: one per round}
+    direct: dict[int, list[Timed]] = field(default_factory=dict)  # {threads: one per round}
     unchecked: dict[str, list[float]] = field(default_factory=dict)  # {row: seconds}
+    ways: dict[str, Counter[Way]] = field(default_factory=dict)  # {row: blocks}
     from_disk: list[float] = field(default_factory=list)  # share of the cold restores' bytes
 
     def __post_init__(self) -> None:
@@ -108,20 +114,24 @@ class Bench:
         size = self.blocks * self.payload_bytes
         seconds = raw_disk.write_s(self.place / "raw", size)
         self.moves.setdefault("O_DIRECT write", []).append(Timed(size, seconds))
-        # Who is first gains from the disk's own cache, or pays for the other's write-back: so take turns.
-        checked = [True, False] if len(self.from_disk) % 2 else [False, True]
-        for check in checked:
-            raw_disk.evict(self.data)
-            before = raw_disk.bytes_from_disk()
-            self._restore("disk -> device, cold", check=check)
-            if check:
-                read = raw_disk.bytes_from_disk() - before
-                self.from_disk.append(read / (self.blocks * self.payload_bytes))
-        for check in checked:
+        cold: list[Callable[[], None]] = [
+            self._restore_cold,
+            functools.partial(self._restore_cold, check=False),
+            *(functools.partial(self._read_direct, threads) for threads in _DIRECT_THREADS),
+        ]
+        # Who is first gains from the disk's own cache, or pays for another's write-back: so take turns.
+        first = len(self.from_disk) % len(cold)
+        for move in cold[first:] + cold[:first]:
+            move()
+        raw_disk.cache(self.data)
+        for check in [True, False] if first % 2 else [False, True]:
             self._restore("disk -> device, warm", check=check)
-        size = self.data.stat().st_size
-        seconds = min(raw_disk.read_s(self.data, threads) for threads in _DIRECT_THREADS)
-        self.moves.setdefault("O_DIRECT read", []).append(Timed(size, seconds))
+
+    @property
+    def best_direct(self) -> int:
+        """The threads that read past the page cache at the best rate: by their medians, not by luck."""
+        rates = {n: statistics.median(t.rate for t in timed) for n, timed in self.direct.items()}
+        return max(rates, key=lambda threads: rates[threads])
 
     def _note(self, row: str, each: int, seconds: float) -> None:
         self.moves.setdefault(row, []).append(Timed(self.blocks * each, seconds))
@@ -180,11 +190,24 @@ class Bench:
             for reader in readers:
                 reader.stop()
             seconds = raw_disk.side_by_side([reader.run for reader in readers])
+            self.ways.setdefault(row, Counter()).update(store.statistics().reads)
         assert set(answers) == {Landed(fetch) for fetch in fetches}
         if check:
             self._note(row, self.payload_bytes, seconds)
         else:
             self.unchecked.setdefault(row, []).append(seconds)
+
+    def _restore_cold(self, *, check: bool = True) -> None:
+        raw_disk.evict(self.data)
+        before = raw_disk.bytes_from_disk()
+        self._restore("disk -> device, cold", check=check)
+        if check:
+            read = raw_disk.bytes_from_disk() - before
+            self.from_disk.append(read / (self.blocks * self.payload_bytes))
+
+    def _read_direct(self, threads: int) -> None:
+        seconds = raw_disk.read_s(self.data, threads)
+        self.direct.setdefault(threads, []).append(Timed(self.data.stat().st_size, seconds))
 
     def _slots(self) -> list[Slot]:
         return [Slot(slot) for slot in range(self.blocks)]

@@ -91,6 +91,13 @@ def evict(path: Path) -> None:
         os.close(file)
 
 
+def cache(path: Path) -> None:
+    """Bring all of a file into the page cache."""
+    with path.open("rb", buffering=0) as file, mmap.mmap(-1, _REQUEST_BYTES) as buffer:
+        while file.readinto(buffer):
+            pass
+
+
 def bytes_from_disk() -> int:
     """What this process has had the disk read so far: tells a cold cache from one that only should be."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_inblock * _SECTOR_BYTES

@@ -17,8 +17,10 @@ from hypothesis import event, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.tiers.faulty_lmdb import Fault, faulty_disk
+from tests.tiers.medium import place_on_disk, replace_record
 from tiers.block import StoreError, chain_key, root_key
-from tiers.lmdb_store import LmdbStore, scrub
+from tiers.data_file import UNKNOWN
+from tiers.lmdb_store import LmdbStore, _index_entry, scrub
 from tiers.manifest import Manifest
 from tiers.record import BLANK
 from tiers.state_dir import StateDir
@@ -33,7 +35,7 @@ from tiers.store import (
 )
 
 MODELS = (b"a" * 32, b"b" * 32)
-PAYLOAD_BYTES = 700
+PAYLOAD_BYTES = 4000  # with its head more than a page: on pages of its own, as every real one is
 SLOTS = 4
 RECORD_BYTES = record_bytes_on_disk(512 + PAYLOAD_BYTES)
 MIN_FREE = 1000
@@ -236,9 +238,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.memory._blocks[key] = dataclasses.replace(stored, record=bytes(flipped))
         if self.lmdb._broken:
             outcome(lambda: self.lmdb.write())
-        with self.lmdb._env.begin(write=True) as txn:
-            txn.put(key, bytes(flipped), db=self.lmdb._blocks)
-        self.lmdb._acknowledged = self.lmdb._standing()
+        replace_record(self.lmdb._env, self.lmdb._blocks, key, bytes(flipped))
 
     @rule(
         model=st.sampled_from(MODELS),
@@ -327,6 +327,16 @@ class StoreMachine(RuleBasedStateMachine):
             assert found == self.read(store=self.memory, write=asked)
             if not isinstance(found, str):
                 assert found in {payload(self.model, key, version) for version in range(5)}
+
+    @invariant()
+    def a_place_is_where_lmdb_has_the_record(self) -> None:
+        """Through commits, reuse, reopening and crashes. `read` would also work without, and nobody would notice."""
+        env = self.lmdb._env
+        for key in self.memory._blocks:
+            with env.begin() as txn:
+                entry = _index_entry(key, txn.get(key, db=self.lmdb._index))
+            assert (entry.place, entry.record_bytes) == place_on_disk(env, self.lmdb._blocks, key)
+            assert entry.place != UNKNOWN
 
     @invariant()
     def the_index_names_the_same_blocks(self) -> None:
