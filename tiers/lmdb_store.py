@@ -24,7 +24,7 @@ How it is used, each for a measured reason (lmdb 3.0.0, engine 0.9.36)
     lmdb touches every page of a value that it passes, also for its key alone: what is needed of a block stands in the
     index, its place in the file among it, and records are read from there past lmdb (data_file.py). `blocks` is asked
     where that gave nothing, and walked by the scrubber.
-    No readahead for the map, then: what is left to it are pages of tables, each of which had 8 MiB read around it.
+    No readahead for the map, then: what is left to it are pages of tables, each of which had megabytes read around it.
     Views in a write transaction are good until its next change: what is used after that is copied.
     LMDB has no checksum for values: ours are in the record, in the manifest, and in the seals (xxh3-64 of key and
     value) of the small tables.
@@ -506,14 +506,14 @@ class LmdbStore:
             if not behind:
                 return None
             key = BlockKey(min(behind))
-            value, found = snapshot.get(key, self._index), snapshot.get(key, self._blocks)
+            value, found = self._entry_and_record(snapshot, key)
             size = 0 if found is None else found.nbytes
             own = value is not None and self._own_entry(key, value) is not None
             return Examined(key, size, _fault_of_block(key, value, found), own)
 
     def discard(self, key: BlockKey) -> None:
         with self._reading() as snapshot:
-            value, found = snapshot.get(key, self._index), snapshot.get(key, self._blocks)
+            value, found = self._entry_and_record(snapshot, key)
             own = value is not None and self._own_entry(key, value) is not None
             there = value is not None or found is not None
             bad = there and _fault_of_block(key, value, found) is not None
@@ -626,6 +626,16 @@ class LmdbStore:
                 return None
             except OSError as error:  # in the map, the same would end the process
                 raise StoreError("io", f"read failed: {error}") from error
+
+    def _entry_and_record(
+        self, snapshot: _Snapshot, key: BlockKey
+    ) -> tuple[memoryview | None, memoryview | None]:
+        """As LMDB has them, for those who judge the record as it lies there."""
+        value = snapshot.get(key, self._index)
+        entry = None if value is None else _index_entry(key, value)
+        if entry is not None and entry.place != UNKNOWN and self._data is not None:
+            self._data.expect(entry.place, entry.record_bytes)
+        return value, snapshot.get(key, self._blocks)
 
     # transactions
 

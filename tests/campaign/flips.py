@@ -29,7 +29,7 @@ from engine.api import Finished, Sampled, Sampling, Submit
 from tests.campaign import chain, stub
 from tests.campaign.verdict import Verdict
 from tests.fakes import END
-from tests.tiers.medium import replace_record
+from tests.tiers.medium import evict, replace_record
 from tiers.block import BlockKey, StoreError, Tier, chain_key, root_key
 from tiers.lmdb_store import LmdbStore
 from tiers.manifest import Manifest
@@ -172,14 +172,21 @@ class StoreAlone:
                         record, at * 8 + self.random.randrange(8)
                     )
                 damage.put(values)
+                if done // BATCH % 2:
+                    evict(
+                        self.folder / "kv" / "data.mdb"
+                    )  # it is also refused as the disk gives it
                 for key in hit:
                     self.must_refuse(store, key, f"a bit of its {part} flipped")
                 damage.undo()
                 done += len(hit)
                 self.counts[f"{part} bits"] += len(hit)
                 self.verdict.progress(f"{self.counts[f'{part} bits']} of {count} bits of {part}s")
+            evict(self.folder / "kv" / "data.mdb")
             for key in keys:
                 self.must_serve(store, key)
+            for way, count in store.statistics().reads.items():
+                self.counts[f"served: {way.value}"] += count
 
     def move_records(self, count: int) -> None:
         """Values that are whole, but not this key's."""

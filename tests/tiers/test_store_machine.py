@@ -17,7 +17,7 @@ from hypothesis import event, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.tiers.faulty_lmdb import Fault, faulty_disk
-from tests.tiers.medium import place_on_disk, replace_record
+from tests.tiers.medium import evict, place_on_disk, replace_record
 from tiers.block import StoreError, chain_key, root_key
 from tiers.data_file import UNKNOWN
 from tiers.lmdb_store import LmdbStore, _index_entry, scrub
@@ -130,6 +130,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "lmdb"):
+            for way in self.lmdb.statistics().reads:
+                event(f"read: {way}")
             self.lmdb.close()
             damaged = (self.path / "state" / "kv.damaged").exists()
             assert not damaged, "a sound environment was put aside"
@@ -211,6 +213,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(full=st.booleans())
     def fill_the_disk(self, full) -> None:
         self.faults.free_bytes = MIN_FREE if full else None
+
+    @rule()
+    def lose_the_page_cache(self) -> None:
+        """What is read next comes from the disk."""
+        evict(self.path / "state" / "kv" / "data.mdb")
 
     @rule(tenant=st.sampled_from(TENANTS), response=st.sampled_from(RESPONSES))
     def forget(self, tenant, response) -> None:
