@@ -348,11 +348,12 @@ def test_readers_at_once_have_a_buffer_each_and_later_ones_use_them_again(tmp_pa
         return got
 
     with reading(preadv, any_direct), opened(tmp_path) as store:
-        store.write(blocks=[block(number) for number in range(8)])
-        with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(lambda number: read(store, number), range(8)))
-        assert found == [payload(number) for number in range(8)]
-        assert store.statistics().reads == {Way.DIRECT: 8}
+        store.write(blocks=[block(1), block(2)])
+        for _ in range(3):
+            with ThreadPoolExecutor(2) as pool:
+                found = list(pool.map(lambda number: read(store, number), (1, 2)))
+            assert found == [payload(1), payload(2)]
+        assert store.statistics().reads == {Way.DIRECT: 6}
     assert all(one is not other for one, other in zip(used[::2], used[1::2], strict=True))
     assert len({id(buffer) for buffer in used}) == 2
 
