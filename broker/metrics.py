@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _SOURCES = ("computed", "device", "host", "disk", "remote")
 _TIERS = ("device", "host", "disk")
 _DISK_STATES = ("off", "ok", "degraded")
-_DISK_READS = ("cached", "direct", "buffered", "mapped")
+_DISK_READS = ("cached", "direct", "bounced", "buffered", "mapped")
 _VERIFY_REASONS = (
     "missing",
     "magic",

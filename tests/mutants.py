@@ -659,7 +659,7 @@ MUTANTS = (
     Mutant(
         "pages that came in part are taken for whole",
         DATA_FILE,
-        "return got == pages.nbytes",
+        "return got == sum(part.nbytes for part in parts)",
         "return got > 0",
         (READS,),
     ),
@@ -682,6 +682,20 @@ MUTANTS = (
         LMDB,
         "        with self._gate.passing():\n            if self._data is None:",
         "        with suppress():\n            if self._data is None:",
+        (READS,),
+    ),
+    Mutant(
+        "what the disk put in its place stays though it was refused",
+        DATA_FILE,
+        "                into[:] = BLANK * into.nbytes\n",
+        "                pass\n",
+        (READS,),
+    ),
+    Mutant(
+        "the disk writes where no sector begins",
+        DATA_FILE,
+        "number % _SECTOR_BYTES for number in (begin, into.nbytes, _address(into))",
+        "number % _SECTOR_BYTES for number in (begin, into.nbytes)",
         (READS,),
     ),
     Mutant(

@@ -14,8 +14,9 @@ Laws
 
 The ways to a record, in this order
     cached      `RWF_NOWAIT`: from the page cache straight to where it belongs, if it is there as a whole.
-    direct      O_DIRECT: one request for all its pages, into a buffer of our own. It sees what was written without a
-                sync, because Linux writes that back first.
+    direct      O_DIRECT: one request, by which the disk puts the payload where it belongs, if that is whole sectors. It
+                sees what was written without a sync, because Linux writes that back first.
+    bounced     The same into a buffer of our own, and a copy from there.
     buffered    An ordinary read, where the file system knows no O_DIRECT, or fails at it.
 """
 
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiers.hashed_copy import copying
+from tiers.record import BLANK
 from tiers.store import Way
 
 if TYPE_CHECKING:
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 
     from tiers.hashed_copy import Fill
 
+_SECTOR_BYTES = (
+    512  # of most disks; where O_DIRECT wants more it says so, and buffers are whole pages
+)
 UNKNOWN = 0  # as a place: there is a meta page
 _PAGE_HEAD = struct.Struct("=QHHI")  # of LMDB 0.9: number, padding, flags, pages; the value follows
 _OVERFLOW = 0x04  # of the flags: the page, with those behind it, is one value's
@@ -72,8 +77,8 @@ class DataFile:
         if self._direct is not None:
             os.close(self._direct)
 
-    def read(self, place: int, size: int, receive: Callable[[Fill], None]) -> Way:
-        """Let `receive` have the `size` bytes at `place`; by the way that is returned.
+    def read(self, place: int, size: int, into: memoryview, receive: Callable[[Fill], None]) -> Way:
+        """Let `receive` have the `size` bytes at `place`, the last of which it will put `into`; the way that they came.
 
         Where a way breaks off, `receive` is called again, from the start. Raises what it raises, and `OSError`:
         `ShortFile`, or whatever the disk had to say to an ordinary read.
@@ -82,14 +87,41 @@ class DataFile:
             receive(_at(self._buffered, place, os.RWF_NOWAIT))
             return Way.CACHED
         begin = place // self._page_bytes * self._page_bytes
+        if self._is_aligned(place + size - into.nbytes, into):
+            with self._buffer(place + size - into.nbytes - begin) as front:
+                if self._read_in_place(begin, front, into, place - begin, receive):
+                    return Way.DIRECT
         end = -(-(place + size) // self._page_bytes) * self._page_bytes
         with self._buffer(end - begin) as pages:
             if self._load(begin, pages):
                 receive(copying(pages[place - begin : place - begin + size]))
-                return Way.DIRECT
+                return Way.BOUNCED
         self.expect(place, size)
         receive(_at(self._buffered, place, 0))
         return Way.BUFFERED
+
+    def _is_aligned(self, begin: int, into: memoryview) -> bool:
+        """Whether sectors of the file are sectors of `into`, which lies from `begin` on."""
+        return not any(number % _SECTOR_BYTES for number in (begin, into.nbytes, _address(into)))
+
+    def _read_in_place(
+        self,
+        begin: int,
+        front: memoryview,
+        into: memoryview,
+        skipped: int,
+        receive: Callable[[Fill], None],
+    ) -> bool:
+        """Whether everything came. What came and was refused does not stay."""
+        good = False
+        try:
+            if self._load(begin, front, into):
+                receive(_arrived(front[skipped:]))
+                good = True
+        finally:
+            if not good:
+                into[:] = BLANK * into.nbytes
+        return good
 
     def expect(self, place: int, size: int) -> None:
         """These bytes will be asked for in smaller pieces, or a page at a time by the map: have all of them read now.
@@ -99,21 +131,21 @@ class DataFile:
         with suppress(OSError):
             os.posix_fadvise(self._buffered, place, size, os.POSIX_FADV_WILLNEED)
 
-    def _load(self, begin: int, pages: memoryview) -> bool:
-        """Past the page cache; whether all of them came."""
+    def _load(self, begin: int, *parts: memoryview) -> bool:
+        """Fill them past the page cache, one behind the other; whether everything came."""
         if self._direct is None:
             return False
         try:
-            got = os.preadv(self._direct, [pages], begin)
+            got = os.preadv(self._direct, parts, begin)
             # Who asked the page cache has it read that page. It would make the next one ask for more, for nothing.
-            os.posix_fadvise(self._buffered, begin, pages.nbytes, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._buffered, begin, got, os.POSIX_FADV_DONTNEED)
         except OSError:
             return False
-        return got == pages.nbytes
+        return got == sum(part.nbytes for part in parts)
 
     @contextmanager
     def _buffer(self, length: int) -> Iterator[memoryview]:
-        """Whole pages, aligned as O_DIRECT wants them."""
+        """Aligned as O_DIRECT wants it."""
         try:
             found = self._free.pop()  # one call: two readers never get the same
         except IndexError:
@@ -132,11 +164,25 @@ def place_of(value: memoryview, page_bytes: int) -> int:
     `UNKNOWN` for a value that has no page of its own, and wherever the page's head is not what it should be. `value` is
     LMDB's own memory, so the 16 bytes before it belong to the same page whatever lies there.
     """
-    address = np.frombuffer(value, np.uint8).ctypes.data
-    head = ctypes.string_at(address - _PAGE_HEAD.size, _PAGE_HEAD.size)
+    head = ctypes.string_at(_address(value) - _PAGE_HEAD.size, _PAGE_HEAD.size)
     number, _, flags, pages = _PAGE_HEAD.unpack(head)
     own = flags & _OVERFLOW and pages == -(-(_PAGE_HEAD.size + value.nbytes) // page_bytes)
     return number * page_bytes + _PAGE_HEAD.size if own and number < _IMPOSSIBLE else UNKNOWN
+
+
+def _address(memory: memoryview) -> int:
+    address: int = np.frombuffer(memory, np.uint8).ctypes.data
+    return address
+
+
+def _arrived(head: memoryview) -> Fill:
+    """Of bytes of which all but the head are where they belong."""
+
+    def fill(begin: int, target: memoryview) -> None:
+        if begin < head.nbytes:
+            target[:] = head[begin : begin + target.nbytes]
+
+    return fill
 
 
 def _at(file: int, place: int, flags: int) -> Fill:

@@ -620,7 +620,7 @@ class LmdbStore:
                 return None
             try:
                 return self._data.read(
-                    entry.place, size, lambda fill: extract(fill, size, into, asked)
+                    entry.place, size, into, lambda fill: extract(fill, size, into, asked)
                 )
             except (StoreError, ShortFile):
                 return None

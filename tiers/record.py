@@ -4,8 +4,8 @@ A record is a head and a payload. All integers are little endian:
 
     offset      size  field
     0           4     magic "HPKV"
-    4           2     format version, 1
-    6           2     head size / 512
+    4           2     format version, 2
+    6           2     (16 + head size) / 512
     8           32    fingerprint of the model and its KV format
     40          32    key
     72          32    parent
@@ -15,11 +15,12 @@ A record is a head and a payload. All integers are little endian:
     124         4     zero
     128         16    checksum: xxh3-128 of the head with these 16 bytes zero, then the payload
     144         4*n   token ids, u32
-    144 + 4*n         zeros up to a multiple of 512: the head's end
+    144 + 4*n         zeros up to 16 less than a multiple of 512: the head's end
     head size         payload
 
 The head is padded so that a tail's record is as long as a full block's: equal sizes keep LMDB's free list whole
-(measured: file/live 1.00 for one size, 1.71 for mixed sizes).
+(measured: file/live 1.00 for one size, 1.71 for mixed sizes). And LMDB puts 16 bytes of its own before a record, at the
+beginning of a page: so a payload begins with a sector of the disk, which can put it where it belongs (data_file.py).
 
 Laws
     `verify` returns a payload, and `extract` returns, only if every byte of the record is as it was written and the record is the one that
@@ -44,10 +45,11 @@ if TYPE_CHECKING:
     from tiers.hashed_copy import Fill, Hasher
 
 MAGIC = b"HPKV"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = (
-    512  # bytes; holds the fixed part and 92 token ids, so one unit for block_tokens up to 92
+    512  # bytes; holds the fixed part and 88 token ids, so one unit for block_tokens up to 88
 )
+PAGE_HEAD_BYTES = 16  # LMDB's, before the record
 BLANK = b"\xff"  # in every byte: NaN, whatever the element type
 _FIXED = struct.Struct("<4sHH32s32s32sQdII16s")
 _CHECKSUM = slice(128, 144)
@@ -56,7 +58,7 @@ _NO_CHECKSUM = bytes(16)
 
 def head_size(token_count: int) -> int:
     """Bytes before the payload."""
-    return -(-(_FIXED.size + 4 * token_count) // ALIGNMENT) * ALIGNMENT
+    return _units(token_count) * ALIGNMENT - PAGE_HEAD_BYTES
 
 
 def encode_head(
@@ -73,7 +75,7 @@ def encode_head(
     assert payload.contiguous
     size = head_size(len(tokens))
     head = bytearray(size)
-    units = size // ALIGNMENT
+    units = _units(len(tokens))
     fixed = (
         MAGIC,
         VERSION,
@@ -149,6 +151,11 @@ def hasher(head: bytearray | bytes) -> Hasher:
     return begun
 
 
+def _units(token_count: int) -> int:
+    """Sectors that the head fills, with LMDB's."""
+    return -(-(PAGE_HEAD_BYTES + _FIXED.size + 4 * token_count) // ALIGNMENT)
+
+
 def _head_within(size: int, asked: Asked) -> int:
     """Bytes of the head of a record of `size`."""
     expected = head_size(len(asked.tokens))
@@ -188,7 +195,7 @@ def _open_head(head: bytearray, size: int, asked: Asked) -> tuple[int, bytes]:
         raise StoreError("tokens", f"record holds {token_count} tokens, asked for {len(tokens)}")
     if struct.unpack_from(f"<{len(tokens)}I", head, _FIXED.size) != tokens:
         raise StoreError("tokens", "record holds other tokens than asked for")
-    if units * ALIGNMENT != len(head) or len(head) + payload_size != size:
+    if units != _units(len(tokens)) or len(head) + payload_size != size:
         raise StoreError("size", f"record of {size} bytes claims {payload_size} of payload")
     head[_CHECKSUM] = _NO_CHECKSUM
     return payload_size, checksum

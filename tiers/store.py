@@ -24,7 +24,7 @@ from tiers import manifest as manifests_format
 from tiers.block import BlockKey, StoreError, chain_key
 from tiers.canonical import digest
 from tiers.hashed_copy import copying
-from tiers.record import Asked, encode_head, extract, head_size, verify
+from tiers.record import PAGE_HEAD_BYTES, Asked, encode_head, extract, head_size, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 Name = NewType("Name", bytes)  # 32 bytes: what a manifest is found under
 _PAGE = 4096
-_PAGE_HEADER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +93,7 @@ class Way(enum.Enum):
 
     CACHED = "cached"
     DIRECT = "direct"
+    BOUNCED = "bounced"
     BUFFERED = "buffered"
     MAPPED = "mapped"  # by the store's own table: whenever no other way gave the record
 
@@ -250,7 +250,7 @@ def chain_entries(
 
 def record_bytes_on_disk(record_bytes: int) -> int:
     """Whole pages: LMDB puts a large value on pages of its own, after one page header."""
-    return -(-(record_bytes + _PAGE_HEADER) // _PAGE) * _PAGE
+    return -(-(record_bytes + PAGE_HEAD_BYTES) // _PAGE) * _PAGE
 
 
 def response_name(tenant: str, response_id: str) -> Name:

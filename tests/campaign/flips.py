@@ -172,17 +172,14 @@ class StoreAlone:
                         record, at * 8 + self.random.randrange(8)
                     )
                 damage.put(values)
-                if done // BATCH % 2:
-                    evict(
-                        self.folder / "kv" / "data.mdb"
-                    )  # it is also refused as the disk gives it
                 for key in hit:
                     self.must_refuse(store, key, f"a bit of its {part} flipped")
                 damage.undo()
                 done += len(hit)
                 self.counts[f"{part} bits"] += len(hit)
                 self.verdict.progress(f"{self.counts[f'{part} bits']} of {count} bits of {part}s")
-            evict(self.folder / "kv" / "data.mdb")
+        evict(self.folder / "kv" / "data.mdb")
+        with self.opened() as store:
             for key in keys:
                 self.must_serve(store, key)
             for way, count in store.statistics().reads.items():
@@ -209,7 +206,7 @@ class StoreAlone:
                         case 0:
                             moved = others  # misdirected
                         case 1:  # torn: the beginning of one write, the rest of another
-                            at = self.random.choice([512, 2048, 4096])
+                            at = self.random.choice([496, 2048, 4096])
                             moved = own[:at] + others[at:]
                         case _:  # stale: from before the model changed
                             moved = strange.get(key) or others

@@ -104,7 +104,7 @@ def test_one_flipped_bit_anywhere_in_a_value_is_refused(tmp_path):
     with opened(tmp_path) as store:
         store.write(blocks=[write])
         bits = random.Random(0).sample(range(8 * 200), 100)
-        bits += random.Random(0).sample(range(8 * (512 + PAYLOAD_BYTES)), 100)
+        bits += random.Random(0).sample(range(8 * (496 + PAYLOAD_BYTES)), 100)
         for bit in bits:
             raw(store, "blocks", write.key, flip(bit))
             assert refusal(store, write) in {
@@ -128,7 +128,7 @@ def test_the_record_of_one_key_under_another_is_refused(tmp_path):
 def test_a_record_cut_short_is_refused(tmp_path):
     with opened(tmp_path) as store:
         store.write(blocks=[block(1)])
-        for size in (0, 1, 143, 144, 511, 512, 513, 512 + PAYLOAD_BYTES - 1):
+        for size in (0, 1, 143, 144, 495, 496, 497, 496 + PAYLOAD_BYTES - 1):
             raw(store, "blocks", block(1).key, lambda value, size=size: value[:size])
             assert refusal(store, block(1)) == "size"
             store.write(blocks=[block(1)])
@@ -602,7 +602,8 @@ def test_whatever_call_fails_what_was_acknowledged_is_there_and_writing_goes_on(
             ]
             faults.disarm()
             assert set(answers) <= {None, "io", "full"}
-            assert any(answers) == bool(faults.fired) or faults.fired == ["preadv"]  # tried again
+            another_way = not lasting and set(faults.fired) <= {"preadv", "posix_fadvise"}
+            assert any(answers) == (bool(faults.fired) and not another_way)
             store.write()  # opens the environment again, if a write failed
             blocks, responses = held(store)
             written, forgotten = answers[0] is None, answers[1] is None
@@ -707,7 +708,7 @@ def test_it_is_not_opened_again_under_a_reader(tmp_path, monkeypatch):
             assert outcome(lambda: store.write(blocks=[block(2)])) == "io"
             with pytest.raises(StoreError, match="a read does not end"):
                 store.write(blocks=[block(2)])
-            assert snapshot.get(block(1).key, store._blocks)[512:] == payload(1)
+            assert snapshot.get(block(1).key, store._blocks)[496:] == payload(1)
             assert store.check_readers().oldest_s > 0.05
         store.write(blocks=[block(2)])
         assert held(store)[0] == {1, 2}

@@ -56,23 +56,23 @@ def test_what_was_written_is_found(payload, tokens, created):
 
 
 def test_tails_and_full_blocks_have_records_of_one_size():
-    assert {record.head_size(count) for count in range(93)} == {512}
-    assert record.head_size(93) == 1024
+    assert {record.head_size(count) for count in range(89)} == {496}
+    assert record.head_size(89) == 1008
 
 
 def test_the_layout_is_the_one_in_the_header():
     """Golden: a change of any of these bytes is a change of format and needs another version."""
     data = written(b"payload")
-    assert data[:8] == b"HPKV\x01\x00\x01\x00"
+    assert data[:8] == b"HPKV\x02\x00\x01\x00"
     assert data[8:40] == FINGERPRINT
     assert data[40:72] == KEY
     assert data[72:104] == ROOT
     assert data[104:128].hex() == "0700000000000000" + "0000000000002940" + "0300000000000000"
-    assert data[128:144].hex() == "9483051dc413ea7b4c3692a62ac7fdc1"
+    assert data[128:144].hex() == "c9df80d7d0b43665c67c1aa759d91dcd"
     assert data[128:144] == xxhash.xxh3_128_digest(data[:128] + bytes(16) + data[144:])
     assert data[144:156].hex() == "0100000002000000ffffffff"
-    assert data[156:512] == bytes(356)
-    assert data[512:] == b"payload"
+    assert data[156:496] == bytes(340)
+    assert data[496:] == b"payload"
 
 
 def test_every_single_flipped_bit_is_refused():
@@ -101,7 +101,7 @@ def test_each_mismatch_has_its_reason():
     data = written()
     other = chain_key(ROOT, (9, 9, 9))
     assert reason(b"NOPE" + data[4:]) == "magic"
-    assert reason(data[:4] + b"\x02\x00" + data[6:]) == "version"
+    assert reason(data[:4] + b"\x01\x00" + data[6:]) == "version"
     assert reason(data, fingerprint=bytes(32)) == "fingerprint"
     assert reason(data, key=other) == "key"
     assert reason(data, parent=other) == "key"

@@ -37,7 +37,7 @@ from tiers.store import (
 MODELS = (b"a" * 32, b"b" * 32)
 PAYLOAD_BYTES = 4000  # with its head more than a page: on pages of its own, as every real one is
 SLOTS = 4
-RECORD_BYTES = record_bytes_on_disk(512 + PAYLOAD_BYTES)
+RECORD_BYTES = record_bytes_on_disk(496 + PAYLOAD_BYTES)
 MIN_FREE = 1000
 LIMITS = StoreLimits(
     block_bytes=SLOTS * RECORD_BYTES, manifests=3, manifest_bytes=1500, min_free_bytes=MIN_FREE
@@ -234,7 +234,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert answer is None or set(buffer) in ({POISON}, {BLANK[0]})
 
     @precondition(lambda self: self.memory._blocks)
-    @rule(pick=st.integers(0, SLOTS - 1), bit=st.integers(0, 8 * (512 + PAYLOAD_BYTES) - 1))
+    @rule(pick=st.integers(0, SLOTS - 1), bit=st.integers(0, 8 * (496 + PAYLOAD_BYTES) - 1))
     def damage(self, pick, bit) -> None:
         """A bit of a record flips on the medium: a foreign record keeps it unnoticed, our own refuses to be read."""
         keys = sorted(self.memory._blocks)
