@@ -9,8 +9,8 @@ random numbers. In each round every move is made once, so that all of them see t
     disk -> device  `DiskReader`s until every block is verified in its slot, the store just opened:
                     warm: all of it in the page cache; cold: none of it, which the bytes that the disk read must show.
                     By which way the blocks came is printed too: what is mapped came without the fast ones
-    O_DIRECT        the store's own file, read in large requests by as many threads as do best in most rounds; between
-                    the cold restores, so that a ratio compares what the disk did within a few seconds
+    O_DIRECT        the store's own file, read by as many threads and in requests as large as do best over the rounds;
+                    between the cold restores, so that a ratio compares what the disk did within a few seconds
 
 Then the share of checksums in a restore, against restores that believe everything; and how far the file outgrows its
 contents while it is written over ten times. Last, with the real model, what the engine's choice between restoring and
@@ -148,6 +148,7 @@ def _decisions(place: Path, args: argparse.Namespace) -> str:
 
 
 def _report(bench: Bench, growth: Growth, args: argparse.Namespace) -> str:
+    threads, size = bench.best_direct
     moves = {**bench.moves, "O_DIRECT read": bench.direct[bench.best_direct]}
     rates = {row: statistics.median(t.rate for t in timed) for row, timed in moves.items()}
     lines = [("move", "GB/s", "least", "most", "of memcpy", "of O_DIRECT", "ms a block")]
@@ -173,7 +174,8 @@ def _report(bench: Bench, growth: Growth, args: argparse.Namespace) -> str:
         "",
         *_aligned(lines),
         "",
-        f"O_DIRECT read: {bench.best_direct} threads of {', '.join(map(str, bench.direct))}",
+        f"O_DIRECT read: {threads} threads, {size / 2**20:.0f} MiB a request; by their medians the best "
+        f"of {len(bench.direct)} ways",
         f"cold restores: the disk read {statistics.median(bench.from_disk):.0%} of the bytes",
         *(f"{row}: {_ways(ways)}" for row, ways in bench.ways.items()),
     ]
