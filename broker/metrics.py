@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _SOURCES = ("computed", "device", "host", "disk", "remote")
 _TIERS = ("device", "host", "disk")
 _DISK_STATES = ("off", "ok", "degraded")
+_DISK_READS = ("cached", "direct", "bounced", "buffered", "mapped")
 _VERIFY_REASONS = (
     "missing",
     "magic",
@@ -152,6 +153,12 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
     )
     put("disk_pending_bytes", "gauge", "Bytes on their way to disk.", one(disk.pending_bytes))
     put("disk_reading", "gauge", "Blocks on their way from disk.", one(disk.reading))
+    put(
+        "disk_reads_total",
+        "counter",
+        "Records read: from the page cache, past it, or, more slowly, through the store's map.",
+        by("path", disk.reads_total, _DISK_READS),
+    )
     put(
         "disk_scrubbed_total",
         "counter",

@@ -276,6 +276,9 @@ class DiskReport:
     commits_total: int = 0
     commit_s_total: float = 0.0  # spent in them
     oldest_read_s: float = 0.0  # the longest read under way, as found by the last check
+    reads_total: dict[str, int] = field(
+        default_factory=dict
+    )  # {way, as tiers.store has it: records}
 
 
 @dataclass(frozen=True, slots=True)

@@ -892,6 +892,7 @@ class Engine:
             commits_total=writer.batches,
             commit_s_total=writer.commit_total_s,
             oldest_read_s=writer.oldest_read_s,
+            reads_total=self._reader.reads(),
         )
 
 

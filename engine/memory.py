@@ -17,6 +17,7 @@ verified bytes: the slot itself where memory is addressable, else a staging buff
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ class Memory:
     def __init__(self, arenas: Mapping[Tier, Arena], block_tokens: int) -> None:
         self._arenas = dict(arenas)
         self._block_tokens = block_tokens
-        self._staging: dict[Fetch, bytearray] = {}
+        self._staging: dict[Fetch, mmap.mmap] = {}  # begins with a page: see tiers/arena.py
         self._seals: dict[Slot, Seal] = {}  # {host slot: the last block that was put there}
 
     @property
@@ -98,7 +99,7 @@ class Memory:
         arena = self._arenas[action.target]
         if arena.device.type == "cpu":
             return arena.view(action.target_slot)
-        staging = bytearray(arena.block_bytes)
+        staging = mmap.mmap(-1, arena.block_bytes)
         self._staging[action] = staging
         return memoryview(staging)
 

@@ -43,9 +43,11 @@ CACHE, INDEX, POLICY, RESIDENCY, LEASE, POOL, BLOCK = (
 )
 
 LMDB, INSPECTION, THREADS = (f"tiers/{name}.py" for name in ("lmdb_store", "inspection", "disk"))
-STORE, STORE_MACHINE, DISK, KEYS = (
-    f"tests/tiers/test_{name}.py" for name in ("lmdb_store", "store_machine", "disk", "keys")
+STORE, STORE_MACHINE, DISK, KEYS, READS, RECORDS = (
+    f"tests/tiers/test_{name}.py"
+    for name in ("lmdb_store", "store_machine", "disk", "keys", "data_file", "record")
 )
+DATA_FILE, RECORD = (f"tiers/{name}.py" for name in ("data_file", "record"))
 
 CACHE_CONTROL, CONTENT, MESSAGES_OUT, CUTS = (
     *(f"broker/wire/{name}.py" for name in ("cache_control", "messages_prompt", "messages_out")),
@@ -627,6 +629,91 @@ MUTANTS = (
         "            if not self._marked_open:\n                self._mark_open()\n",
         "            self._marked_open = True\n",
         (STORE,),
+    ),
+    # reads past lmdb
+    Mutant(
+        "what lies at a place is believed",
+        LMDB,
+        "lambda fill: extract(fill, size, into, asked)",
+        "lambda fill: fill(size - into.nbytes, into)",
+        (READS, STORE_MACHINE),
+    ),
+    Mutant(
+        "what lies at a place is the last word",
+        LMDB,
+        "            except (StoreError, ShortFile):\n                return None\n",
+        "",
+        (READS,),
+    ),
+    Mutant(
+        "the map is asked where the disk cannot read",
+        LMDB,
+        "except (StoreError, ShortFile):",
+        "except (StoreError, OSError):",
+        (READS,),
+    ),
+    Mutant(
+        "a place is that of the page, not of the record",
+        DATA_FILE,
+        "number * page_bytes + _PAGE_HEAD.size if own",
+        "number * page_bytes if own",
+        (STORE_MACHINE, READS),
+    ),
+    Mutant(
+        "a piece that came in part is taken for whole",
+        DATA_FILE,
+        "if got != target.nbytes:",
+        "if not got:",
+        (READS,),
+    ),
+    Mutant(
+        "pages that came in part are taken for whole",
+        DATA_FILE,
+        "return got == sum(part.nbytes for part in parts)",
+        "return got > 0",
+        (READS,),
+    ),
+    Mutant(
+        "two readers share a buffer",
+        DATA_FILE,
+        "found = self._free.pop()",
+        "found = self._free[-1]",
+        (READS,),
+    ),
+    Mutant(
+        "the data file stays open behind the environment",
+        LMDB,
+        "        if data is not None:\n            data.close()\n",
+        "",
+        (READS,),
+    ),
+    Mutant(
+        "a file is closed under its reader",
+        LMDB,
+        "        with self._gate.passing():\n            if self._data is None:",
+        "        with suppress():\n            if self._data is None:",
+        (READS,),
+    ),
+    Mutant(
+        "what the disk put in its place stays though it was refused",
+        DATA_FILE,
+        "                into[:] = BLANK * into.nbytes\n",
+        "                pass\n",
+        (READS,),
+    ),
+    Mutant(
+        "the disk writes where no sector begins",
+        DATA_FILE,
+        "number % _SECTOR_BYTES for number in (begin, into.nbytes, _address(into))",
+        "number % _SECTOR_BYTES for number in (begin, into.nbytes)",
+        (READS,),
+    ),
+    Mutant(
+        "half a payload stays where it was read to",
+        RECORD,
+        "        if not good:\n",
+        "        if False:\n",
+        (RECORDS, READS),
     ),
     Mutant(
         "the environment that came back is any",

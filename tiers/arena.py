@@ -3,6 +3,7 @@
 Laws
     Memory is taken once, when the arena is made; nothing here allocates afterwards (but `read` off a GPU).
     A slot is one contiguous run of bytes, so moving a block is one copy, whatever the tiers are.
+    The first slot begins with a page, so where blocks are whole sectors a disk can write into any slot by itself.
     An arena does not know what its slots mean: which are free, whose they are and what they hold is in the
     tables.
     `copy_block_hashed` and `digest` tell whether a slot's bytes are still those that were put there: memory forgets, too.
@@ -14,6 +15,7 @@ KV of its r-th token. Rows beyond a tail's tokens hold whatever was there; atten
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,9 @@ from tiers.hashed_copy import copy_hashed
 
 if TYPE_CHECKING:
     from tiers.block import Slot
+
+
+_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +77,11 @@ class Arena:
         self.device = torch.device(device)
         self.block_bytes = geometry.block_bytes
         # All the memory there will be: [slots, layers, 2, kv_heads, block_tokens, head_dim].
-        self.blocks = torch.empty(
-            (slots, *geometry.shape), dtype=geometry.dtype, device=self.device
-        )
+        shape = (slots, *geometry.shape)
+        spare = _PAGE_BYTES // geometry.dtype.itemsize
+        memory = torch.empty(math.prod(shape) + spare, dtype=geometry.dtype, device=self.device)
+        skipped = -memory.data_ptr() % _PAGE_BYTES // geometry.dtype.itemsize
+        self.blocks = memory[skipped : skipped + math.prod(shape)].view(shape)
         self._bytes = self.blocks.view(slots, -1).view(
             torch.uint8
         )  # [slots, block_bytes], the same memory

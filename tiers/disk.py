@@ -582,6 +582,10 @@ class DiskReader:
         """Queue the look-up of a prompt's chain; answered by `ChainFound`."""
         self._inbox.put(FindChain(ticket, root, tokens))
 
+    def reads(self) -> dict[str, int]:
+        """Records that came from the store so far, to whichever reader, by the way they came."""
+        return {way.value: count for way, count in self._store.statistics().reads.items()}
+
     def stop(self) -> None:
         """End one of the readers that share this inbox, after what was queued before."""
         self._inbox.put(Stop())

@@ -1,7 +1,8 @@
 """`BlockStore` on LMDB, the only file that knows lmdb. One environment in the state directory, six tables:
 
     blocks     key -> record (record.py); payloads live here and nowhere else
-    index      key -> seal, fingerprint 32, root 32, parent 32, depth u32, last_used f64, record size u64, token ids u32...
+    index      key -> seal, fingerprint 32, root 32, parent 32, depth u32, last_used f64, record size u64, place u64,
+               token ids u32...
     manifests  response name -> age u64, encoded manifest
     ages       age u64, big endian -> seal, response name, size u64: oldest first, for the budget
     names      item, content or session name -> response name
@@ -21,7 +22,10 @@ How it is used, each for a measured reason (lmdb 3.0.0, engine 0.9.36)
     Views (`buffers=True`) are copied and verified inside their transaction.
     The map is far larger than the capacity and never resized; our own budget, not MDB_MAP_FULL, is the limit.
     lmdb touches every page of a value that it passes, also for its key alone: what is needed of a block stands in the
-    index, and nothing but the scrubber walks `blocks`.
+    index, its place in the file among it, and records are read from there past lmdb (data_file.py). `blocks` is asked
+    where that gave nothing, and walked by the scrubber.
+    No readahead for the map, then: what is left to it are pages of tables, each of which had megabytes read around it.
+    Views in a write transaction are good until its next change: what is used after that is copied.
     LMDB has no checksum for values: ours are in the record, in the manifest, and in the seals (xxh3-64 of key and
     value) of the small tables.
 
@@ -30,7 +34,8 @@ A write that fails
     nothing. So the environment is closed, and opened again before the next write; it must then stand at the transaction
     that was last acknowledged, or at the failed one, which is then whole but was never acknowledged. lmdb must not be
     closed under a reader, nor the same file opened twice in one process: readers pass a gate, which is shut meanwhile.
-    Until then they go on reading: a snapshot is of committed pages, and every record is verified.
+    Until then they go on reading: a snapshot is of committed pages, and every record is verified. The file's own
+    descriptors are closed and opened with the environment, behind the same gate.
     A store that had such a failure leaves no clean mark, so the next start walks it.
 
 What is deleted
@@ -65,8 +70,10 @@ import xxhash
 from tiers import inspection as inspections
 from tiers import manifest as manifests_format
 from tiers.block import KEY_BYTES, BlockKey, StoreError
+from tiers.data_file import UNKNOWN, DataFile, ShortFile, place_of
+from tiers.hashed_copy import copying
 from tiers.inspection import ENVIRONMENT, Damaged, Finding
-from tiers.record import encode_head, extract, head_size
+from tiers.record import Asked, encode_head, extract, head_size
 from tiers.state_dir import sync_directory, this_boot
 from tiers.store import (
     Durability,
@@ -75,6 +82,7 @@ from tiers.store import (
     Name,
     ReaderCheck,
     StoreStatistics,
+    Way,
     chain_entries,
     check_manifest_fits,
     content_name,
@@ -105,7 +113,7 @@ _SCRUB_MAP_BYTES = 1 << 30  # lmdb makes it larger where the file is
 _READERS_LEAVE_S = 10.0  # a read that takes longer hangs in the kernel; guessed
 _SEAL_BYTES = 8
 _TRIAL = b"trial"  # shorter than any name
-_FORMAT = 2  # of the tables; 1 had no roots, no depths and no meta
+_FORMAT = 3  # of the tables; 1 had no roots, no depths and no meta, 2 no places
 _FORMAT_NAME = b"format"
 _TOTALS_NAME = b"totals"
 _LONGEST_VALUE = (1 << 32) - 1  # bytes, in LMDB
@@ -116,7 +124,7 @@ _SMALLEST_SLICE = 64
 _VERSION = struct.Struct("<I")
 _TOTALS = struct.Struct("<QQQ")
 _MODEL = struct.Struct("<32sQ")
-_INDEX = struct.Struct("<32s32s32sIdQ")
+_INDEX = struct.Struct("<32s32s32sIdQQ")
 _AGE = struct.Struct(">Q")  # big endian, so that LMDB's byte order is the order of ages
 _AGE_ENTRY = struct.Struct("<32sQ")
 
@@ -307,6 +315,10 @@ class LmdbStore:
         self._record_bytes = head_size(block_tokens) + payload_bytes
         self._gate = _Gate()
         self._env: Any = None
+        self._data: DataFile | None = None  # as long as the environment
+        self._page_bytes = 0
+        self._reads: Counter[Way] = Counter()
+        self._counting = threading.Lock()
         self._broken = False  # a write failed: open the environment again before the next one
         self._marked_open = False
         self._suspect = False  # a write failed in this life: leave no clean mark
@@ -397,13 +409,17 @@ class LmdbStore:
             self._trim_manifests(change)
 
     def read(self, key: BlockKey, parent: BlockKey, tokens: TokenIds, into: memoryview) -> None:
-        with self._reading() as snapshot:
-            found = snapshot.get(key, self._blocks)
-            if found is None:
-                raise StoreError("missing", f"no record of {key.hex()[:16]}")
-            extract(
-                found, into, fingerprint=self._fingerprint, key=key, parent=parent, tokens=tokens
-            )
+        asked = Asked(self._fingerprint, key, parent, tokens)
+        way = self._read_at_its_place(asked, into)
+        if way is None:
+            with self._reading() as snapshot:
+                found = snapshot.get(key, self._blocks)
+                if found is None:
+                    raise StoreError("missing", f"no record of {key.hex()[:16]}")
+                extract(copying(found), found.nbytes, into, asked)
+            way = Way.MAPPED
+        with self._counting:
+            self._reads[way] += 1
 
     def index(self, after: BlockKey | None, limit: int) -> list[IndexEntry]:
         found: list[IndexEntry] = []
@@ -490,14 +506,14 @@ class LmdbStore:
             if not behind:
                 return None
             key = BlockKey(min(behind))
-            value, found = snapshot.get(key, self._index), snapshot.get(key, self._blocks)
+            value, found = self._entry_and_record(snapshot, key)
             size = 0 if found is None else found.nbytes
             own = value is not None and self._own_entry(key, value) is not None
             return Examined(key, size, _fault_of_block(key, value, found), own)
 
     def discard(self, key: BlockKey) -> None:
         with self._reading() as snapshot:
-            value, found = snapshot.get(key, self._index), snapshot.get(key, self._blocks)
+            value, found = self._entry_and_record(snapshot, key)
             own = value is not None and self._own_entry(key, value) is not None
             there = value is not None or found is not None
             bad = there and _fault_of_block(key, value, found) is not None
@@ -514,7 +530,9 @@ class LmdbStore:
         return ReaderCheck(self._gate.oldest_s(), cleared)
 
     def statistics(self) -> StoreStatistics:
-        return replace(self._statistics, unsound_entries=len(self._unsound))
+        with self._counting:
+            reads = dict(self._reads)
+        return replace(self._statistics, unsound_entries=len(self._unsound), reads=reads)
 
     def close(self) -> None:
         """Every thread that reads or writes must have ended. What was written stays believed if nothing failed."""
@@ -535,12 +553,14 @@ class LmdbStore:
     # the environment
 
     def _attach(self) -> None:
-        """Raises what lmdb raises, and `_OtherFormat`."""
+        """Raises what lmdb and the operating system raise, and `_OtherFormat`."""
         self._env = _environment(self._path, self._map_bytes, self._durability)
         try:
             self._blocks, self._index, self._manifests, self._ages, self._names, self._meta = (
                 _tables(self._env)
             )
+            self._page_bytes = self._env.stat()["psize"]
+            self._data = DataFile(self._path / "data.mdb", self._page_bytes)
             with self._env.begin() as txn:
                 self._statistics = self._statistics_of(txn, self._load_totals(txn))
         except BaseException:
@@ -554,6 +574,9 @@ class LmdbStore:
 
     def _detach(self) -> None:
         env, self._env = self._env, None
+        data, self._data = self._data, None
+        if data is not None:
+            data.close()
         if env is not None:
             env.close()
 
@@ -580,6 +603,40 @@ class LmdbStore:
         inspections.mark_open(self._path, self._durability, self._boot)
         self._marked_open = True
 
+    # reading past lmdb
+
+    def _read_at_its_place(self, asked: Asked, into: memoryview) -> Way | None:
+        """None where none is known, or something else lies there by now: then LMDB knows. Raises `StoreError("io")`."""
+        size = head_size(len(asked.tokens)) + into.nbytes
+        with self._reading() as snapshot:
+            value = snapshot.get(asked.key, self._index)
+            entry = None if value is None else _index_entry(asked.key, value)
+        if entry is None or entry.place == UNKNOWN:
+            return None
+        if (entry.fingerprint, entry.record_bytes) != (self._fingerprint, size):
+            return None
+        with self._gate.passing():
+            if self._data is None:
+                return None
+            try:
+                return self._data.read(
+                    entry.place, size, into, lambda fill: extract(fill, size, into, asked)
+                )
+            except (StoreError, ShortFile):
+                return None
+            except OSError as error:  # in the map, the same would end the process
+                raise StoreError("io", f"read failed: {error}") from error
+
+    def _entry_and_record(
+        self, snapshot: _Snapshot, key: BlockKey
+    ) -> tuple[memoryview | None, memoryview | None]:
+        """As LMDB has them, for those who judge the record as it lies there."""
+        value = snapshot.get(key, self._index)
+        entry = None if value is None else _index_entry(key, value)
+        if entry is not None and entry.place != UNKNOWN and self._data is not None:
+            self._data.expect(entry.place, entry.record_bytes)
+        return value, snapshot.get(key, self._blocks)
+
     # transactions
 
     def _reading(self) -> _Snapshot:
@@ -601,8 +658,8 @@ class LmdbStore:
                 self._attach_again()
             if not self._marked_open:
                 self._mark_open()
-            with self._env.begin(write=True) as txn:
-                before = txn.get(_TOTALS_NAME, db=self._meta)
+            with self._env.begin(write=True, buffers=True) as txn:
+                before = bytes(txn.get(_TOTALS_NAME, db=self._meta) or b"")
                 change = _Change(txn, self._load_totals(txn), self._foreign_behind)
                 yield change
                 if change.recount or not change.totals.possible:
@@ -693,13 +750,19 @@ class LmdbStore:
             created=block.last_used,
             payload=block.payload,
         )
-        size = len(head) + block.payload.nbytes
-        entry = _INDEX.pack(
-            self._fingerprint, block.root, block.parent, block.depth, block.last_used, size
-        )
-        entry += struct.pack(f"<{len(block.tokens)}I", *block.tokens)
         self._discount(change, block.key)
         change.txn.put(block.key, b"".join((head, block.payload)), db=self._blocks)
+        put = change.txn.get(block.key, db=self._blocks)
+        entry = _INDEX.pack(
+            self._fingerprint,
+            block.root,
+            block.parent,
+            block.depth,
+            block.last_used,
+            put.nbytes,
+            place_of(put, self._page_bytes),
+        )
+        entry += struct.pack(f"<{len(block.tokens)}I", *block.tokens)
         change.txn.put(block.key, _seal(block.key, entry), db=self._index)
         change.totals.block_bytes += _bytes_on_disk(block)
         change.totals.blocks[self._fingerprint] += 1
@@ -760,7 +823,7 @@ class LmdbStore:
             cursor = change.txn.cursor(db=self._index)
             behind = cursor.iternext() if _seek_behind(cursor, change.foreign_behind) else ()
             for key, value in behind:
-                change.foreign_behind = key
+                change.foreign_behind = key = bytes(key)  # the cursor's view is gone with its step
                 if key in leaving or self._own_entry(key, value) is not None:
                     continue
                 victims.append(BlockKey(key))
@@ -796,9 +859,11 @@ class LmdbStore:
         change.totals.manifest_bytes += len(data)
 
     def _delete_manifest(self, change: _Change, response: Name) -> None:
-        found = change.txn.pop(response, db=self._manifests)
-        if found is None:
+        value = change.txn.get(response, db=self._manifests)
+        if value is None:
             return
+        found = bytes(value)
+        change.txn.delete(response, db=self._manifests)
         change.totals.manifest_bytes -= len(found) - _AGE.size
         age, data = found[: _AGE.size], found[_AGE.size :]
         aged = self._aged(change.txn, age)
@@ -823,7 +888,7 @@ class LmdbStore:
             or change.totals.manifest_bytes > limits.manifest_bytes
         ):
             cursor = txn.cursor(db=self._ages)
-            age = cursor.key() if cursor.first() else b""
+            age = bytes(cursor.key()) if cursor.first() else b""
             aged = _age_entry(age, cursor.value()) if age else None
             if aged is None:
                 if age:
@@ -839,7 +904,7 @@ class LmdbStore:
     def _drop_ageless(self, change: _Change) -> None:
         """A walk over all manifests; only damage leads here."""
         ageless = [
-            Name(name)
+            Name(bytes(name))
             for name, value in change.txn.cursor(db=self._manifests)
             if (aged := self._aged(change.txn, value[: _AGE.size])) is None or aged.response != name
         ]
@@ -863,6 +928,7 @@ class _Indexed:
     own: IndexEntry
     fingerprint: bytes
     record_bytes: int
+    place: int
 
 
 def _index_entry(key: memoryview | bytes, value: memoryview | bytes) -> _Indexed | None:
@@ -870,14 +936,13 @@ def _index_entry(key: memoryview | bytes, value: memoryview | bytes) -> _Indexed
     entry = _unseal(key, value)
     if entry is None or len(key) != KEY_BYTES or len(entry) < _INDEX.size or len(entry) % 4:
         return None
-    fingerprint, root, parent, depth, last_used, size = _INDEX.unpack_from(entry)
+    fingerprint, root, parent, depth, last_used, size, place = _INDEX.unpack_from(entry)
     tokens = struct.unpack_from(f"<{(len(entry) - _INDEX.size) // 4}I", entry, _INDEX.size)
-    if (
-        not math.isfinite(last_used) or size > _LONGEST_VALUE
-    ):  # it has no place in an order, or none in LMDB
+    # It has no place in an order, or none in LMDB, or none in a file.
+    if not math.isfinite(last_used) or size > _LONGEST_VALUE or place > _IMPOSSIBLE:
         return None
     own = IndexEntry(BlockKey(bytes(key)), root, parent, depth, tokens, last_used)
-    return _Indexed(own, fingerprint, size)
+    return _Indexed(own, fingerprint, size, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -961,14 +1026,16 @@ def _create(state: StateDir, path: Path) -> None:
     sync_directory(state.path)
 
 
-def _environment(path: Path, map_bytes: int, durability: Durability) -> Any:
+def _environment(
+    path: Path, map_bytes: int, durability: Durability, *, readahead: bool = False
+) -> Any:
     return lmdb.open(
         str(path),
         map_size=map_bytes,
         mode=0o700,  # of the directory; its files get 0600
         max_dbs=len(_TABLES),
         max_readers=_MAX_READERS,
-        readahead=True,
+        readahead=readahead,
         sync=durability is Durability.POWER,
         lib_version=_ENGINE,
     )
@@ -1016,7 +1083,7 @@ def scrub(state: StateDir, boot: str | None = None) -> Iterator[ScrubStep]:
                 raise StoreError("io", f"{path}: was not synced before the machine started anew")
             case Finding.UNCLEAN | Finding.CLEAN:
                 inspection.join()
-        env = _environment(path, _SCRUB_MAP_BYTES, Durability.POWER)
+        env = _environment(path, _SCRUB_MAP_BYTES, Durability.POWER, readahead=True)
         try:
             yield from _scrub(env)
         finally:

@@ -17,23 +17,23 @@ from __future__ import annotations
 
 import enum
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NewType, Protocol
 
 from tiers import manifest as manifests_format
-from tiers import record
 from tiers.block import BlockKey, StoreError, chain_key
 from tiers.canonical import digest
+from tiers.hashed_copy import copying
+from tiers.record import PAGE_HEAD_BYTES, Asked, encode_head, extract, head_size, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from tiers.block import TokenIds
     from tiers.manifest import Manifest
 
 Name = NewType("Name", bytes)  # 32 bytes: what a manifest is found under
 _PAGE = 4096
-_PAGE_HEADER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,16 @@ class StoreLimits:
     min_free_bytes: int = 0  # of the file system: below that no block is taken
 
 
+class Way(enum.Enum):
+    """How a record came to its reader (data_file.py)."""
+
+    CACHED = "cached"
+    DIRECT = "direct"
+    BOUNCED = "bounced"
+    BUFFERED = "buffered"
+    MAPPED = "mapped"  # by the store's own table: whenever no other way gave the record
+
+
 @dataclass(frozen=True, slots=True)
 class StoreStatistics:
     """`blocks` are this model's; `foreign_blocks` belong to other models, or to nobody knows whom."""
@@ -98,6 +108,8 @@ class StoreStatistics:
     manifests: int
     manifest_bytes: int
     unsound_entries: int = 0  # of the index, met while it was read; their records are not used
+    # Records read since it was opened. No part of what it holds, so two stores are equal without.
+    reads: Mapping[Way, int] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +250,7 @@ def chain_entries(
 
 def record_bytes_on_disk(record_bytes: int) -> int:
     """Whole pages: LMDB puts a large value on pages of its own, after one page header."""
-    return -(-(record_bytes + _PAGE_HEADER) // _PAGE) * _PAGE
+    return -(-(record_bytes + PAGE_HEAD_BYTES) // _PAGE) * _PAGE
 
 
 def response_name(tenant: str, response_id: str) -> Name:
@@ -285,7 +297,7 @@ class MemoryStore:
     ) -> None:
         self._fingerprint = fingerprint
         self._limits = limits
-        one = record_bytes_on_disk(record.head_size(block_tokens) + payload_bytes)
+        one = record_bytes_on_disk(head_size(block_tokens) + payload_bytes)
         self._block_slots = limits.block_bytes // one
         self._block_tokens = block_tokens
         self._blocks: dict[BlockKey, _Stored] = {}
@@ -338,14 +350,8 @@ class MemoryStore:
         stored = self._blocks.get(key)
         if stored is None:
             raise StoreError("missing", f"no record of {key.hex()[:16]}")
-        record.extract(
-            memoryview(stored.record),
-            into,
-            fingerprint=self._fingerprint,
-            key=key,
-            parent=parent,
-            tokens=tokens,
-        )
+        asked = Asked(self._fingerprint, key, parent, tokens)
+        extract(copying(memoryview(stored.record)), len(stored.record), into, asked)
 
     def index(self, after: BlockKey | None, limit: int) -> list[IndexEntry]:
         behind = sorted(key for key in self._blocks if after is None or key > after)
@@ -414,7 +420,7 @@ class MemoryStore:
         """Nothing to give back."""
 
     def _stored(self, block: BlockWrite) -> _Stored:
-        head = record.encode_head(
+        head = encode_head(
             fingerprint=self._fingerprint,
             key=block.key,
             parent=block.parent,
@@ -477,9 +483,7 @@ def forgotten_response(store: BlockStore, deleted: Manifest) -> ForgottenRespons
 def fault(found: memoryview, fingerprint: bytes, entry: IndexEntry) -> str | None:
     """Why a record would be refused, if it would."""
     try:
-        record.verify(
-            found, fingerprint=fingerprint, key=entry.key, parent=entry.parent, tokens=entry.tokens
-        )
+        verify(found, Asked(fingerprint, entry.key, entry.parent, entry.tokens))
     except StoreError as error:
         return error.reason
     return None

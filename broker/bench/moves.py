@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
+import statistics
 import time
+from collections import Counter
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -23,17 +26,18 @@ from tiers.state_dir import StateDir
 from tiers.store import StoreLimits, record_bytes_on_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from tiers.block import BlockKey, TokenIds
     from tiers.codec import Codec
     from tiers.disk import ReadCommand
+    from tiers.store import Way
 
 _BLOCK_TOKENS = 32
 _FINGERPRINT = b"bench tiers".ljust(32, b".")
 _ROOT = root_key(_FINGERPRINT, b"")
-_DIRECT_THREADS = (1, 4, 8)
+_DIRECT = ((1, 4 << 20), (4, 4 << 20), (8, 4 << 20), (4, 1 << 20), (8, 1 << 20))  # threads, bytes
 _PER_COMMIT = 8  # blocks that are replaced in one transaction: a turn's worth
 _PER_OFFER = 64  # blocks handed to the writer at once: one full transaction
 
@@ -65,7 +69,9 @@ class Bench:
     host: Arena = field(init=False)
     memory: Memory = field(init=False)
     moves: dict[str, list[Timed]] = field(default_factory=dict)  # {row: one per round}
+    direct: dict[tuple[int, int], list[Timed]] = field(default_factory=dict)  # one per round
     unchecked: dict[str, list[float]] = field(default_factory=dict)  # {row: seconds}
+    ways: dict[str, Counter[Way]] = field(default_factory=dict)  # {row: blocks}
     from_disk: list[float] = field(default_factory=list)  # share of the cold restores' bytes
 
     def __post_init__(self) -> None:
@@ -108,20 +114,23 @@ class Bench:
         size = self.blocks * self.payload_bytes
         seconds = raw_disk.write_s(self.place / "raw", size)
         self.moves.setdefault("O_DIRECT write", []).append(Timed(size, seconds))
-        # Who is first gains from the disk's own cache, or pays for the other's write-back: so take turns.
-        checked = [True, False] if len(self.from_disk) % 2 else [False, True]
-        for check in checked:
-            raw_disk.evict(self.data)
-            before = raw_disk.bytes_from_disk()
-            self._restore("disk -> device, cold", check=check)
-            if check:
-                read = raw_disk.bytes_from_disk() - before
-                self.from_disk.append(read / (self.blocks * self.payload_bytes))
-        for check in checked:
-            self._restore("disk -> device, warm", check=check)
-        size = self.data.stat().st_size
-        seconds = min(raw_disk.read_s(self.data, threads) for threads in _DIRECT_THREADS)
-        self.moves.setdefault("O_DIRECT read", []).append(Timed(size, seconds))
+        cold: list[Callable[[], None]] = [
+            self._restore_cold,
+            functools.partial(self._restore_cold, check=False),
+            *(functools.partial(self._read_direct, *how) for how in _DIRECT),
+        ]
+        # Who is first gains from the disk's own cache, or pays for another's write-back: so take turns.
+        first = len(self.from_disk) % len(cold)
+        for move in cold[first:] + cold[:first]:
+            move()
+        raw_disk.cache(self.data)
+        self._restore("disk -> device, warm", [True, False, False, True])
+
+    @property
+    def best_direct(self) -> tuple[int, int]:
+        """Threads and request size that read past the page cache at the best rate: by their medians, not by luck."""
+        rates = {how: statistics.median(t.rate for t in ts) for how, ts in self.direct.items()}
+        return max(rates, key=lambda how: rates[how])
 
     def _note(self, row: str, each: int, seconds: float) -> None:
         self.moves.setdefault(row, []).append(Timed(self.blocks * each, seconds))
@@ -164,7 +173,18 @@ class Bench:
         assert answers == [Landed(one) for one in spills]
         return seconds
 
-    def _restore(self, row: str, *, check: bool) -> None:
+    def _restore(self, row: str, checks: Sequence[bool]) -> None:
+        """As often as there are `checks`; of those with and of those without, the mean is noted."""
+        seconds: dict[bool, list[float]] = {check: [] for check in checks}
+        for check in checks:
+            seconds[check].append(self._restored_s(row, check=check))
+        for check, spent in seconds.items():
+            if check:
+                self._note(row, self.payload_bytes, statistics.mean(spent))
+            else:
+                self.unchecked.setdefault(row, []).append(statistics.mean(spent))
+
+    def _restored_s(self, row: str, *, check: bool) -> float:
         inbox: SimpleQueue[ReadCommand] = SimpleQueue()
         answers: list[object] = []
         fetches = [
@@ -180,11 +200,22 @@ class Bench:
             for reader in readers:
                 reader.stop()
             seconds = raw_disk.side_by_side([reader.run for reader in readers])
+            self.ways.setdefault(row, Counter()).update(store.statistics().reads)
         assert set(answers) == {Landed(fetch) for fetch in fetches}
+        return seconds
+
+    def _restore_cold(self, *, check: bool = True) -> None:
+        raw_disk.evict(self.data)
+        before = raw_disk.bytes_from_disk()
+        self._restore("disk -> device, cold", [check])
         if check:
-            self._note(row, self.payload_bytes, seconds)
-        else:
-            self.unchecked.setdefault(row, []).append(seconds)
+            read = raw_disk.bytes_from_disk() - before
+            self.from_disk.append(read / (self.blocks * self.payload_bytes))
+
+    def _read_direct(self, threads: int, request_bytes: int) -> None:
+        seconds = raw_disk.read_s(self.data, threads, request_bytes)
+        timed = Timed(self.data.stat().st_size, seconds)
+        self.direct.setdefault((threads, request_bytes), []).append(timed)
 
     def _slots(self) -> list[Slot]:
         return [Slot(slot) for slot in range(self.blocks)]

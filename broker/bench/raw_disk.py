@@ -10,6 +10,7 @@ import mmap
 import os
 import resource
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -47,22 +48,31 @@ def is_direct(directory: Path) -> bool:
     return True
 
 
-def read_s(path: Path, threads: int) -> float:
+def read_s(path: Path, threads: int, request_bytes: int = _REQUEST_BYTES) -> float:
     """Seconds to read the whole of a file past the page cache."""
     size = path.stat().st_size
     file = os.open(path, os.O_RDONLY | os.O_DIRECT)
     try:
-        offsets = itertools.count(0, _REQUEST_BYTES)  # next() on it is atomic
-        return side_by_side([lambda: _read(file, size, offsets)] * threads)
+        offsets = itertools.count(0, request_bytes)  # next() on it is atomic
+        buffers = [_large_pages(request_bytes) for _ in range(threads)]
+        return side_by_side([partial(_read, file, size, offsets, buffer) for buffer in buffers])
     finally:
         os.close(file)
 
 
-def _read(file: int, size: int, offsets: Iterator[int]) -> None:
-    with mmap.mmap(-1, _REQUEST_BYTES) as buffer:
-        while (offset := next(offsets)) < size:
-            read = os.preadv(file, [buffer], offset)
-            assert read == min(_REQUEST_BYTES, size - offset), "a short read"
+def _large_pages(size: int) -> memoryview:
+    """A buffer that is in few pieces, and there. In scattered pages, met first by the disk, it costs a fifth of the rate."""
+    buffer = mmap.mmap(-1, size + (4 << 20))
+    buffer.madvise(mmap.MADV_HUGEPAGE)
+    for begin in range(0, len(buffer), mmap.PAGESIZE):
+        buffer[begin] = 1
+    return memoryview(buffer)[:size]
+
+
+def _read(file: int, size: int, offsets: Iterator[int], buffer: memoryview) -> None:
+    while (offset := next(offsets)) < size:
+        read = os.preadv(file, [buffer], offset)
+        assert read == min(len(buffer), size - offset), "a short read"
 
 
 def write_s(path: Path, size: int) -> float:
@@ -89,6 +99,13 @@ def evict(path: Path) -> None:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(file)
+
+
+def cache(path: Path) -> None:
+    """Bring all of a file into the page cache."""
+    with path.open("rb", buffering=0) as file, mmap.mmap(-1, _REQUEST_BYTES) as buffer:
+        while file.readinto(buffer):
+            pass
 
 
 def bytes_from_disk() -> int:

@@ -7,8 +7,10 @@ random numbers. In each round every move is made once, so that all of them see t
     device -> host  `Memory.copy`, which seals; host -> device verifies the seal (both on the CPU: arenas in memory)
     host -> disk    `DiskWriter` until every block is committed; beside it a file of the same size, O_DIRECT and fsync
     disk -> device  `DiskReader`s until every block is verified in its slot, the store just opened:
-                    warm: all of it in the page cache; cold: none of it, which the bytes that the disk read must show
-    O_DIRECT        the store's own file, read in large requests by as many threads as do best
+                    warm: all of it in the page cache; cold: none of it, which the bytes that the disk read must show.
+                    By which way the blocks came is printed too: what is mapped came without the fast ones
+    O_DIRECT        the store's own file, read by as many threads and in requests as large as do best over the rounds;
+                    between the cold restores, so that a ratio compares what the disk did within a few seconds
 
 Then the share of checksums in a restore, against restores that believe everything; and how far the file outgrows its
 contents while it is written over ten times. Last, with the real model, what the engine's choice between restoring and
@@ -33,9 +35,11 @@ from broker.config import Server
 
 if TYPE_CHECKING:
     import argparse
+    from collections import Counter
     from collections.abc import Sequence
 
     from broker.bench.moves import Bench, Growth
+    from tiers.store import Way
 
 _LAYER_BYTES = 16 << 10  # one KV head of 64 float32 elements, K and V, of 32 tokens
 
@@ -144,9 +148,11 @@ def _decisions(place: Path, args: argparse.Namespace) -> str:
 
 
 def _report(bench: Bench, growth: Growth, args: argparse.Namespace) -> str:
-    rates = {row: statistics.median(t.rate for t in timed) for row, timed in bench.moves.items()}
+    threads, size = bench.best_direct
+    moves = {**bench.moves, "O_DIRECT read": bench.direct[bench.best_direct]}
+    rates = {row: statistics.median(t.rate for t in timed) for row, timed in moves.items()}
     lines = [("move", "GB/s", "least", "most", "of memcpy", "of O_DIRECT", "ms a block")]
-    for row, timed in bench.moves.items():
+    for row, timed in moves.items():
         found = [one.rate for one in timed]
         direct = rates["O_DIRECT write" if row.startswith("host -> disk") else "O_DIRECT read"]
         each = [one.seconds / bench.blocks * 1e3 for one in timed]
@@ -168,12 +174,14 @@ def _report(bench: Bench, growth: Growth, args: argparse.Namespace) -> str:
         "",
         *_aligned(lines),
         "",
+        f"O_DIRECT read: {threads} threads, {size / 2**20:.0f} MiB a request; by their medians the best "
+        f"of {len(bench.direct)} ways",
         f"cold restores: the disk read {statistics.median(bench.from_disk):.0%} of the bytes",
+        *(f"{row}: {_ways(ways)}" for row, ways in bench.ways.items()),
     ]
     for row, against, least in _TARGETS:
         share = statistics.median(
-            ours.rate / theirs.rate
-            for ours, theirs in zip(bench.moves[row], bench.moves[against], strict=True)
+            ours.rate / theirs.rate for ours, theirs in zip(moves[row], moves[against], strict=True)
         )
         out.append(
             _verdict(f"{row}: {share:.2f} of {against}", f"at least {least}", good=share >= least)
@@ -181,7 +189,7 @@ def _report(bench: Bench, growth: Growth, args: argparse.Namespace) -> str:
     for row, unchecked in bench.unchecked.items():
         share = statistics.median(
             1 - without / with_.seconds
-            for without, with_ in zip(unchecked, bench.moves[row], strict=True)
+            for without, with_ in zip(unchecked, moves[row], strict=True)
         )
         wanted = f"at most {_MOST_CHECKSUMS:.0%}"
         out.append(_verdict(f"{row}: checksums {share:.1%}", wanted, good=share <= _MOST_CHECKSUMS))
@@ -189,6 +197,12 @@ def _report(bench: Bench, growth: Growth, args: argparse.Namespace) -> str:
     row = f"file / live after {growth.written - 1:.0f} x turnover: {grown:.3f}"
     out.append(_verdict(row, f"at most {_MOST_FILE}", good=grown <= _MOST_FILE))
     return "\n".join(out)
+
+
+def _ways(ways: Counter[Way]) -> str:
+    """How the blocks came, most of them first."""
+    total = ways.total()
+    return ", ".join(f"{way.value} {count / total:.1%}" for way, count in ways.most_common())
 
 
 def _verdict(found: str, wanted: str, *, good: bool) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from broker.bench import raw_disk, tiers
 from broker.bench.moves import Bench, Growth
+from tiers.store import Way
 
 LAYER = 16 << 10
 
@@ -64,10 +65,21 @@ def test_bytes_that_are_believed_unchecked_are_so_only_inside_the_measurement(tm
     at = data.index(bytes(bench.host.view(2)[:64]))
     data[at] ^= 1
     bench.data.write_bytes(data)
-    bench._restore("row", check=False)
+    bench._restore("row", [False])
     assert bench.unchecked["row"]
     with pytest.raises(AssertionError):
-        bench._restore("row", check=True)
+        bench._restore("row", [True])
+
+
+def test_blocks_come_by_the_fastest_way_that_there_is(tmp_path):
+    """Where a place, a slot or a record's head is not as it should be, restores are right, and slow."""
+    bench = Bench(tmp_path, layers=3, blocks=6, readers=2, compact="off")
+    bench.fill()
+    bench._restore("warm", [True])
+    assert set(bench.ways["warm"]) == {Way.CACHED}
+    if raw_disk.is_direct(tmp_path):
+        bench._restore_cold()
+        assert set(bench.ways["disk -> device, cold"]) == {Way.DIRECT}
 
 
 def test_a_file_is_read_whole_past_the_cache(tmp_path):

@@ -29,6 +29,7 @@ from engine.api import Finished, Sampled, Sampling, Submit
 from tests.campaign import chain, stub
 from tests.campaign.verdict import Verdict
 from tests.fakes import END
+from tests.tiers.medium import evict, replace_record
 from tiers.block import BlockKey, StoreError, Tier, chain_key, root_key
 from tiers.lmdb_store import LmdbStore
 from tiers.manifest import Manifest
@@ -57,7 +58,10 @@ SHARES = {
 
 
 class Damage:
-    """The environment's tables, written to behind the store's back; `undo` puts back what was there."""
+    """The environment's tables, written to behind the store's back; `undo` puts back what was there.
+
+    A record is changed where it lies, as a disk changes it: LMDB would put another one elsewhere, and leave this one whole.
+    """
 
     def __init__(self, store: LmdbStore) -> None:
         self._env = store._env
@@ -76,17 +80,22 @@ class Damage:
             return found
 
     def put(self, values: dict[tuple[bytes, bytes], bytes]) -> None:
-        with self._env.begin(write=True) as txn:
-            for (table, key), value in values.items():
-                before = txn.get(key, db=self._tables[table])
-                self._before.setdefault((table, key), before)
-                txn.put(key, value, db=self._tables[table])
+        for place in values:
+            self._before.setdefault(place, self.value(*place) or b"")
+        self._replace(values)
 
     def undo(self) -> None:
-        with self._env.begin(write=True) as txn:
-            for (table, key), value in self._before.items():
-                txn.put(key, value, db=self._tables[table])
+        self._replace(self._before)
         self._before.clear()
+
+    def _replace(self, values: dict[tuple[bytes, bytes], bytes]) -> None:
+        with self._env.begin(write=True) as txn:
+            for (table, key), value in values.items():
+                if table != b"blocks":
+                    txn.put(key, value, db=self._tables[table])
+        for (table, key), value in values.items():
+            if table == b"blocks":
+                replace_record(self._env, self._tables[table], key, value)
 
 
 def flipped(value: bytes, bit: int) -> bytes:
@@ -169,8 +178,12 @@ class StoreAlone:
                 done += len(hit)
                 self.counts[f"{part} bits"] += len(hit)
                 self.verdict.progress(f"{self.counts[f'{part} bits']} of {count} bits of {part}s")
+        evict(self.folder / "kv" / "data.mdb")
+        with self.opened() as store:
             for key in keys:
                 self.must_serve(store, key)
+            for way, count in store.statistics().reads.items():
+                self.counts[f"served: {way.value}"] += count
 
     def move_records(self, count: int) -> None:
         """Values that are whole, but not this key's."""
@@ -193,7 +206,7 @@ class StoreAlone:
                         case 0:
                             moved = others  # misdirected
                         case 1:  # torn: the beginning of one write, the rest of another
-                            at = self.random.choice([512, 2048, 4096])
+                            at = self.random.choice([496, 2048, 4096])
                             moved = own[:at] + others[at:]
                         case _:  # stale: from before the model changed
                             moved = strange.get(key) or others

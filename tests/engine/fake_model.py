@@ -170,6 +170,9 @@ class FakeDisk:
 
         self.pending.append(answer)
 
+    def reads(self) -> dict[str, int]:
+        return {}
+
     def fetch(self, action: Fetch, into: memoryview) -> None:
         at = len(self.fetched)
         self.fetched.append(action.key)

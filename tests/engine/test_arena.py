@@ -1,5 +1,6 @@
 """Bytes in, the same bytes out, and nothing beside them."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,16 @@ def test_geometry_counts_bytes():
     assert geometry.shape == (30, 2, 3, 32, 64)
     with pytest.raises(AssertionError, match="not a torch dtype"):
         _ = Geometry(1, 1, 1, 1, "nn").dtype
+
+
+def test_every_slot_of_whole_sectors_begins_with_one():
+    """Else a disk cannot write into it, and each block is copied once more, which nothing but the clock would tell."""
+    for layers in (1, 3):
+        arena = Arena(Geometry(layers, 1, 64, 32, "float32"), 5)
+        begins = [torch.from_numpy(np.asarray(arena.view(slot))).data_ptr() for slot in range(5)]
+        assert begins[0] % 4096 == 0
+        assert all(begin % 512 == 0 for begin in begins)
+        assert arena.blocks.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype_name", DTYPES)

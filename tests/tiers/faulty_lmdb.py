@@ -1,4 +1,5 @@
-"""A disk whose n-th I/O call fails, as one that is full or broken fails: lmdb's calls, and those of the files beside it.
+"""A disk whose n-th I/O call fails, as one that is full or broken fails: lmdb's calls, and those of the files beside it
+and of its own that are read past it.
 
 Within `faulty_disk` the store's own `lmdb` and `os` are stand-ins that count. A commit may also fail late: it landed, and
 nobody was told. After a failed commit an environment refuses everything until it is closed, as LMDB does when it could not
@@ -18,7 +19,7 @@ from unittest.mock import patch
 
 import lmdb
 
-from tiers import lmdb_store, state_dir
+from tiers import data_file, lmdb_store, state_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,13 +88,14 @@ def faulty_disk() -> Iterator[Faults]:
         faults,
         **{
             name: _counted(getattr(os, name), name, faults)
-            for name in ("fsync", "rename", "open", "write")
+            for name in ("fsync", "rename", "open", "write", "preadv", "posix_fadvise")
         },
         statvfs=lambda path: _statvfs(path, faults),
     )
     with (
         patch.object(lmdb_store, "lmdb", module),
         patch.object(lmdb_store, "os", system),
+        patch.object(data_file, "os", system),
         patch.object(state_dir, "os", system),
     ):
         yield faults

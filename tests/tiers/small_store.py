@@ -13,7 +13,7 @@ from tiers.store import BlockWrite, Durability, StoreLimits
 
 FINGERPRINT = b"f" * 32
 ROOT = root_key(FINGERPRINT, b"")
-PAYLOAD_BYTES = 6000
+PAYLOAD_BYTES = 6144  # whole sectors, as blocks are
 LIMITS = StoreLimits(block_bytes=64 * 8192, manifests=20)
 
 

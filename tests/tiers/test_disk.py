@@ -531,7 +531,7 @@ async def test_the_scrubber_reads_everything_at_its_rate_and_reports_what_is_rot
             store, answers, SimpleNamespace(idle=True, discard=discarded.append), inbox
         )
         scrubber.run()
-        size = 512 + PAYLOAD_BYTES
+        size = 496 + PAYLOAD_BYTES
         assert inbox.waits == [60.0, *[size / 1000] * 5, 60.0, *[size / 1000] * 5, 60.0]
         assert discarded == sorted((unlisted, orphan)) * 2
         for key in (*discarded, *keys(0)):

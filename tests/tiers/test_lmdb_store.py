@@ -16,6 +16,7 @@ import lmdb
 import pytest
 
 from tests.tiers.faulty_lmdb import Fault, faulty_disk
+from tests.tiers.medium import replace_record
 from tests.tiers.small_store import (
     FINGERPRINT,
     LIMITS,
@@ -77,8 +78,13 @@ def refusal(store, write: BlockWrite) -> str:
 def raw(store, table: str, key: bytes, change) -> None:
     """Change a value behind the store's back, as a bad disk would."""
     database = getattr(store, f"_{table}")
+    with store._env.begin() as txn:
+        value = change(txn.get(key, db=database))
+    if table == "blocks":
+        replace_record(store._env, database, key, value)
+        return
     with store._env.begin(write=True) as txn:
-        txn.put(key, change(txn.get(key, db=database)), db=database)
+        txn.put(key, value, db=database)
 
 
 def flip(bit: int):
@@ -98,7 +104,7 @@ def test_one_flipped_bit_anywhere_in_a_value_is_refused(tmp_path):
     with opened(tmp_path) as store:
         store.write(blocks=[write])
         bits = random.Random(0).sample(range(8 * 200), 100)
-        bits += random.Random(0).sample(range(8 * (512 + PAYLOAD_BYTES)), 100)
+        bits += random.Random(0).sample(range(8 * (496 + PAYLOAD_BYTES)), 100)
         for bit in bits:
             raw(store, "blocks", write.key, flip(bit))
             assert refusal(store, write) in {
@@ -122,7 +128,7 @@ def test_the_record_of_one_key_under_another_is_refused(tmp_path):
 def test_a_record_cut_short_is_refused(tmp_path):
     with opened(tmp_path) as store:
         store.write(blocks=[block(1)])
-        for size in (0, 1, 143, 144, 511, 512, 513, 512 + PAYLOAD_BYTES - 1):
+        for size in (0, 1, 143, 144, 495, 496, 497, 496 + PAYLOAD_BYTES - 1):
             raw(store, "blocks", block(1).key, lambda value, size=size: value[:size])
             assert refusal(store, block(1)) == "size"
             store.write(blocks=[block(1)])
@@ -596,7 +602,8 @@ def test_whatever_call_fails_what_was_acknowledged_is_there_and_writing_goes_on(
             ]
             faults.disarm()
             assert set(answers) <= {None, "io", "full"}
-            assert any(answers) == bool(faults.fired)
+            another_way = not lasting and set(faults.fired) <= {"preadv", "posix_fadvise"}
+            assert any(answers) == (bool(faults.fired) and not another_way)
             store.write()  # opens the environment again, if a write failed
             blocks, responses = held(store)
             written, forgotten = answers[0] is None, answers[1] is None
@@ -615,7 +622,17 @@ def test_whatever_call_fails_what_was_acknowledged_is_there_and_writing_goes_on(
             assert held(store) == before
             assert recounted(store) == store.statistics()
         assert n > 40
-        made = {"begin", "commit", "get", "put", "delete", "pop", "cursor", "stat", "reader_check"}
+        made = {
+            "begin",
+            "commit",
+            "get",
+            "put",
+            "delete",
+            "cursor",
+            "stat",
+            "reader_check",
+            "preadv",
+        }
         assert made <= set(faults.calls)
     with opened(tmp_path) as store:
         assert held(store) == before
@@ -691,7 +708,7 @@ def test_it_is_not_opened_again_under_a_reader(tmp_path, monkeypatch):
             assert outcome(lambda: store.write(blocks=[block(2)])) == "io"
             with pytest.raises(StoreError, match="a read does not end"):
                 store.write(blocks=[block(2)])
-            assert snapshot.get(block(1).key, store._blocks)[512:] == payload(1)
+            assert snapshot.get(block(1).key, store._blocks)[496:] == payload(1)
             assert store.check_readers().oldest_s > 0.05
         store.write(blocks=[block(2)])
         assert held(store)[0] == {1, 2}
@@ -724,10 +741,8 @@ def test_an_environment_that_came_back_as_another_is_not_believed(tmp_path):
     """After a failed write it must stand at that write or the one before: anything else is a lie of the disk."""
     with faulty_disk() as faults, opened(tmp_path) as store:
         store.write(blocks=[block(1)])
-        raw(
-            store, "blocks", block(1).key, flip(1)
-        )  # two transactions that the store knows nothing of
-        raw(store, "blocks", block(1).key, flip(1))
+        for _ in range(2):  # transactions that the store knows nothing of
+            raw(store, "index", block(1).key, flip(1))
         faults.arm(1, Fault.EIO)
         assert outcome(lambda: store.write(blocks=[block(2)])) == "io"
         with pytest.raises(StoreError, match="stands at transaction"):

@@ -17,8 +17,10 @@ from hypothesis import event, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.tiers.faulty_lmdb import Fault, faulty_disk
+from tests.tiers.medium import evict, place_on_disk, replace_record
 from tiers.block import StoreError, chain_key, root_key
-from tiers.lmdb_store import LmdbStore, scrub
+from tiers.data_file import UNKNOWN
+from tiers.lmdb_store import LmdbStore, _index_entry, scrub
 from tiers.manifest import Manifest
 from tiers.record import BLANK
 from tiers.state_dir import StateDir
@@ -33,9 +35,9 @@ from tiers.store import (
 )
 
 MODELS = (b"a" * 32, b"b" * 32)
-PAYLOAD_BYTES = 700
+PAYLOAD_BYTES = 4000  # with its head more than a page: on pages of its own, as every real one is
 SLOTS = 4
-RECORD_BYTES = record_bytes_on_disk(512 + PAYLOAD_BYTES)
+RECORD_BYTES = record_bytes_on_disk(496 + PAYLOAD_BYTES)
 MIN_FREE = 1000
 LIMITS = StoreLimits(
     block_bytes=SLOTS * RECORD_BYTES, manifests=3, manifest_bytes=1500, min_free_bytes=MIN_FREE
@@ -128,6 +130,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "lmdb"):
+            for way in self.lmdb.statistics().reads:
+                event(f"read: {way}")
             self.lmdb.close()
             damaged = (self.path / "state" / "kv.damaged").exists()
             assert not damaged, "a sound environment was put aside"
@@ -210,6 +214,11 @@ class StoreMachine(RuleBasedStateMachine):
     def fill_the_disk(self, full) -> None:
         self.faults.free_bytes = MIN_FREE if full else None
 
+    @rule()
+    def lose_the_page_cache(self) -> None:
+        """What is read next comes from the disk."""
+        evict(self.path / "state" / "kv" / "data.mdb")
+
     @rule(tenant=st.sampled_from(TENANTS), response=st.sampled_from(RESPONSES))
     def forget(self, tenant, response) -> None:
         event(f"forget: {self.both(lambda store: store.forget_response(tenant, response))}")
@@ -225,7 +234,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert answer is None or set(buffer) in ({POISON}, {BLANK[0]})
 
     @precondition(lambda self: self.memory._blocks)
-    @rule(pick=st.integers(0, SLOTS - 1), bit=st.integers(0, 8 * (512 + PAYLOAD_BYTES) - 1))
+    @rule(pick=st.integers(0, SLOTS - 1), bit=st.integers(0, 8 * (496 + PAYLOAD_BYTES) - 1))
     def damage(self, pick, bit) -> None:
         """A bit of a record flips on the medium: a foreign record keeps it unnoticed, our own refuses to be read."""
         keys = sorted(self.memory._blocks)
@@ -236,9 +245,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.memory._blocks[key] = dataclasses.replace(stored, record=bytes(flipped))
         if self.lmdb._broken:
             outcome(lambda: self.lmdb.write())
-        with self.lmdb._env.begin(write=True) as txn:
-            txn.put(key, bytes(flipped), db=self.lmdb._blocks)
-        self.lmdb._acknowledged = self.lmdb._standing()
+        replace_record(self.lmdb._env, self.lmdb._blocks, key, bytes(flipped))
 
     @rule(
         model=st.sampled_from(MODELS),
@@ -327,6 +334,16 @@ class StoreMachine(RuleBasedStateMachine):
             assert found == self.read(store=self.memory, write=asked)
             if not isinstance(found, str):
                 assert found in {payload(self.model, key, version) for version in range(5)}
+
+    @invariant()
+    def a_place_is_where_lmdb_has_the_record(self) -> None:
+        """Through commits, reuse, reopening and crashes. `read` would also work without, and nobody would notice."""
+        env = self.lmdb._env
+        for key in self.memory._blocks:
+            with env.begin() as txn:
+                entry = _index_entry(key, txn.get(key, db=self.lmdb._index))
+            assert (entry.place, entry.record_bytes) == place_on_disk(env, self.lmdb._blocks, key)
+            assert entry.place != UNKNOWN
 
     @invariant()
     def the_index_names_the_same_blocks(self) -> None:
