@@ -20,14 +20,18 @@ def draws(row: torch.Tensor, count: int, **how) -> list[int]:
     """`count` consecutive steps of one request."""
     settings = {"temperature": 1.0, "top_p": 1.0, "seed": 3} | how
     states = [SamplingState(step=step, **settings) for step in range(count)]
-    return Sampler().sample(row.expand(count, -1), states)
+    return tokens(row.expand(count, -1), states)
+
+
+def tokens(rows: torch.Tensor, states) -> list[int]:
+    return [choice.token for choice in Sampler().sample(rows, states)]
 
 
 def test_temperature_zero_is_argmax_and_ties_go_to_the_lowest_id():
     rows = logits(0, rows=3)
     rows[1, [7, 5, 30]] = 9.0
     greedy = [SamplingState(0.0, 0.5, seed, 0) for seed in range(3)]
-    assert Sampler().sample(rows, greedy) == [int(rows[0].argmax()), 5, int(rows[2].argmax())]
+    assert tokens(rows, greedy) == [int(rows[0].argmax()), 5, int(rows[2].argmax())]
 
 
 request_states = st.builds(

@@ -165,7 +165,8 @@ def test_detokenized_pieces_make_the_whole(smollm: Text, ids: list[int], cut: in
 
 TRIMMING = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}"
-    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|end|>{% endfor %}"
+    '{% for call in m.tool_calls %}<tool_call>{"name": "{{ call.function.name }}", '
+    '"arguments": {{ call.function.arguments | tojson }}}</tool_call>{% endfor %}<|end|>{% endfor %}'
     "{% if tools %}{{ tools | tojson }}{% endif %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
