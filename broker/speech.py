@@ -171,8 +171,13 @@ class Speech:
         return events
 
     def _say(self, text: str) -> list[Event]:
-        logprobs, self._logprobs = self._logprobs, []
-        return self._stream.text(text, logprobs)
+        """The text and its tokens: the last ones, as many as spell it. Those before were markup."""
+        waiting, self._logprobs = self._logprobs, []
+        spelled, first = 0, len(waiting)
+        while first and spelled < len(text.encode()):
+            first -= 1
+            spelled += len(waiting[first]["bytes"])
+        return self._stream.text(text, waiting[first:])
 
     def _logprob(self, token: int, likelihood: Likelihood) -> Event:
         top = [self._named(each, logprob) for each, logprob in likelihood.top]
