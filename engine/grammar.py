@@ -146,22 +146,23 @@ class Grammars:
 
     @classmethod
     def of_tokenizer(cls, tokenizer_json: str, stop_ids: Iterable[int]) -> Grammars:
-        """From the text of a `tokenizer.json`. Takes 0.7 s for 49,152 ids.
+        """From the text of a `tokenizer.json`. Takes a third of a second for 49,152 ids.
 
         Where only one text is possible, the library forces the ids that the tokenizer makes of it; of text that reads
         like a control token (`"enum": ["<filename>"]`) that would be the control token, which is none of the text, and
         the matcher fails. So control tokens get names that nobody can write.
         """
-        stops = sorted(stop_ids)
-        first = LLTokenizer(tokenizer_json, eos_token=stops)
-        tokenizer = json.loads(tokenizer_json)
-        controls = {
-            added["id"]: added["content"]
-            for added in tokenizer["added_tokens"]
-            if first.is_special_token(added["id"])
-        }
-        _rename(tokenizer, controls)
-        return cls(LLTokenizer(json.dumps(tokenizer), eos_token=stops), controls=controls)
+        stops, plain = sorted(stop_ids), json.loads(tokenizer_json)
+        names = {added["id"]: added["content"] for added in plain["added_tokens"]}
+        controls = {added["id"] for added in plain["added_tokens"] if added["special"]}
+        while True:
+            hidden = {token: names[token] for token in controls}
+            tokenizer = LLTokenizer(json.dumps(_renamed(plain, hidden)), eos_token=stops)
+            # The library takes some others for control tokens by their looks.
+            looks = {token for token in names if tokenizer.is_special_token(token)}
+            if looks <= controls:
+                return cls(tokenizer, controls=hidden)
+            controls |= looks
 
     @classmethod
     def of_tokens(
@@ -237,18 +238,25 @@ class _Bytes:
         return [self.tokens.index(bytes([byte])) for byte in text]
 
 
-def _rename(tokenizer: dict[str, Any], controls: Mapping[int, str]) -> None:
-    """Give these ids other names, wherever a `tokenizer.json` has them."""
+def _renamed(tokenizer: dict[str, Any], controls: Mapping[int, str]) -> dict[str, Any]:
+    """A `tokenizer.json` in which these ids have other names, wherever it has them."""
     nonce = secrets.token_hex(8)
-    renamed = {content: f"<|{nonce} {token}|>" for token, content in controls.items()}
-    for added in tokenizer["added_tokens"]:
-        added["content"] = renamed.get(added["content"], added["content"])
+    names = {content: f"<|{nonce} {token}|>" for token, content in controls.items()}
     model = tokenizer["model"]
-    model["unk_token"] = renamed.get(model.get("unk_token"), model.get("unk_token"))
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {renamed.get(name, name): token for name, token in model["vocab"].items()}
+    vocab: Any = model["vocab"]
+    if isinstance(vocab, dict):
+        vocab = {names.get(name, name): token for name, token in vocab.items()}
     else:  # a unigram's: [[name, score], …]
-        model["vocab"] = [[renamed.get(name, name), score] for name, score in model["vocab"]]
+        vocab = [[names.get(name, name), score] for name, score in vocab]
+    unknown = model.get("unk_token")
+    return {
+        **tokenizer,
+        "model": {**model, "vocab": vocab, "unk_token": names.get(unknown, unknown)},
+        "added_tokens": [
+            {**added, "content": names.get(added["content"], added["content"])}
+            for added in tokenizer["added_tokens"]
+        ],
+    }
 
 
 class _Rendering:

@@ -322,3 +322,11 @@ async def test_custom_calls_are_items_of_their_own(at_desk: Desk) -> None:
             tools=body["tools"],
         )
         assert at_desk.prompt[: len(tokens)] == tokens
+
+
+async def test_a_custom_tools_grammar_outlives_a_restart(at_desk: Desk) -> None:
+    first = await at_desk.turn(input="go", tools=[PATCH, DIGITS, NOTE])
+    at_desk.restart()
+    second = await at_desk.turn(input="on", previous_response_id=first.response["id"])
+    assert second.node.tools == first.node.tools
+    assert [tool.grammar_syntax for tool in second.node.tools] == ["lark", "regex", None]

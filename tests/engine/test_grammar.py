@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import threading
 from dataclasses import replace
@@ -33,7 +32,6 @@ from engine.constraint import (
 from engine.grammar import Compiled, Grammars, Matcher
 from engine.sampler import Sampler, SamplingState
 from engine.service import Compiling
-from engine.text import Text
 from tests.engine.fake_model import VOCAB
 from tests.engine.test_engine import Bench
 
@@ -208,39 +206,6 @@ def test_a_schema_cannot_loosen_its_own_rules():
     schema = {**PERSON, "uniqueItems": True, "x-guidance": {"lenient": True}}
     with pytest.raises(ConstraintRefused):
         GRAMMARS.compile(Json(json.dumps(schema)))
-
-
-# --- the default model's tokenizer
-
-
-def test_text_that_reads_like_a_control_token_is_text(smollm: tuple[Text, Grammars]):
-    """Only one continuation was possible, so the library forced the ids that the tokenizer made of it: among them the
-    control token, which the grammar then did not accept."""
-    text, grammars = smollm
-    word = '"a<filename>b<|im_end|>"'
-    constraint = InTurn((Exactly("so "), Json(json.dumps({"enum": [json.loads(word)]}))))
-    for seed in range(5):
-        matcher, chance, said = Matcher(grammars.compile(constraint)), random.Random(seed), []
-        while not matcher.complete:
-            row = torch.empty((49152 // 32,), dtype=torch.int32)
-            matcher.allow(row)
-            bits = row[:, None].bitwise_right_shift(torch.arange(32, dtype=torch.int32)) & 1
-            said.append(chance.choice(bits.flatten().nonzero().flatten().tolist()))
-            assert matcher.accept(said[-1]), matcher.fault
-        assert text.decode(said) == "so " + word  # decoding leaves control tokens out
-
-
-def test_bytes_of_a_token_are_those_that_it_decodes_to(smollm: tuple[Text, Grammars]):
-    text, grammars = smollm
-    tokens = text.encode("Ünïcödé 🦆\n<|im_end|>")
-    spelled = b"".join(grammars.token_bytes(token) for token in tokens)
-    assert spelled.decode() == "Ünïcödé 🦆\n<|im_end|>"
-
-
-@pytest.fixture(scope="module")
-def smollm(default_model) -> tuple[Text, Grammars]:
-    text = Text.from_dir(default_model.path)
-    return text, Grammars.of_tokenizer(text.tokenizer_json(), text.stop_ids)
 
 
 # --- in the engine
