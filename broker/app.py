@@ -223,6 +223,7 @@ async def open_model_engine(config: Config) -> AsyncIterator[Service]:
         scrub_bytes_s=tiers.disk.scrub,
         readers=tiers.disk.readers,
         threads=config.engine.threads,
+        grammar_timeout_s=config.engine.grammar_timeout,
         restore=RestoreLimits(
             decide=tiers.restore.decide,
             deadline=tiers.restore.deadline,

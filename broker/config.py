@@ -86,6 +86,7 @@ class Engine:
     max_running: Annotated[int, Within(1)] = 16
     max_waiting: Annotated[int, Within(1)] = 256
     threads: Annotated[int | None, Within(1)] = None
+    grammar_timeout: Annotated[Seconds, Within(0.01)] = Seconds(5.0)
 
 
 @dataclass(frozen=True, slots=True)

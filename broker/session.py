@@ -51,6 +51,8 @@ _TOOL_TYPES: dict[str, Any] = {
     "parameters": dict | None,
     "strict": bool | None,
     "namespace": str | None,
+    "grammar": str | None,
+    "grammar_syntax": Literal["lark", "regex", None],
 }
 # A connection has at most this many lanes (32 named and the default one); each keeps one node, or two after a cancel.
 _MAX_LEASES = 256

@@ -3,7 +3,7 @@
     resolve   the response it continues, or the history it repeats: parts whose sampled ids are known
     render    the exact prompt: the parent's ids and the encoded rest, or everything with the sampled ids spliced in
     submit    one `Submit`; the engine answers Began, Sampled…, Finished, or Refused
-    say       ids to text to tool calls to protocol events to `emit`
+    say       `speech.py`: ids to text to thoughts and tool calls to protocol events; each is given to `emit`
     finish    the node enters the tables, the manifest is durable (`store: true`), then the last events are emitted
 
 Laws
@@ -22,6 +22,7 @@ Laws
 from __future__ import annotations
 
 import logging
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -31,8 +32,10 @@ from broker.cuts import token_positions
 from broker.divergence import Divergence, diverged_at, item_at
 from broker.errors import BadRequest, BrokerError, ContextTooLong, Overloaded
 from broker.foresight import expect
+from broker.forms import Markup, form_of
 from broker.recall import Manifests, Recall, Recalled, continued
 from broker.session import Node, Part, to_manifest
+from broker.speech import Speech
 from broker.wire.items import (
     FunctionCall,
     FunctionCallOutput,
@@ -46,8 +49,6 @@ from broker.wire.items import (
 )
 from broker.wire.responses_out import ResponseStream
 from broker.wire.retention import Retention
-from broker.wire.toolcalls import CallArguments, CallEnd, CallStart, ToolCallSplitter
-from broker.wire.toolcalls import Text as Said
 from engine.api import (
     Began,
     Finished,
@@ -58,12 +59,13 @@ from engine.api import (
     Sampling,
     Submit,
 )
-from engine.text import ChatMessage, Conversation, StopStrings, ToolCall, UnrenderableError
+from engine.constraint import ConstraintRefused
+from engine.text import ChatMessage, Conversation, ToolCall, UnrenderableError
 from tiers.block import BlockKey, StoreError
 from tiers.policy import SessionClass
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
     from contextlib import AbstractAsyncContextManager
 
     from broker.access import Tenant
@@ -105,6 +107,7 @@ class Engine(Manifests, Protocol):
         self, submit: Submit
     ) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Output]]: ...
     def cancel(self, request: RequestId) -> None: ...
+    def token_bytes(self, token: int) -> bytes: ...
     def reclass(self, lease: LeaseId, to: SessionClass) -> None: ...
     def prefetch(self, salt: bytes, prompt: TokenIds) -> None: ...
     async def persist(self, manifest: Manifest) -> None: ...
@@ -163,7 +166,7 @@ class Resolved:
         return self.history + self.said.parts
 
     def conversation(self) -> Conversation:
-        return conversation(self.request.instructions, self.tools, self.parts)
+        return _conversation(self.request, self.tools, self.parts)
 
 
 async def run_turn(
@@ -257,7 +260,7 @@ class _Turn:
         tools = _as_before(request.tools, latest)
 
         def prompt(parts: tuple[Part, ...]) -> TokenIds:
-            return self._prompt(conversation(request.instructions, tools, history + parts))
+            return self._prompt(_conversation(request, tools, history + parts))
 
         said = await recall.parts(request.items, prompt=prompt)
         self._expect(said.last)
@@ -307,17 +310,31 @@ class _Turn:
             # The engine shares what is computed, not what is being computed.
             await self._patiently(stream, self.connection.warming[before.response_id].wait)
         most = room if request.max_output_tokens is None else request.max_output_tokens
+        text = self.engine.text
+        thinking = text.thinks_after(prompt)
+        markup = Markup(text.tool_syntax, text.thoughts, {t: i for i, t in text.markup.items()})
         sampling = Sampling(
             max_tokens=min(most, room),
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,
-            stop_ids=self.engine.text.stop_ids,
+            stop_ids=text.stop_ids,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            constraint=form_of(request, markup, thinking=thinking),
+            top_logprobs=request.top_logprobs,
         )
         supersedes = None if before is None else before.lease
         submit = self._submit(resolved, stream.response_id, prompt, sampling, supersedes)
-        speech = _Speech(request, stream, self.engine.text, self.new_id)
-        async with self.engine.generate(submit) as outputs:
+        speech = Speech(
+            request,
+            stream,
+            text,
+            new_id=self.new_id,
+            token_bytes=self.engine.token_bytes,
+            thinking=thinking,
+        )
+        async with self._generating(submit) as outputs:
             cuts = self._cuts(resolved, prompt)  # while the engine is at work
             output = await self._patiently(stream, outputs.receive)
             if isinstance(output, Refused):
@@ -334,17 +351,27 @@ class _Turn:
             while not isinstance(output, Finished):
                 assert not isinstance(output, Refused), "refused after it began"
                 if isinstance(output, Sampled):
-                    await self._say(speech.feed(output.tokens))
+                    await self._say(speech.feed(output))
                     if speech.stopped:
                         self.engine.cancel(submit.request)
                 output = await self._patiently(stream, outputs.receive)
         return await self._finish(resolved, stream, speech, prompt, output, supersedes)
 
+    @asynccontextmanager
+    async def _generating(self, submit: Submit) -> AsyncIterator[trio.MemoryReceiveChannel[Output]]:
+        """What the engine answers. Raises BadRequest for a schema or grammar that cannot be enforced."""
+        async with AsyncExitStack() as stack:
+            try:
+                outputs = await stack.enter_async_context(self.engine.generate(submit))
+            except ConstraintRefused as refused:
+                raise _unenforceable(refused) from refused
+            yield outputs
+
     async def _finish(
         self,
         resolved: Resolved,
         stream: ResponseStream,
-        speech: _Speech,
+        speech: Speech,
         prompt: TokenIds,
         finished: Finished,
         superseded: LeaseId | None,
@@ -363,6 +390,7 @@ class _Turn:
             reason,
             usage=finished.usage,
             completed_at=int(self.clock.now()),
+            reasoning_tokens=speech.reasoning_tokens,
         )
         node = self._node(resolved, stream, prompt, tuple(speech.sampled), finished)
         if finished.lease is not None:
@@ -472,8 +500,7 @@ class _Turn:
             return Divergence(at, "tools")
 
         def length(parts: tuple[Part, ...]) -> int:
-            cut = conversation(request.instructions, resolved.tools, parts)
-            return len(self.engine.text.prefix(cut))
+            return len(self.engine.text.prefix(_conversation(request, resolved.tools, parts)))
 
         try:
             return Divergence(at, item_at(at, resolved.said, resolved.history, length))
@@ -486,7 +513,9 @@ class _Turn:
 
         def prefix(cut: Cut, parts: tuple[Part, ...]) -> TokenIds:
             instructions = (request.instructions or "")[: cut.instructions] or None
-            whole = conversation(instructions, request.tools[: cut.tools], resolved.history + parts)
+            cut_short = replace(request, instructions=instructions)
+            tools = resolved.tools[: cut.tools]
+            whole = _conversation(cut_short, tools, resolved.history + parts)
             return self.engine.text.prefix(whole)
 
         return token_positions(request, resolved.said, prompt, prefix)
@@ -569,75 +598,14 @@ _INCOMPLETE = {
 }
 
 
-class _Speech:
-    """Sampled ids to events. Pure."""
-
-    def __init__(
-        self, request: TurnRequest, stream: ResponseStream, text: Text, new_id: Callable[[str], str]
-    ) -> None:
-        self.sampled: list[int] = []  # up to and with the id that completed a stop string
-        self._stream = stream
-        self._new_id = new_id
-        self._stop_ids = text.stop_ids
-        self._detokenizer = text.detokenizer()
-        self._stops = StopStrings(request.stop)
-        calls = bool(request.tools) and request.tool_choice.mode != "none"
-        self._splitter = ToolCallSplitter() if calls else None
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string was said."""
-        return self.stop_sequence is not None
-
-    @property
-    def stop_sequence(self) -> str | None:
-        """The stop string that was said."""
-        return self._stops.found
-
-    def feed(self, tokens: TokenIds) -> list[dict[str, Any]]:
-        events: list[dict[str, Any]] = []
-        for token in tokens:
-            if self.stopped:
-                break
-            self.sampled.append(token)
-            if token not in self._stop_ids:
-                events += self._text(self._stops.feed(self._detokenizer.feed((token,))))
-        return events
-
-    def finish(self) -> list[dict[str, Any]]:
-        events = self._text(self._stops.feed(self._detokenizer.finish()) + self._stops.finish())
-        if self._splitter is not None:
-            events += self._pieces(self._splitter.finish())
-        return events
-
-    def _text(self, text: str) -> list[dict[str, Any]]:
-        if not text:
-            return []
-        if self._splitter is None:
-            return self._stream.text(text)
-        return self._pieces(self._splitter.feed(text))
-
-    def _pieces(
-        self, pieces: Iterable[Said | CallStart | CallArguments | CallEnd]
-    ) -> list[dict[str, Any]]:
-        events: list[dict[str, Any]] = []
-        for piece in pieces:
-            match piece:
-                case Said():
-                    events += self._stream.text(piece.text)
-                case CallStart():
-                    events += self._stream.call_start(piece.name, self._new_id("call"))
-                case CallArguments():
-                    events += self._stream.call_arguments(piece.delta)
-                case CallEnd():
-                    events += self._stream.call_end()
-        return events
-
-
 def conversation(
-    instructions: str | None, tools: tuple[ToolSpec, ...], parts: Iterable[Part]
+    instructions: str | None,
+    tools: tuple[ToolSpec, ...],
+    parts: Iterable[Part],
+    *,
+    thinking: bool | None = None,
 ) -> Conversation:
-    """What the chat template is given for these parts."""
+    """What the chat template is given for these parts. `thinking`: whether the model is asked to, or not to."""
     messages: list[ChatMessage] = []
     if instructions:
         messages.append(ChatMessage("system", instructions))
@@ -650,7 +618,15 @@ def conversation(
             messages.append(ChatMessage("assistant", "", sampled=part.sampled))
         else:
             messages += _messages(part.items, names)
-    return Conversation(tuple(messages), tuple(_tool_json(tool) for tool in tools))
+    return Conversation(tuple(messages), tuple(map(_tool_json, tools)), thinking)
+
+
+def _conversation(
+    request: TurnRequest, tools: tuple[ToolSpec, ...], parts: Iterable[Part]
+) -> Conversation:
+    effort = request.reasoning_effort
+    thinking = None if effort is None else effort != "none"
+    return conversation(request.instructions, tools, parts, thinking=thinking)
 
 
 def _messages(items: tuple[Item, ...], names: Mapping[str, str]) -> list[ChatMessage]:
@@ -714,6 +690,16 @@ def _check_calls(items: Iterable[Item], parts: Iterable[Part]) -> None:
                 code="invalid_value",
                 param="input",
             )
+
+
+def _unenforceable(refused: ConstraintRefused) -> BadRequest:
+    at = refused.at or "text.format"
+    if at.endswith("definition"):
+        return BadRequest(
+            f"Invalid grammar for '{at}': {refused}.", code="invalid_grammar", param=at
+        )
+    code = "invalid_function_parameters" if at.startswith("tools") else "invalid_json_schema"
+    return BadRequest(f"Invalid schema for '{at}': {refused}.", code=code, param=at)
 
 
 def _refusal(refused: Refused, *, limit_tokens: int, prompt: TokenIds) -> BrokerError:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NewType
 
 if TYPE_CHECKING:
+    from engine.constraint import Constraint
+    from engine.grammar import Matcher
     from tiers.block import Tier, TokenIds
     from tiers.manifest import Manifest
     from tiers.policy import SessionClass
@@ -31,6 +33,12 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop_ids: frozenset[int] = frozenset()
+    presence_penalty: float = 0.0  # taken off the logit of every id that was sampled already
+    frequency_penalty: float = 0.0  # and this for each time that it was
+    constraint: Constraint | None = None  # what may be said; the service compiles it
+    top_logprobs: int | None = (
+        None  # say how likely each sampled id was, and this many of the likeliest; None: do not
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,9 @@ class Submit:
     sampling: Sampling
     supersedes: LeaseId | None = None  # the lease of the turn that this one continues
     keep_s: float = 0.0  # its blocks are protected from eviction for so long after the turn
+    matcher: Matcher | None = field(
+        default=None, compare=False, repr=False
+    )  # the service's, for `sampling.constraint`; moved by the engine alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +140,7 @@ class Stop:
 
 
 class FinishReason(enum.Enum):
-    STOP = "stop"  # a stop id was sampled (it is the last id of the last `Sampled`)
+    STOP = "stop"  # a stop id was sampled (it is the last id of the last `Sampled`), or the constraint is fulfilled
     LENGTH = "length"  # max_tokens, or the context is full
     CANCELLED = "cancelled"
     FAILED = "failed"  # ours: the step raised; the message is logged
@@ -184,9 +195,21 @@ class Began:
 
 
 @dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely the model held a sampled id to be, as natural logarithms of its own probabilities: before
+    temperature, top_p, penalties and constraint. `top` are the likeliest ids, best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled:
+    """`likelihoods` has one for each token, if they were asked for."""
+
     request: RequestId
     tokens: TokenIds
+    likelihoods: tuple[Likelihood, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ from engine.canary import Canaries, Canary
 from engine.prefetch import Prefetches
 from engine.reads import Reads
 from engine.restore import Part, ReadsMeasured
-from engine.sampler import SamplingState
+from engine.sampler import Choice, SamplingState
 from engine.sequence import Load, Phase, Sequence
 from tiers.block import BlockKey, Copy, Drop, Fetch, Spill, StoreError, Tier
 from tiers.disk import (
@@ -107,7 +107,7 @@ class RunsBatches(Protocol):
 
 
 class Samples(Protocol):
-    def sample(self, logits: torch.Tensor, requests: Seq[SamplingState]) -> list[int]: ...
+    def sample(self, logits: torch.Tensor, requests: Seq[SamplingState]) -> list[Choice]: ...
 
 
 @dataclass(slots=True)
@@ -757,17 +757,24 @@ class Engine:
             sequence.advance(chunk.end)
             if sequence.prefill_only and sequence.pending == 0:
                 self._finish(sequence, FinishReason.LENGTH, now)
-        for sequence, token in zip(samplers, sampled, strict=True):
-            self._append(sequence, token, now)
+        for sequence, choice in zip(samplers, sampled, strict=True):
+            self._append(sequence, choice, now)
 
-    def _append(self, sequence: Sequence, token: int, now: float) -> None:
+    def _append(self, sequence: Sequence, choice: Choice, now: float) -> None:
+        token, likelihood = choice.token, choice.likelihood
+        matcher = sequence.submit.matcher
+        if matcher is not None and not matcher.accept(token):
+            log.error("request %d leaves its grammar: %s", sequence.request, matcher.fault)
+            self._finish(sequence, FinishReason.FAILED, now)
+            return
         sequence.tokens.append(token)
         self._counters.output += 1
         if sequence.first_sampled is None:
             sequence.first_sampled = now
-        self._outputs.append(Sampled(sequence.request, (token,)))
+        likelihoods = () if likelihood is None else (likelihood,)
+        self._outputs.append(Sampled(sequence.request, (token,), likelihoods))
         sampling = sequence.submit.sampling
-        if token in sampling.stop_ids:
+        if token in sampling.stop_ids or (matcher is not None and matcher.complete):
             self._finish(sequence, FinishReason.STOP, now)
         elif (
             sequence.output_tokens >= sampling.max_tokens
@@ -958,9 +965,15 @@ def _batch_of(chunks: list[Chunk]) -> Batch:
 
 def _sampling_state(sequence: Sequence) -> SamplingState:
     sampling = sequence.submit.sampling
+    penalised = sampling.presence_penalty or sampling.frequency_penalty
     return SamplingState(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=sequence.request if sampling.seed is None else sampling.seed,
         step=sequence.output_tokens,
+        matcher=sequence.submit.matcher,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        said=sequence.tokens[sequence.prompt_tokens :] if penalised else (),
+        top_logprobs=sampling.top_logprobs,
     )

@@ -1,10 +1,13 @@
 """Logits to token ids.
 
+    logits -> likelihoods, where asked for -> penalties -> constraint -> temperature, top_p, draw
+
 Laws
     What is drawn for a request depends on its seed, its step and its own logits: never on who else is in
-    the batch, and never on what was drawn before.
+    the batch, and never on what was drawn before, but for penalties and constraints.
+    An id that a constraint forbids is never chosen, at any temperature.
     Temperature 0 is argmax; the lowest id wins a tie.
-    Ids that reach the host are the step's only wait for the device.
+    Ids that reach the host are the step's only wait for the device, but for likelihoods.
 """
 
 from __future__ import annotations
@@ -16,8 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.api import Likelihood
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from engine.grammar import Matcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,17 @@ class SamplingState:
     top_p: float  # (0, 1]: draw from the fewest likeliest tokens that reach this much probability together
     seed: int  # any integer; reduced to 64 bits
     step: int
+    matcher: Matcher | None = None  # says which ids are allowed
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    said: Sequence[int] = ()  # the ids that penalties are for: those sampled so far
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    token: int
+    likelihood: Likelihood | None = None  # None: nobody asked
 
 
 class Sampler:
@@ -35,16 +53,63 @@ class Sampler:
 
     __slots__ = ()
 
-    def sample(self, logits: torch.Tensor, requests: Sequence[SamplingState]) -> list[int]:
-        """One id per row of `logits` [requests, vocabulary]."""
+    def sample(self, logits: torch.Tensor, requests: Sequence[SamplingState]) -> list[Choice]:
+        """One choice per row of `logits` [requests, vocabulary]."""
         assert logits.shape[0] == len(requests), f"{logits.shape[0]} rows, {len(requests)} requests"
-        chosen = logits.argmax(-1)
+        weighed = _constrained(_penalised(logits, requests), requests)
+        chosen = weighed.argmax(-1)
         drawn = [row for row, request in enumerate(requests) if request.temperature > 0]
         if drawn:
             rows = torch.tensor(drawn, device=logits.device)
-            chosen[rows] = _draw(logits[rows], [requests[row] for row in drawn])
+            chosen[rows] = _draw(weighed[rows], [requests[row] for row in drawn])
         ids: list[int] = chosen.tolist()
-        return ids
+        return [
+            Choice(token, _likelihood(logits[row], token, request.top_logprobs))
+            for row, (token, request) in enumerate(zip(ids, requests, strict=True))
+        ]
+
+
+def _likelihood(logits: torch.Tensor, token: int, top: int | None) -> Likelihood | None:
+    if top is None:
+        return None
+    logprobs = logits.double().log_softmax(-1)
+    values, ids = logprobs.topk(top)
+    best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Likelihood(float(logprobs[token]), best)
+
+
+def _penalised(logits: torch.Tensor, requests: Sequence[SamplingState]) -> torch.Tensor:
+    """`logits` itself where nobody asked for a penalty."""
+    rows = [row for row, request in enumerate(requests) if request.said]
+    if not rows:
+        return logits
+    penalised = logits.clone()
+    for row in rows:
+        request = requests[row]
+        times = torch.bincount(
+            torch.tensor(request.said, device=logits.device), minlength=logits.shape[1]
+        )
+        penalised[row] -= request.presence_penalty * (times > 0) + request.frequency_penalty * times
+    return penalised
+
+
+def _constrained(logits: torch.Tensor, requests: Sequence[SamplingState]) -> torch.Tensor:
+    """`logits` itself where nobody is constrained; else what is forbidden is at minus infinity."""
+    rows = [row for row, request in enumerate(requests) if request.matcher is not None]
+    if not rows:
+        return logits
+    vocabulary = logits.shape[1]
+    masks = torch.empty((len(rows), (vocabulary + 31) // 32), dtype=torch.int32)
+    for mask, row in zip(masks, rows, strict=True):
+        matcher = requests[row].matcher
+        assert matcher is not None
+        matcher.allow(mask)
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = (masks.to(logits.device)[:, :, None] >> bits) & 1  # [rows, words, 32]
+    forbidden = allowed.flatten(1)[:, :vocabulary] == 0
+    constrained = logits.clone()
+    constrained[rows] = logits[rows].masked_fill(forbidden, -torch.inf)
+    return constrained
 
 
 def _draw(logits: torch.Tensor, requests: Sequence[SamplingState]) -> torch.Tensor:
@@ -60,7 +125,7 @@ def _draw(logits: torch.Tensor, requests: Sequence[SamplingState]) -> torch.Tens
     likelihood = ((ranked - ranked[:, :1]) / temperature[:, None]).softmax(-1)
     reached = likelihood.cumsum(-1)
     before = reached - likelihood
-    kept = (before < top_p[:, None]).sum(-1, keepdim=True).clamp(min=1)
+    kept = ((before < top_p[:, None]) & (likelihood > 0)).sum(-1, keepdim=True).clamp(min=1)
     mass = reached.gather(-1, kept - 1)
     target = uniform.to(device)[:, None] * mass
     rank = torch.searchsorted(reached, target, right=True).minimum(kept - 1)

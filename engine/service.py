@@ -44,7 +44,9 @@ from engine.api import (
     Unpin,
 )
 from engine.canary import Canaries
+from engine.constraint import ConstraintRefused, first_at
 from engine.engine import Engine
+from engine.grammar import Grammars, Matcher
 from engine.memory import Memory
 from engine.model import LoadedModel, LoadSpec, load
 from engine.restore import Rates, ReadsMeasured, RestoreCosts, RestoreLimits
@@ -68,6 +70,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from engine.api import Command, LeaseId, Step, Submit
+    from engine.constraint import Constraint
+    from engine.grammar import Compiled
     from tiers.block import TokenIds
     from tiers.disk import ReadCommand, Reply
     from tiers.manifest import Manifest
@@ -106,6 +110,7 @@ class EngineSettings:
     durability: Durability = Durability.POWER
     min_free_bytes: int = 0  # of the file system: with less, no block is written
     scrub_bytes_s: int = 0  # how fast the disk is read through in the background; 0: it is not
+    grammar_timeout_s: float = 5.0  # to compile one; then the request is refused
 
 
 class EngineService:
@@ -123,6 +128,7 @@ class EngineService:
         self._channels: dict[RequestId, trio.MemorySendChannel[Output]] = {}
         self._replies: dict[int, trio.MemorySendChannel[object]] = {}
         self._lookups = trio.CapacityLimiter(4)  # LMDB reads beside the block readers
+        self._grammars = Compiling(parts.grammars, parts.grammar_timeout_s)
 
     def new_request(self) -> RequestId:
         return RequestId(next(self._requests))
@@ -132,7 +138,11 @@ class EngineService:
         """Run one generation; the channel closes after `Finished` or `Refused`. Leaving before that cancels it.
 
         The buffer holds everything a request can say, so the engine never waits for a slow reader.
+        Raises ConstraintRefused, before anything else happened.
         """
+        if submit.sampling.constraint is not None:
+            matcher = await self._grammars.matcher(submit.sampling.constraint)
+            submit = replace(submit, matcher=matcher)
         send, receive = trio.open_memory_channel[Output](submit.sampling.max_tokens + 4)
         self._channels[submit.request] = send
         self._inbox.put(_seeded(submit))
@@ -143,6 +153,10 @@ class EngineService:
                 self._inbox.put(Cancel(submit.request))
             send.close()
             receive.close()
+
+    def token_bytes(self, token: int) -> bytes:
+        """What an id stands for: not always whole characters."""
+        return self._grammars.token_bytes(token)
 
     def cancel(self, request: RequestId) -> None:
         """Stop sampling; the request still ends in `Finished`."""
@@ -264,6 +278,54 @@ class EngineService:
         return replace(manifest, text=self.text.digest)
 
 
+class Compiling:
+    """Constraints to matchers: off the event loop and off the engine's thread, each grammar once, with a deadline.
+
+    The library cannot be interrupted: a compilation that was given up goes on to its end, in one of two places. Its
+    limits end it; until then others have the second place, or their own deadline.
+    """
+
+    def __init__(self, grammars: Grammars, timeout_s: float) -> None:
+        self._grammars = grammars
+        self._timeout_s = timeout_s
+        self._threads = trio.CapacityLimiter(2)
+        self._flights: dict[Constraint, trio.Lock] = {}
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._grammars.token_bytes(token)
+
+    async def matcher(self, constraint: Constraint) -> Matcher:
+        """At the beginning of the constraint. Raises ConstraintRefused."""
+        compiled = self._grammars.find(constraint)
+        if compiled is None:
+            with trio.move_on_after(self._timeout_s):
+                compiled = await self._compiled(constraint)
+        if compiled is None:
+            raise ConstraintRefused(
+                f"it takes longer than {self._timeout_s:g} s to compile", first_at(constraint)
+            )
+        return Matcher(compiled)
+
+    async def _compiled(self, constraint: Constraint) -> Compiled:
+        """Who comes second waits for the first, and does it himself only if that one gave up."""
+        flight = self._flights.setdefault(constraint, trio.Lock())
+        try:
+            async with flight:
+                compiled = self._grammars.find(constraint)
+                if compiled is None:
+                    compiled = await trio.to_thread.run_sync(
+                        self._grammars.compile,
+                        constraint,
+                        limiter=self._threads,
+                        abandon_on_cancel=True,
+                    )
+                    self._grammars.keep(compiled)
+                return compiled
+        finally:
+            if not flight.locked():
+                self._flights.pop(constraint, None)
+
+
 def _seeded(submit: Submit) -> Submit:
     if submit.sampling.seed is not None:
         return submit
@@ -279,6 +341,8 @@ class _Parts:
     scrubber: Scrubber | None
     store: LmdbStore
     text: Text
+    grammars: Grammars
+    grammar_timeout_s: float
     name: str
     costs: RestoreCosts
     remember: Callable[[Rates], None]  # for the next start
@@ -352,6 +416,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
             )
         )
         text = Text.from_dir(loaded.path)
+        grammars = Grammars.of_tokenizer(text.tokenizer_json(), text.stop_ids)
         stored_as = codec(settings.compact, loaded.geometry)
         store = LmdbStore.open(
             state,
@@ -456,6 +521,8 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         scrubber=scrubber,
         store=store,
         text=text,
+        grammars=grammars,
+        grammar_timeout_s=settings.grammar_timeout_s,
         name=loaded.name,
         costs=costs,
         remember=remember,

@@ -5,7 +5,7 @@ Laws
     Tokens that a model sampled are never encoded again. They are spliced into a prompt as they were, so a history
     that is replayed in full gives exactly the ids of the turn it continues, followed by the ids of what is new.
     Text written by a client never becomes a control token.
-    What `Detokenizer` gives out, concatenated, equals the decoding of all ids at once.
+    What `Detokenizer` gives out, concatenated, equals the decoding of all ids at once, between its markup.
 
 How a prompt is made
     The chat template renders strings, so sampled ids cannot pass through it. Each sampled message is rendered as a
@@ -21,17 +21,23 @@ How a prompt is made
     as plain text. Only the one piece around it is split; ordinary text is encoded as the plain whole string would be.
 
 Tools
-    A template that mentions both `tools` and `tool_calls` gets them natively. Every other template gets the generic
-    fallback: the tools described at the end of the first system message, calls written as
-    `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, and results as a user message in `<tool_response>`.
+    A template that mentions both `tools` and `tool_calls`, and has calls written in a form that we can read
+    (`ToolSyntax`), gets them natively. Every other template gets the generic fallback: the tools described at the end of
+    the first system message, calls written as `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, and results as a
+    user message in `<tool_response>`.
+
+Markup
+    What a form of calls or thoughts is made of may be control tokens. `Detokenizer` shows those, and no others.
 """
 
 from __future__ import annotations
 
+import enum
 import json
 import re
 import secrets
 from collections import OrderedDict
+from copy import copy
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
@@ -59,6 +65,41 @@ _TOOLS_FOOTER = (
 # An unfinished UTF-8 character spans few tokens; a longer run of undecodable ones is cut where that changes nothing.
 _HELD_TOKENS = 32
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class ToolSyntax(enum.Enum):
+    """How a model writes a call."""
+
+    HERMES = "hermes"  # <tool_call>{"name": …, "arguments": {…}}</tool_call>, again and again
+    LLAMA3 = (
+        "llama3"  # {"name": …, "parameters": {…}}, and nothing else; perhaps after <|python_tag|>
+    )
+    MISTRAL = "mistral"  # [TOOL_CALLS] [{"name": …, "arguments": {…}}, …]
+    MISTRAL_ARGS = "mistral args"  # [TOOL_CALLS]name[ARGS]{…}, again and again
+
+
+@dataclass(frozen=True, slots=True)
+class Markers:
+    """What stands around a model's thoughts."""
+
+    open: str
+    close: str
+
+
+# Control tokens that are part of what a model says, where its tokenizer has them.
+_MARKUP = (
+    "<tool_call>",
+    "</tool_call>",
+    "<|python_tag|>",
+    "[TOOL_CALLS]",
+    "[CALL_ID]",
+    "[ARGS]",
+    "<think>",
+    "</think>",
+    "[THINK]",
+    "[/THINK]",
+)
+_THOUGHTS = (Markers("<think>", "</think>"), Markers("[THINK]", "[/THINK]"))
 
 
 class UnrenderableError(ValueError):
@@ -92,6 +133,7 @@ class Conversation:
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    thinking: bool | None = None  # `enable_thinking` of templates that ask; None: as they like
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +197,14 @@ class Text:
         specials = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         longest_first = sorted(specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items()}
+        self.markup = {added[text]: text for text in _MARKUP if text in added}  # {id: its text}
         template = tokenizer.get_chat_template(tools=[{}])
-        self._native_tools = (
-            "tool_calls" in template and re.search(r"\btools\b", template) is not None
-        )
+        syntax = _tool_syntax(template)
+        self._native_tools = syntax is not None
+        self.tool_syntax = syntax or ToolSyntax.HERMES
+        # None: this model does not think aloud.
+        self.thoughts = next((t for t in _THOUGHTS if t.close in template), None)
         nonce = secrets.token_hex(8)
         self._sentinel = f"xq{nonce}n{{}}z"
         self._sentinels = re.compile(f"xq{nonce}n([0-9]+)z")
@@ -196,6 +242,20 @@ class Text:
 
     def detokenizer(self) -> Detokenizer:
         return Detokenizer(self)
+
+    def tokenizer_json(self) -> str:
+        """The tokenizer as the `tokenizers` library writes it, without what it would add or cut."""
+        return _tokenizer_json(self._tokenizer)
+
+    def thinks_after(self, prompt: TokenIds) -> bool:
+        """Whether the template has opened the model's thoughts already."""
+        if self.thoughts is None:
+            return False
+        end = "".join(self._shown(token) for token in prompt[-8:])
+        return end.rstrip().endswith(self.thoughts.open)
+
+    def _shown(self, token: int) -> str:
+        return self._tokenizer.decode([token], skip_special_tokens=False)
 
     def render(self, conversation: Conversation) -> tuple[Piece, ...]:
         """The pieces of a prompt that asks for the next assistant message. Raises UnrenderableError."""
@@ -245,6 +305,11 @@ class Text:
                 tools=[_guarded(tool, guard) for tool in tools] or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **(
+                    {}
+                    if conversation.thinking is None
+                    else {"enable_thinking": conversation.thinking}
+                ),
             )
         except TemplateError as error:
             raise UnrenderableError(f"the model's chat template refuses this: {error}") from error
@@ -310,6 +375,28 @@ class Text:
         return tokens
 
 
+def _tool_syntax(template: str) -> ToolSyntax | None:
+    """What this template teaches; None if it knows no tools, or writes calls as we cannot read them."""
+    if "tool_calls" not in template or re.search(r"\btools\b", template) is None:
+        return None
+    if "[TOOL_CALLS]" in template:
+        return ToolSyntax.MISTRAL_ARGS if "[ARGS]" in template else ToolSyntax.MISTRAL
+    if '"arguments' in template and "<tool_call>" in template:
+        # Some put XML in the same tag.
+        xml = any(tag in template for tag in ("<function=", "<arg_key>", "<parameter="))
+        return None if xml else ToolSyntax.HERMES
+    if '"parameters' in template and ("<|python_tag|>" in template or "ipython" in template):
+        return ToolSyntax.LLAMA3
+    return None
+
+
+def _tokenizer_json(tokenizer: Any) -> str:
+    backend = copy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    return str(backend.to_str())
+
+
 # What transformers reads a tokenizer and its templates from. One file too many forgets stored responses when it
 # changes; one too few would read them as other words.
 _TOKENIZER_FILES = (
@@ -323,7 +410,7 @@ _TOKENIZER_FILES = (
     "*.jinja",
     "additional_chat_templates/*",
 )
-_RENDERING = 1  # raise it when this file renders the same conversation to other text
+_RENDERING = 2  # raise it when this file renders the same conversation to other text
 
 
 def _digest(path: Path, stop_ids: Iterable[int]) -> bytes:
@@ -353,6 +440,9 @@ class Detokenizer:
     def feed(self, tokens: Iterable[int]) -> str:
         out: list[str] = []
         for token in tokens:
+            if token in self._text.markup:
+                out.append(self.finish() + self._text.markup[token])
+                continue
             self._held.append(token)
             fresh = self._fresh(self._held)
             if not fresh.endswith("\ufffd"):

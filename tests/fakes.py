@@ -1,5 +1,8 @@
 """A whole engine without a model: a byte tokenizer and a service with the same methods as `engine.service`.
 
+A constraint is compiled by the real library, for bytes, and a real matcher checks what the "model" says: an answer that
+it does not allow fails the test, and one that it holds complete ends there.
+
 The "model" is a function of *all* ids, so an answer to the wrong prompt is a wrong answer. Usage is measured against
 what was really fed before, by tenant salt. Every fault that the broker must survive has a switch.
 """
@@ -23,6 +26,7 @@ from engine.api import (
     Finished,
     FinishReason,
     LeaseId,
+    Likelihood,
     PinReport,
     Refused,
     RefuseReason,
@@ -30,13 +34,14 @@ from engine.api import (
     Sampled,
     Usage,
 )
+from engine.grammar import Grammars, Matcher
 from engine.text import Text
 from tiers.block import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from engine.api import Output, Submit
+    from engine.api import Output, Sampling, Submit
     from tiers.block import Tier, TokenIds
     from tiers.manifest import Manifest
     from tiers.policy import SessionClass
@@ -70,6 +75,7 @@ class ByteTokenizer:
         tools: list[Any] | None,
         tokenize: bool,
         add_generation_prompt: bool,
+        enable_thinking: bool | None = None,  # this template, like most, knows no thoughts
     ) -> str:
         assert not tokenize
         text = "".join(f"<|start|>{m['role']}\n{m['content']}<|end|>\n" for m in conversation)
@@ -104,6 +110,12 @@ class ByteTokenizer:
 
 def byte_text() -> Text:
     return Text(ByteTokenizer())
+
+
+def byte_grammars() -> Grammars:
+    tokens = [bytes([byte]) for byte in range(START)]
+    tokens += [text.encode() for text in _CONTROL.values()]
+    return Grammars.of_tokens(tokens, special=sorted(_CONTROL), stop_ids=[END])
 
 
 def saying(*texts: str) -> Callable[[TokenIds], TokenIds]:
@@ -166,6 +178,7 @@ class FakeService:
     )  # {(salt, session): seconds}
     forgotten: list[tuple[str, str]] = field(default_factory=list)  # (tenant, response id)
     disk: DiskReport = field(default_factory=lambda: DiskReport(state="ok"))
+    logprob: float = -0.5  # of every id, where logprobs are asked for
     _requests: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _running: dict[RequestId, trio.CancelScope] = field(default_factory=dict)
     _gate: trio.Event = field(default_factory=trio.Event)
@@ -184,20 +197,29 @@ class FakeService:
 
     @asynccontextmanager
     async def generate(self, submit: Submit) -> AsyncIterator[trio.MemoryReceiveChannel[Output]]:
+        matcher = None
+        if submit.sampling.constraint is not None:
+            await trio.lowlevel.checkpoint()
+            matcher = Matcher(byte_grammars().compile(submit.sampling.constraint))
         send, receive = trio.open_memory_channel[Any](submit.sampling.max_tokens + 4)
         self.submitted.append(submit)
-        self.nursery.start_soon(self._run, submit, send)
+        self.nursery.start_soon(self._run, submit, send, matcher)
         try:
             yield receive
         finally:
             self.cancel(submit.request)
             receive.close()
 
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < START else _CONTROL[token].encode()
+
     def cancel(self, request: RequestId) -> None:
         if request in self._running:
             self._running[request].cancel()
 
-    async def _run(self, submit: Submit, send: trio.MemorySendChannel[Output]) -> None:
+    async def _run(
+        self, submit: Submit, send: trio.MemorySendChannel[Output], matcher: Matcher | None
+    ) -> None:
         request, sampling, prompt = submit.request, submit.sampling, submit.prompt
         with send:
             if (refusal := self._refusal(submit)) is not None:
@@ -211,16 +233,19 @@ class FakeService:
                 await self._gate.wait()
                 _offer(send, Began(request, cached))
                 answer = self.reply(prompt)[: sampling.max_tokens] if sampling.max_tokens else ()
+                answer = answer if matcher is None else _allowed(answer, matcher)
                 for at in range(0, len(answer), self.chunk):
                     await trio.lowlevel.checkpoint()
                     await self._gate.wait()
                     if self.faults.fail_after is not None and at >= self.faults.fail_after:
                         reason = FinishReason.FAILED
                         break
-                    said += answer[at : at + self.chunk]
-                    _offer(send, Sampled(request, tuple(answer[at : at + self.chunk])))
+                    tokens = answer[at : at + self.chunk]
+                    said += tokens
+                    _offer(send, Sampled(request, tokens, self._likelihoods(tokens, sampling)))
                 else:
                     stopped = bool(said) and said[-1] in sampling.stop_ids
+                    stopped = stopped or (matcher is not None and matcher.complete)
                     reason = FinishReason.STOP if stopped else FinishReason.LENGTH
             if scope.cancelled_caught:
                 reason = FinishReason.CANCELLED
@@ -234,6 +259,20 @@ class FakeService:
             usage = Usage(len(prompt), cached, computed, len(said), recomputed=_reasons(computed))
             self.finished.append(Finished(request, reason, usage, lease, (b"k" * 32,)))
             _offer(send, self.finished[-1])
+
+    def _likelihoods(self, tokens: TokenIds, sampling: Sampling) -> tuple[Likelihood, ...]:
+        """Alternatives are the ids before it, each twice as unlikely as the last."""
+        if sampling.top_logprobs is None:
+            return ()
+        return tuple(
+            Likelihood(
+                self.logprob,
+                tuple(
+                    ((token - n) % 256, self.logprob * 2**n) for n in range(sampling.top_logprobs)
+                ),
+            )
+            for token in tokens
+        )
 
     def _refusal(self, submit: Submit) -> Refused | None:
         if self.faults.refuse is not None:
@@ -348,6 +387,15 @@ class FakeService:
                 PinReport(session, 1024, seconds) for (_, session), seconds in self.pinned.items()
             ),
         )
+
+
+def _allowed(answer: TokenIds, matcher: Matcher) -> TokenIds:
+    """The answer up to where its grammar is complete."""
+    for at, token in enumerate(answer):
+        if matcher.complete:
+            return answer[:at]
+        assert matcher.accept(token), f"the grammar forbids {bytes(answer[:-1])!r}: {matcher.fault}"
+    return answer
 
 
 def _reasons(computed: int) -> dict[str, int]:

@@ -842,6 +842,78 @@ MUTANTS = (
         "        if self._answer.streams:\n            frames = self._answer.frames(event)\n",
         OVER_HTTP,
     ),
+    # what a model may say
+    Mutant(
+        "what a grammar forbids is merely unlikely",
+        "engine/sampler.py",
+        "masked_fill(forbidden, -torch.inf)",
+        "masked_fill(forbidden, 0.0)",
+        ("tests/engine/test_sampler.py",),
+    ),
+    Mutant(
+        "a fulfilled grammar ends nothing",
+        "engine/engine.py",
+        "if token in sampling.stop_ids or (matcher is not None and matcher.complete):",
+        "if token in sampling.stop_ids:",
+        ("tests/engine/test_grammar.py",),
+    ),
+    Mutant(
+        "a matcher that failed is believed",
+        "engine/grammar.py",
+        "bool(self._matcher.consume_token(token)) and not self._matcher.is_error()",
+        "bool(self._matcher.consume_token(token))",
+        ("tests/engine/test_grammar.py",),
+    ),
+    Mutant(
+        "a preempted sequence begins its grammar anew",
+        "engine/engine.py",
+        "        sequence.hold = None\n        sequence.computed = 0\n",
+        "        sequence.hold = None\n        sequence.computed = 0\n"
+        "        if (m := sequence.submit.matcher) is not None:\n            m.__init__(m._compiled)\n",
+        ("tests/engine/test_grammar.py",),
+    ),
+    Mutant(
+        "everybody compiles",
+        "engine/service.py",
+        "async with flight:",
+        "async with trio.Lock():",
+        ("tests/engine/test_grammar.py",),
+    ),
+    Mutant(
+        "a schema may loosen its own rules",
+        "engine/grammar.py",
+        'value = {**value, "x-guidance": {**_JSON_OPTIONS, "lenient": lenient}}',
+        'value = {"x-guidance": {**_JSON_OPTIONS, "lenient": lenient}, **value}',
+        ("tests/engine/test_grammar.py",),
+    ),
+    Mutant(
+        "calls are parallel whatever was asked",
+        "broker/forms.py",
+        "one = not request.parallel_tool_calls or len(tools) == 1",
+        "one = len(tools) == 1",
+        ("tests/broker/test_forms.py",),
+    ),
+    Mutant(
+        "allowed tools are a wish",
+        "broker/forms.py",
+        "request.tool_choice.names is not None\n        or not",
+        "not",
+        ("tests/broker/test_forms.py",),
+    ),
+    Mutant(
+        "a closing tag ends a raw call wherever it stands",
+        "broker/wire/rawcalls.py",
+        "if held == CLOSE:",
+        "if held:",
+        ("tests/broker/wire/test_splitters.py",),
+    ),
+    Mutant(
+        "tokens of markup go with the text behind it",
+        "broker/speech.py",
+        "self._stream.text(text, waiting[first:])",
+        "self._stream.text(text, waiting)",
+        ("tests/broker/test_speech.py",),
+    ),
 )
 
 

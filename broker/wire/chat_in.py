@@ -18,7 +18,7 @@ Laws
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from broker.errors import BadRequest
@@ -87,7 +87,8 @@ def parse_chat(body: Mapping[str, Json]) -> ChatRequest:
         turn = parse_create(said.create, transport=Transport.HTTP)
     except BadRequest as error:
         raise said.in_chat_words(error) from None
-    return ChatRequest(turn, include_usage)
+    # Chunks have a place for thoughts, whether any were asked for or not.
+    return ChatRequest(replace(turn, reasoning_events=True), include_usage)
 
 
 def _refuse_unbuilt(body: Mapping[str, Json]) -> None:
@@ -123,7 +124,7 @@ class _CreateBody:
             "text": self._text(),
             "reasoning": self._reasoning(),
         }
-        self._refuse_logprobs()
+        self.create |= self._logprobs()
 
     def in_chat_words(self, error: BadRequest) -> BadRequest:
         """A refusal of `create`, about the field that the client wrote."""
@@ -304,16 +305,17 @@ class _CreateBody:
         self._places["reasoning.effort"] = "reasoning_effort"
         return None if effort is None else {"effort": effort}
 
-    def _refuse_logprobs(self) -> None:
-        """In a create body: `top_logprobs`, and "message.output_text.logprobs" in `include`."""
+    def _logprobs(self) -> dict[str, Json]:
+        top = optional_integer(self._chat, "top_logprobs", least=0, most=20)
         if flag(self._chat, "logprobs", default=False):
-            raise unsupported("logprobs", "Log probabilities are not available.")
-        if optional_integer(self._chat, "top_logprobs", least=0, most=20):
+            return {"include": ["message.output_text.logprobs"], "top_logprobs": top}
+        if top:
             raise BadRequest(
                 "Invalid 'top_logprobs': 'logprobs' must be true when it is given.",
                 code="invalid_value",
                 param="top_logprobs",
             )
+        return {}
 
 
 def _thoughts(message: Mapping[str, Json]) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import struct
+from base64 import b64decode, b64encode
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
@@ -274,9 +275,8 @@ def _item(value: Json, at: str) -> Item:
                 item_id, required_name(obj, "call_id", at=at), _text(obj, "output", at)
             )
         case "reasoning":
-            return Reasoning(
-                item_id, _reasoning_text(obj, at), optional_string(obj, "encrypted_content", at=at)
-            )
+            encrypted = optional_string(obj, "encrypted_content", at=at)
+            return Reasoning(item_id or _unsealed(encrypted), _reasoning_text(obj, at), encrypted)
         case "item_reference":
             return ItemReference(required_name(obj, "id", at=at))
         case _:
@@ -327,6 +327,27 @@ def _part(value: Json, at: str) -> str:
     if kind not in _TEXT_PARTS:
         raise invalid_value(join(at, "type"), kind, _TEXT_PARTS)
     return required_string(part, "refusal" if kind == "refusal" else "text", at=at)
+
+
+_SEAL = "homeport1."
+
+
+def sealed(item_id: str) -> str:
+    """A reasoning item's `encrypted_content`: opaque to clients, and all that leads back to its tokens is its id.
+
+    Not a secret: an id finds something for its own tenant only.
+    """
+    return _SEAL + b64encode(item_id.encode()).decode()
+
+
+def _unsealed(encrypted: str | None) -> str | None:
+    """The id in what `sealed` made, for clients that strip ids; None for anybody else's."""
+    if encrypted is None or not encrypted.startswith(_SEAL):
+        return None
+    try:
+        return b64decode(encrypted.removeprefix(_SEAL), validate=True).decode() or None
+    except ValueError:
+        return None
 
 
 def _reasoning_text(obj: dict[str, Json], at: str) -> str:

@@ -21,6 +21,7 @@ from broker.wire.fields import (
     flag,
     invalid_type,
     invalid_value,
+    join,
     missing,
     number,
     optional_array,
@@ -29,11 +30,16 @@ from broker.wire.fields import (
     optional_object,
     optional_string,
     required_name,
-    unsupported,
 )
 from broker.wire.messages_ids import response_id
 from broker.wire.messages_prompt import mark, read_content
-from broker.wire.requests import MAX_OUTPUT_TOKENS, ToolChoice, TurnRequest
+from broker.wire.requests import (
+    MAX_OUTPUT_TOKENS,
+    TextFormat,
+    ToolChoice,
+    TurnRequest,
+    required_schema,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,7 +89,6 @@ def parse_count(body: Mapping[str, Json]) -> TurnRequest:
 
 
 def _parse(body: Mapping[str, Json], max_tokens: int | None) -> MessagesRequest:
-    _refuse_format(body)
     content = read_content(body)
     layout = lay_out(content.blocks, mark(body, ""))
     thinking, reasoning = _thinking(body)
@@ -105,6 +110,10 @@ def _parse(body: Mapping[str, Json], max_tokens: int | None) -> MessagesRequest:
         temperature=_temperature(body),
         top_p=_top_p(body),
         stop=_stop_sequences(body),
+        text_format=_text_format(body),
+        reasoning_effort="none" if reasoning is None else reasoning["effort"],
+        reasoning_events=reasoning is not None,
+        encrypted_reasoning=reasoning is not None,
         max_output_tokens=max_tokens,
         store=False,
         stream=flag(body, "stream", default=False),
@@ -124,6 +133,7 @@ def _check_prewarm(body: Mapping[str, Json], request: MessagesRequest) -> None:
         ("stream", request.turn.stream),
         ("thinking", thinking.get("type") == "enabled"),
         ("tool_choice", request.turn.tool_choice.mode == "required"),
+        ("output_config.format", request.turn.text_format is not None),
     ):
         if wrong:
             raise BadRequest(
@@ -135,15 +145,21 @@ def _check_prewarm(body: Mapping[str, Json], request: MessagesRequest) -> None:
 
 # The mapping of `output_config.format`, the one place where structured output enters this API. Until a turn can be held
 # to a schema, a client that needs one must hear so.
-def _refuse_format(body: Mapping[str, Json]) -> None:
+def _text_format(body: Mapping[str, Json]) -> TextFormat | None:
+    """What the answer's text must be. `output_format` is its name in the beta. Always strict, as at Anthropic."""
     config = optional_object(body, "output_config") or {}
     optional_string(config, "effort", at="output_config")
-    for path, value in (
+    for path, form in (
         ("output_config.format", optional_object(config, "format", at="output_config")),
-        ("output_format", optional_object(body, "output_format")),  # its name in the beta
+        ("output_format", optional_object(body, "output_format")),
     ):
-        if value is not None:
-            raise unsupported(path, "Structured output is not available.")
+        if form is not None:
+            kind = required_name(form, "type", at=path)
+            if kind != "json_schema":
+                raise invalid_value(join(path, "type"), kind, ("json_schema",))
+            schema = required_schema(form, "schema", at=path)
+            return TextFormat(schema, strict=True, at=join(path, "schema"))
+    return None
 
 
 def _thinking(

@@ -2,7 +2,8 @@
 
 Laws
     What changes the answer is understood or refused by name; what does not is accepted whatever it is:
-    unknown fields, `client_metadata`, `include`, `stream` in a frame, a web search that only vendors can run.
+    unknown fields, `client_metadata`, `stream` in a frame, a web search that only vendors can run.
+    Schemas and grammars are checked for their shape here; whether they can be enforced, the engine says.
     A refusal is a BadRequest with a code and the path of the field at fault.
     The client's own words are kept where the response repeats them (`echo`); all else is typed here, once.
 """
@@ -10,6 +11,7 @@ Laws
 from __future__ import annotations
 
 import enum
+import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -31,6 +33,7 @@ from broker.wire.fields import (
     optional_object,
     optional_string,
     required_name,
+    required_string,
     unsupported,
 )
 from broker.wire.items import Item, parse_input, spoken_name
@@ -67,6 +70,8 @@ class ToolSpec:
     strict: bool | None = None
     namespace: str | None = None
     kind: ToolKind = ToolKind.FUNCTION
+    grammar: str | None = None  # of a custom tool's input
+    grammar_syntax: Literal["lark", "regex"] | None = None
 
     @property
     def spoken_name(self) -> str:
@@ -80,6 +85,23 @@ class ToolChoice:
 
     mode: Literal["auto", "none", "required"] = "auto"
     names: tuple[str, ...] | None = None
+
+    def allows(self, spec: ToolSpec) -> bool:
+        """Whether this tool may be called."""
+        named = self.names is None or spec.spoken_name in self.names
+        return self.mode != "none" and named
+
+
+@dataclass(frozen=True, slots=True)
+class TextFormat:
+    """The message must be JSON that fits `schema`. `at` is the schema's path, for refusals.
+
+    Not `strict`: keywords that cannot be enforced are passed over.
+    """
+
+    schema: Mapping[str, Json]
+    strict: bool = False
+    at: str = "text.format"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +129,13 @@ class TurnRequest:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    text_format: TextFormat | None = None  # None: any text
+    top_logprobs: int | None = None  # alternatives to each token of the message; None: no logprobs
+    reasoning_effort: str | None = None  # "none" keeps a model that can from thinking aloud
+    reasoning_events: bool = False  # thoughts stream; they are in the output in any case
+    encrypted_reasoning: bool = False  # thoughts carry what leads back to their tokens
     max_output_tokens: int | None = None  # None: until the context is full
     previous_response_id: str | None = None
     store: bool = True
@@ -137,6 +166,8 @@ def parse_create(body: Mapping[str, Json], *, transport: Transport) -> TurnReque
     """Understand a create body. Raises BadRequest with the code and path of the first fault found."""
     _refuse_unbuilt(body, transport)
     tools = tuple(_tools(body))
+    include = _include(body)
+    reasoning = optional_object(body, "reasoning")
     return TurnRequest(
         items=parse_input(body.get("input")),
         model=optional_name(body, "model"),
@@ -148,6 +179,13 @@ def parse_create(body: Mapping[str, Json], *, transport: Transport) -> TurnReque
         top_p=_top_p(body),
         seed=optional_integer(body, "seed", least=-(2**63), most=2**63 - 1),
         stop=_stop(body),
+        presence_penalty=number(body, "presence_penalty", least=-2, most=2, default=0.0),
+        frequency_penalty=number(body, "frequency_penalty", least=-2, most=2, default=0.0),
+        text_format=_text_format(body),
+        top_logprobs=_top_logprobs(body, include),
+        reasoning_effort=optional_string(reasoning or {}, "effort", at="reasoning"),
+        reasoning_events=reasoning is not None,
+        encrypted_reasoning="reasoning.encrypted_content" in include,
         max_output_tokens=optional_integer(
             body, "max_output_tokens", least=1, most=MAX_OUTPUT_TOKENS
         ),
@@ -185,18 +223,73 @@ def _refuse_unbuilt(body: Mapping[str, Json], transport: Transport) -> None:
     for key in ("conversation", "prompt"):
         if body.get(key) is not None:
             raise unsupported(key, "Send the items in 'input', or a 'previous_response_id'.")
-    if optional_integer(body, "top_logprobs", least=0, most=20):
-        raise unsupported("top_logprobs", "Log probabilities are not available.")
-    for key in ("presence_penalty", "frequency_penalty"):
-        if number(body, key, least=-2, most=2, default=0.0):
-            raise unsupported(key, "Only 0 is available.")
-    text = optional_object(body, "text") or {}
-    form = optional_object(text, "format", at="text") or {}
-    if choice(form, "type", _TEXT_FORMATS, default="text", at="text.format") != "text":
-        raise unsupported("text.format", "Only the format 'text' is available.")
+
+
+def _include(body: Mapping[str, Json]) -> frozenset[str]:
+    """What the client wants besides. What is not known is not there: every client asks for some vendor's own."""
+    return frozenset(
+        name for name in optional_array(body, "include") or [] if isinstance(name, str)
+    )
+
+
+MAX_TOP_LOGPROBS = 20
+
+
+def _top_logprobs(body: Mapping[str, Json], include: frozenset[str]) -> int | None:
+    top = optional_integer(body, "top_logprobs", least=0, most=MAX_TOP_LOGPROBS)
+    return top or (0 if "message.output_text.logprobs" in include else None)
 
 
 _TEXT_FORMATS = ("text", "json_object", "json_schema")
+_FORMAT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MAX_SCHEMA_CHARS = 1 << 20  # a guess: real ones have thousands
+
+
+def _text_format(body: Mapping[str, Json]) -> TextFormat | None:
+    text = optional_object(body, "text") or {}
+    form = optional_object(text, "format", at="text") or {}
+    kind = choice(form, "type", _TEXT_FORMATS, default="text", at="text.format")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return TextFormat({"type": "object"})
+    _format_name(form, "text.format")
+    return TextFormat(
+        schema=required_schema(form, "schema", at="text.format"),
+        strict=flag(form, "strict", default=False, at="text.format"),
+        at="text.format.schema",
+    )
+
+
+def _format_name(form: Mapping[str, Json], at: str) -> str:
+    name = required_name(form, "name", at=at, max_chars=64)
+    if not _FORMAT_NAME.fullmatch(name):
+        raise BadRequest(
+            f"Invalid '{at}.name': string does not match pattern. Expected a string that matches the "
+            "pattern '^[a-zA-Z0-9_-]+$'.",
+            code="invalid_value",
+            param=join(at, "name"),
+        )
+    return name
+
+
+def required_schema(obj: Mapping[str, Json], key: str, *, at: str) -> Mapping[str, Json]:
+    """A JSON schema of a size that is worth compiling. What it says is the engine's to judge."""
+    schema = optional_object(obj, key, at=at)
+    if schema is None:
+        raise missing(join(at, key))
+    return _bounded(schema, join(at, key))
+
+
+def _bounded(schema: Mapping[str, Json], at: str) -> Mapping[str, Json]:
+    if (length := len(json.dumps(schema))) > MAX_SCHEMA_CHARS:
+        raise BadRequest(
+            f"Invalid '{at}': schema too long. Expected at most {MAX_SCHEMA_CHARS} characters of JSON, "
+            f"but got {length} instead.",
+            code="invalid_json_schema",
+            param=at,
+        )
+    return schema
 
 
 def _generate(body: Mapping[str, Json]) -> bool:
@@ -299,6 +392,9 @@ def _tool(obj: Mapping[str, Json], at: str, *, namespace: str | None) -> list[To
     if kind not in ("function", "custom"):
         raise invalid_value(join(at, "type"), kind, _TOOL_TYPES)
     parameters = optional_object(obj, "parameters", at=at)
+    if parameters is not None:
+        _bounded(parameters, join(at, "parameters"))
+    grammar, syntax = _grammar(obj, at) if kind == "custom" else (None, None)
     return [
         ToolSpec(
             name=required_name(obj, "name", at=at, max_chars=128),
@@ -307,8 +403,35 @@ def _tool(obj: Mapping[str, Json], at: str, *, namespace: str | None) -> list[To
             strict=optional_flag(obj, "strict", at=at),
             namespace=namespace,
             kind=ToolKind(kind),
+            grammar=grammar,
+            grammar_syntax=syntax,
         )
     ]
+
+
+_SYNTAXES: tuple[Literal["lark", "regex"], ...] = ("lark", "regex")
+
+
+def _grammar(
+    tool: Mapping[str, Json], at: str
+) -> tuple[str | None, Literal["lark", "regex"] | None]:
+    """What a custom tool's input must be, if it says."""
+    form = optional_object(tool, "format", at=at) or {}
+    at = join(at, "format")
+    if choice(form, "type", ("text", "grammar"), default="text", at=at) == "text":
+        return None, None
+    definition = required_string(form, "definition", at=at)
+    if len(definition) > MAX_SCHEMA_CHARS:
+        raise BadRequest(
+            f"Invalid '{at}.definition': string too long.",
+            code="string_above_max_length",
+            param=join(at, "definition"),
+        )
+    given = required_string(form, "syntax", at=at)
+    for syntax in _SYNTAXES:
+        if given == syntax:
+            return definition, syntax
+    raise invalid_value(join(at, "syntax"), given, _SYNTAXES)
 
 
 _CHOICE_MODES: tuple[Literal["auto", "none", "required"], ...] = ("auto", "none", "required")
@@ -325,7 +448,7 @@ def _tool_choice(body: Mapping[str, Json], tools: tuple[ToolSpec, ...]) -> ToolC
         chosen = _choice_object(value, tools)
     else:
         raise invalid_type("tool_choice", "one of a string or object", value)
-    if chosen.mode == "required" and not tools:
+    if chosen.mode == "required" and not any(map(chosen.allows, tools)):
         raise BadRequest(
             "Tool choice 'required' must be specified with 'tools' parameter.",
             code="invalid_value",
@@ -394,9 +517,10 @@ def _echo(body: Mapping[str, Json]) -> dict[str, Json]:
     """
     choice(body, "truncation", ("auto", "disabled"), default="disabled")
     optional_string(body, "service_tier")
+    text = optional_object(body, "text") or {}
     echo: dict[str, Json] = {
         "tools": [_echo_tool(tool) for tool in optional_array(body, "tools") or []],
-        "text": {**(optional_object(body, "text") or {}), "format": {"type": "text"}},
+        "text": {**text, "format": text.get("format") or {"type": "text"}},
         "max_tool_calls": optional_integer(body, "max_tool_calls", least=1, most=2**31 - 1),
         "safety_identifier": optional_string(
             body, "safety_identifier", max_chars=_SAFETY_IDENTIFIER_CHARS

@@ -10,11 +10,15 @@ Laws (tests/broker/wire/grammar.py checks them on every stream, in tests of this
     On a named lane every event carries `stream_id`; on the default lane none does.
     Once the engine has begun, every `response.in_progress` says what the prompt took: `homeport:prompt`.
 
-    start ──> (text* | call_start call_arguments* call_end)* ──> finish | fail
-                └── text opens a message; a call or the end closes it
+    start ──> (thought* | text* | call_start (call_arguments* | call_input*) call_end)* ──> finish | fail
+                └── text opens a message, a thought an item of reasoning; another kind or the end closes it
 
 White space that comes before any text of a message is held: followed by text it belongs to it, followed by a
 call or by the end it is dropped, so that no blank message stands before a call. Sampled tokens still have it.
+
+A reasoning item is in the output always, and its `added` and `done` with it. Its parts and deltas are events only if the
+request has a `reasoning` object: the two published schemas name them differently, and who validates strictly by one
+asks for none of them.
 """
 
 from __future__ import annotations
@@ -22,8 +26,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from broker.wire.items import sealed
+from broker.wire.requests import ToolKind
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from broker.wire.requests import TurnRequest
     from engine.api import CachedTokens, Usage
@@ -38,14 +45,24 @@ TERMINAL_EVENTS = ("response.completed", "response.incomplete", "response.failed
 class _Message:
     id: str
     text: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Reasoning:
+    id: str
+    text: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class _Call:
+    """Of a function, or with `custom` of a custom tool, whose arguments are its input."""
+
     id: str
     call_id: str
     name: str
     namespace: str | None
+    custom: bool = False
     arguments: list[str] = field(default_factory=list)
 
 
@@ -71,8 +88,9 @@ class ResponseStream:
         self._created_at = int(created_at)
         self._new_id = new_id
         self._number = 0
-        self._open: _Message | _Call | None = None
+        self._open: _Message | _Reasoning | _Call | None = None
         self._blank = ""  # white space that may turn out to begin a message
+        self._blank_logprobs: list[dict[str, Any]] = []  # its tokens'
         self._output: list[dict[str, Any]] = []
         # What the terminal event will say
         self._status = "queued"
@@ -124,18 +142,36 @@ class ResponseStream:
         self._assert_running()
         return self._response_event("in_progress")
 
-    def text(self, delta: str) -> list[Event]:
-        """More of a message; opens one if none is open."""
+    def text(self, delta: str, logprobs: Sequence[dict[str, Any]] = ()) -> list[Event]:
+        """More of a message; opens one if none is open. `logprobs` are those of the tokens it is made of."""
         self._assert_running()
         assert not isinstance(self._open, _Call), "text inside a call"
-        if self._open is None:
-            delta = self._blank + delta
-            if not delta or delta.isspace():
-                self._blank = delta
-                return []
-            self._blank = ""
-            return [*self._open_message(), *self._text_delta(delta)]
-        return self._text_delta(delta)
+        if isinstance(self._open, _Message):
+            return self._text_delta(delta, list(logprobs))
+        delta = self._blank + delta
+        tokens = [*self._blank_logprobs, *logprobs]
+        if not delta or delta.isspace():
+            self._blank, self._blank_logprobs = delta, tokens
+            return []
+        events = self._close("completed")
+        return [*events, *self._open_message(), *self._text_delta(delta, tokens)]
+
+    def thought(self, delta: str) -> list[Event]:
+        """More of what the model thinks aloud; opens an item of reasoning if none is open."""
+        self._assert_running()
+        assert not isinstance(self._open, _Call), "a thought inside a call"
+        if not delta:
+            return []
+        events: list[Event] = []
+        if not isinstance(self._open, _Reasoning):
+            events += self._close("completed")
+            self._open = _Reasoning(self._new_id("rs"))
+            added = {**self._reasoning_item(self._open, "in_progress"), "content": []}
+            events.append(self._item_event("response.output_item.added", item=added))
+            events += self._reasoning_events("response.content_part.added", part=_thought(""))
+        self._blank, self._blank_logprobs = "", []  # said between two thoughts: no message's
+        self._open.text.append(delta)
+        return [*events, *self._reasoning_events("response.reasoning_text.delta", delta=delta)]
 
     def call_start(self, name: str, call_id: str) -> list[Event]:
         """Open a call of the tool that the model called `name`; an open message is done."""
@@ -143,28 +179,27 @@ class ResponseStream:
         assert not isinstance(self._open, _Call), "a call inside a call"
         events = self._close("completed")
         spec = self._request.tool(name)
+        custom = spec is not None and spec.kind is ToolKind.CUSTOM
         self._open = _Call(
-            id=self._new_id("fc"),
+            id=self._new_id("ctc" if custom else "fc"),
             call_id=call_id,
             name=name if spec is None else spec.name,
             namespace=None if spec is None else spec.namespace,
+            custom=custom,
         )
         item = _call_item(self._open, "in_progress")
         events.append(self._item_event("response.output_item.added", item=item))
         return events
 
     def call_arguments(self, delta: str) -> list[Event]:
-        """More of the open call's argument string."""
+        """More of the open call's argument string; of a custom tool's input."""
         self._assert_running()
         assert isinstance(self._open, _Call), "arguments outside a call"
         if not delta:
             return []
         self._open.arguments.append(delta)
-        return [
-            self._item_event(
-                "response.function_call_arguments.delta", item_id=self._open.id, delta=delta
-            )
-        ]
+        kind = "custom_tool_call_input" if self._open.custom else "function_call_arguments"
+        return [self._item_event(f"response.{kind}.delta", item_id=self._open.id, delta=delta)]
 
     def call_end(self) -> list[Event]:
         self._assert_running()
@@ -177,6 +212,7 @@ class ResponseStream:
         incomplete_reason: str | None,
         usage: Usage | None,
         completed_at: float,
+        reasoning_tokens: int = 0,
     ) -> list[Event]:
         """Close what is open with `status`, then the terminal event, last in the list.
 
@@ -188,7 +224,7 @@ class ResponseStream:
         events = self._close(status)
         self._status = status
         self._stored = "disk" if self._request.store else None
-        self._usage = None if usage is None else usage_json(usage)
+        self._usage = None if usage is None else usage_json(usage, reasoning_tokens)
         if incomplete_reason is None:
             self._completed_at = int(completed_at)
         else:
@@ -235,9 +271,9 @@ class ResponseStream:
             "parallel_tool_calls": request.parallel_tool_calls,
             "text": {"format": {"type": "text"}},
             "top_p": request.top_p,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "top_logprobs": 0,
+            "presence_penalty": request.presence_penalty,
+            "frequency_penalty": request.frequency_penalty,
+            "top_logprobs": request.top_logprobs or 0,
             "temperature": request.temperature,
             "reasoning": None,
             "usage": self._usage,
@@ -265,43 +301,87 @@ class ResponseStream:
             self._part_event("response.content_part.added", self._open, part=_part("")),
         ]
 
-    def _text_delta(self, delta: str) -> list[Event]:
+    def _text_delta(self, delta: str, logprobs: list[dict[str, Any]]) -> list[Event]:
         assert isinstance(self._open, _Message)
         if not delta:
             return []
         self._open.text.append(delta)
+        self._open.logprobs += logprobs
         return [
-            self._part_event("response.output_text.delta", self._open, delta=delta, logprobs=[])
+            self._part_event(
+                "response.output_text.delta", self._open, delta=delta, logprobs=logprobs
+            )
         ]
+
+    def _reasoning_item(self, reasoning: _Reasoning, status: str) -> dict[str, Any]:
+        item: dict[str, Any] = {
+            "type": "reasoning",
+            "id": reasoning.id,
+            "summary": [],
+            "content": [_thought("".join(reasoning.text))],
+            "status": status,
+        }
+        if self._request.encrypted_reasoning:
+            item["encrypted_content"] = sealed(reasoning.id)
+        return item
+
+    def _reasoning_events(self, kind: str, **fields: Any) -> list[Event]:
+        """One, about the open item, if the client wants to see them."""
+        assert isinstance(self._open, _Reasoning)
+        if not self._request.reasoning_events:
+            return []
+        return [self._item_event(kind, item_id=self._open.id, content_index=0, **fields)]
 
     def _close(self, status: Status) -> list[Event]:
         """End the open item, if there is one, and forget held white space."""
-        self._blank = ""
+        self._blank, self._blank_logprobs = "", []
         if self._open is None:
             return []
-        if isinstance(self._open, _Message):
-            item = _message_item(self._open, status)
-            [part] = item["content"]
-            events = [
-                self._part_event(
-                    "response.output_text.done", self._open, text=part["text"], logprobs=[]
-                ),
-                self._part_event("response.content_part.done", self._open, part=part),
-            ]
-        else:
-            item = _call_item(self._open, status)
-            events = [
-                self._item_event(
-                    "response.function_call_arguments.done",
-                    item_id=self._open.id,
-                    name=self._open.name,
-                    arguments=item["arguments"],
-                )
-            ]
+        events, item = self._ended(self._open, status)
         events.append(self._item_event("response.output_item.done", item=item))
         self._open = None
         self._output.append(item)
         return events
+
+    def _ended(
+        self, said: _Message | _Reasoning | _Call, status: Status
+    ) -> tuple[list[Event], dict[str, Any]]:
+        """The events that end the open item's parts, and the whole item."""
+        match said:
+            case _Message():
+                item = _message_item(said, status)
+                [part] = item["content"]
+                return [
+                    self._part_event(
+                        "response.output_text.done",
+                        said,
+                        text=part["text"],
+                        logprobs=part["logprobs"],
+                    ),
+                    self._part_event("response.content_part.done", said, part=part),
+                ], item
+            case _Reasoning():
+                item = self._reasoning_item(said, status)
+                [part] = item["content"]
+                return [
+                    *self._reasoning_events("response.reasoning_text.done", text=part["text"]),
+                    *self._reasoning_events("response.content_part.done", part=part),
+                ], item
+            case _Call():
+                return [self._call_done(said)], _call_item(said, status)
+
+    def _call_done(self, call: _Call) -> Event:
+        said = "".join(call.arguments)
+        if call.custom:
+            return self._item_event(
+                "response.custom_tool_call_input.done", item_id=call.id, input=said
+            )
+        return self._item_event(
+            "response.function_call_arguments.done",
+            item_id=call.id,
+            name=call.name,
+            arguments=said,
+        )
 
     def _response_event(self, name: str) -> Event:
         said: dict[str, Any] = {"response": self.response()}
@@ -324,7 +404,7 @@ class ResponseStream:
         return event
 
 
-def usage_json(usage: Usage) -> dict[str, Any]:
+def usage_json(usage: Usage, reasoning_tokens: int = 0) -> dict[str, Any]:
     """The engine's numbers in OpenAI's arithmetic: `input_tokens` includes the cached ones.
 
     Every prompt token that was computed was also written to the cache.
@@ -337,7 +417,7 @@ def usage_json(usage: Usage) -> dict[str, Any]:
             "cache_write_tokens": usage.computed_tokens,
         },
         "output_tokens": usage.output_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.output_tokens,
         "homeport:cached_by_tier": cached_by_tier(cached),
         "homeport:recomputed": dict(usage.recomputed),
@@ -359,17 +439,17 @@ def _message_item(message: _Message, status: str) -> dict[str, Any]:
         "id": message.id,
         "role": "assistant",
         "status": status,
-        "content": [_part("".join(message.text))],
+        "content": [_part("".join(message.text), list(message.logprobs))],
     }
 
 
 def _call_item(call: _Call, status: str) -> dict[str, Any]:
     item = {
-        "type": "function_call",
+        "type": "custom_tool_call" if call.custom else "function_call",
         "id": call.id,
         "call_id": call.call_id,
         "name": call.name,
-        "arguments": "".join(call.arguments),
+        "input" if call.custom else "arguments": "".join(call.arguments),
         "status": status,
     }
     if call.namespace is not None:
@@ -377,5 +457,9 @@ def _call_item(call: _Call, status: str) -> dict[str, Any]:
     return item
 
 
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _part(text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
+
+
+def _thought(text: str) -> dict[str, Any]:
+    return {"type": "reasoning_text", "text": text}

@@ -1,4 +1,4 @@
-"""Sampled text to text and tool calls, as it streams. The Hermes form, which our fallback template teaches:
+"""Sampled text to text and tool calls, as it streams. The Hermes form, which our fallback template teaches too:
 
     <tool_call>{"name": "look_up", "arguments": {"key": "value"}}</tool_call>
 
@@ -26,6 +26,7 @@ import enum
 import json
 import re
 from dataclasses import dataclass
+from typing import Protocol
 
 from broker.errors import BadRequest
 from broker.wire.json_in import parse_json
@@ -33,7 +34,8 @@ from broker.wire.json_in import parse_json
 OPEN = "<tool_call>"
 CLOSE = "</tool_call>"
 
-_HEAD = re.compile(
+# A call's object up to its arguments' brace.
+HEAD = re.compile(
     r'\s*\{\s*"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)+")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 
@@ -68,15 +70,57 @@ class _State(enum.Enum):
     TAIL = enum.auto()
 
 
+class Splitter(Protocol):
+    """Feed it text, then finish it once. One for each form that calls are written in."""
+
+    def feed(self, text: str) -> list[Piece]:
+        """What is decided now."""
+        ...
+
+    def finish(self) -> list[Piece]:
+        """What the end of the text decides."""
+        ...
+
+
+class ObjectEnd:
+    """Finds the end of a JSON object in text that comes in pieces. Only strings and braces are understood."""
+
+    def __init__(self, *, never: str = "") -> None:
+        self._never = (
+            never  # characters that are no JSON outside a string: the object was cut before one
+        )
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+
+    def find(self, text: str) -> int | None:
+        """Index in this piece after the object's last character; None if it goes on."""
+        for index, char in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped = char == "\\"
+                self._in_string = char != '"'
+            elif char == '"':
+                self._in_string = True
+            elif char == "{":
+                self._depth += 1
+            elif char == "}":
+                self._depth -= 1
+                if self._depth == 0:
+                    return index + 1
+            elif char in self._never:
+                return index
+        return None
+
+
 class ToolCallSplitter:
     """Feed it text, then finish it once."""
 
     def __init__(self) -> None:
         self._state = _State.TEXT
         self._held = ""  # undecided text of the current state
-        self._depth = 0  # open braces of the arguments
-        self._in_string = False
-        self._escaped = False
+        self._end = ObjectEnd(never="<")  # of the arguments
 
     def feed(self, text: str) -> list[Piece]:
         """What is decided now."""
@@ -95,7 +139,7 @@ class ToolCallSplitter:
             case _State.TEXT:
                 return [Text(held)] if held else []
             case _State.HEAD:
-                return _whole_call(held) or [Text(OPEN + held)]
+                return whole_call(held) or [Text(OPEN + held)]
             case _State.ARGUMENTS | _State.TAIL:
                 return []
 
@@ -115,51 +159,31 @@ class ToolCallSplitter:
         if tag:
             self._state, self._held = _State.HEAD, rest
         else:
-            kept = _tag_prefix_length(text)
+            kept = overlap(text, OPEN)
             text, self._held = text[: len(text) - kept], text[len(text) - kept :]
         return [Text(text)] if text else []
 
     def _head(self) -> list[Piece]:
         body, close, rest = self._held.partition(CLOSE)
-        head = _HEAD.match(body)
-        name = None if head is None else _name(head["name"])
+        head = HEAD.match(body)
+        name = None if head is None else call_name(head["name"])
         if head is not None and name is not None:
             self._state, self._held = _State.ARGUMENTS, self._held[head.end() :]
             return [CallStart(name)]
         if not close:
             return []
         self._state, self._held = _State.TEXT, rest
-        return _whole_call(body) or [Text(OPEN + body + CLOSE)]
+        return whole_call(body) or [Text(OPEN + body + CLOSE)]
 
     def _arguments(self) -> list[Piece]:
-        end = self._arguments_end()
+        end = self._end.find(self._held)
         if end is None:
             delta, self._held = self._held, ""
             return [CallArguments(delta)]
         delta, self._held = self._held[:end], self._held[end:]
         self._state = _State.TAIL
-        self._depth, self._in_string = 0, False
+        self._end = ObjectEnd(never="<")
         return [CallArguments(delta), CallEnd()] if delta else [CallEnd()]
-
-    def _arguments_end(self) -> int | None:
-        """Index in the held text after the arguments' last character; None if they go on."""
-        for index, char in enumerate(self._held):
-            if self._escaped:
-                self._escaped = False
-            elif self._in_string:
-                self._escaped = char == "\\"
-                self._in_string = char != '"'
-            elif char == '"':
-                self._in_string = True
-            elif char == "{":
-                self._depth += 1
-            elif char == "}":
-                self._depth -= 1
-                if self._depth == 0:
-                    return index + 1
-            elif char == "<":
-                return index
-        return None
 
     def _tail(self) -> list[Piece]:
         """Pass over what closes a call: its object's brace and its tag. Both may be missing."""
@@ -171,13 +195,13 @@ class ToolCallSplitter:
         return []
 
 
-def _tag_prefix_length(text: str) -> int:
-    """How many of the last characters may be the beginning of an opening tag."""
-    longest = min(len(text), len(OPEN) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(OPEN[:n])), 0)
+def overlap(text: str, tag: str) -> int:
+    """How many of the last characters may be the beginning of a tag."""
+    longest = min(len(text), len(tag) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(tag[:n])), 0)
 
 
-def _name(quoted: str) -> str | None:
+def call_name(quoted: str) -> str | None:
     try:
         name = parse_json(quoted)
     except BadRequest:
@@ -185,7 +209,7 @@ def _name(quoted: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _whole_call(body: str) -> list[Piece]:
+def whole_call(body: str) -> list[Piece]:
     """The call that `body` is when its keys come in another order; [] if it is none."""
     try:
         call = parse_json(body)

@@ -17,6 +17,7 @@ ASKED = {"role": "user", "content": "Hi."}
 FUNCTION = {"name": "ls", "description": "List.", "parameters": {"type": "object"}}
 TOOL = {"type": "function", "function": FUNCTION}
 FLAT = {"type": "function", **FUNCTION}
+FORCED = '<tool_call>\n{"name": "ls", "arguments": {"path": "é"}}\n</tool_call>'
 CALL = 'ok <tool_call>{"name": "ls", "arguments": {"path": "é"}}</tool_call>'
 
 
@@ -262,8 +263,13 @@ async def test_headers_that_name_a_session_have_its_kv_fetched_before_the_body_i
         assert rig.engine.prefetched == [node.tokens]
 
 
-@pytest.mark.parametrize("body", [LANGCHAIN, VERCEL], ids=["langchain", "vercel"])
-async def test_what_frameworks_send_is_answered(body):
-    async with open_rig() as rig:
+@pytest.mark.parametrize(
+    ("body", "said", "calls"),
+    [(LANGCHAIN, FORCED, ["ls"]), (VERCEL, "Hello there.", [])],
+    ids=["langchain", "vercel"],
+)
+async def test_what_frameworks_send_is_answered(body, said, calls):
+    async with open_rig(reply=saying(said)) as rig:
         read = read_body((await rig.browser().request("POST", PATH, body)).body, include_usage=True)
-        assert (read.error, read.content) == (None, "Hello there.")
+        assert (read.error, read.content) == (None, "" if calls else said)
+        assert [call["function"]["name"] for call in read.calls] == calls

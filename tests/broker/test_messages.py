@@ -98,7 +98,9 @@ async def test_each_event_is_one_write():
         await browser.send("POST", "/v1/messages", body(stream=True))
         chunks = b""
         while b"0\r\n\r\n" not in chunks:
-            chunks += await browser.stream.receive_some()
+            received = await browser.stream.receive_some()
+            assert received, "the answer breaks off"
+            chunks += received
         for chunk in chunks.partition(b"\r\n\r\n")[2].split(b"\r\nevent: ")[1:]:
             assert b"\n\n\r\n" in chunk
 

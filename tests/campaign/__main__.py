@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from tests.campaign import cancels, flips, full_disk, hundred, kills, round_trips, truncations
+from tests.campaign import (
+    cancels,
+    flips,
+    forced,
+    full_disk,
+    hundred,
+    kills,
+    round_trips,
+    truncations,
+)
 
 CAMPAIGNS = {
     "kills": kills.main,
@@ -14,6 +23,7 @@ CAMPAIGNS = {
     "round_trips": round_trips.main,
     "cancels": cancels.main,
     "hundred": hundred.main,
+    "forced": forced.main,
 }
 
 

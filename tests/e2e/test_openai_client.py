@@ -1,6 +1,9 @@
 """The official client, unchanged but for its base URL."""
 
+from typing import Literal
+
 import openai
+import pydantic
 import pytest
 
 MODEL = "smollm2-135m-instruct"
@@ -71,6 +74,53 @@ def test_a_tool_result_continues_the_turn(client):
     )
     assert second.usage.input_tokens > first.usage.input_tokens
     assert second.tools[0].name == "read_file"
+
+
+class Choice(pydantic.BaseModel):
+    color: Literal["red", "blue"]
+    loud: bool
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_answer_parses_into_the_clients_own_type(client, temperature):
+    response = client.responses.parse(
+        model=MODEL,
+        input="Choose.",
+        text_format=Choice,
+        temperature=temperature,
+        max_output_tokens=200,
+        top_logprobs=1,
+        include=["message.output_text.logprobs"],
+    )
+    assert isinstance(response.output_parsed, Choice)
+    [part] = response.output[0].content
+    assert "".join(token.token for token in part.logprobs) == part.text
+    assert all(token.logprob <= token.top_logprobs[0].logprob for token in part.logprobs)
+
+
+def test_a_forced_call_streams_and_fits_the_clients_own_type(client):
+    with client.responses.stream(
+        model=MODEL,
+        input="Hi.",
+        tools=[TOOL, {"type": "function", **openai.pydantic_function_tool(Choice)["function"]}],
+        tool_choice={"type": "function", "name": "Choice"},
+        temperature=1,
+        max_output_tokens=200,
+    ) as stream:
+        kinds = [event.type for event in stream]
+        [call] = stream.get_final_response().output
+    assert "response.function_call_arguments.delta" in kinds
+    Choice.model_validate_json(call.arguments)
+
+
+def test_a_schema_that_cannot_be_enforced_is_the_clients_own_exception(client):
+    form = {"type": "json_schema", "name": "n", "strict": True, "schema": {"uniqueItems": True}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model=MODEL, input="Hi.", text={"format": form}, **QUIET)
+    assert (refused.value.code, refused.value.param) == (
+        "invalid_json_schema",
+        "text.format.schema",
+    )
 
 
 def test_stored_responses_can_be_read_and_deleted(client):

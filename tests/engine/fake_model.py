@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.sampler import Choice
 from tiers.block import Drop, Fetch, Spill, StoreError
 from tiers.disk import (
     ChainFound,
@@ -97,9 +98,9 @@ class FakeRunner:
 
 
 class FakeSampler:
-    def sample(self, logits: torch.Tensor, requests) -> list[int]:
+    def sample(self, logits: torch.Tensor, requests) -> list[Choice]:
         assert len(requests) == logits.shape[0]
-        return logits.argmax(-1).tolist()
+        return [Choice(token) for token in logits.argmax(-1).tolist()]
 
 
 def _written(spill: Spill, payload: memoryview) -> BlockWrite:

@@ -1,6 +1,7 @@
 """Draws depend on a request's own seed, step and logits, and follow its distribution."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,14 +21,18 @@ def draws(row: torch.Tensor, count: int, **how) -> list[int]:
     """`count` consecutive steps of one request."""
     settings = {"temperature": 1.0, "top_p": 1.0, "seed": 3} | how
     states = [SamplingState(step=step, **settings) for step in range(count)]
-    return Sampler().sample(row.expand(count, -1), states)
+    return tokens(row.expand(count, -1), states)
+
+
+def tokens(rows: torch.Tensor, states) -> list[int]:
+    return [choice.token for choice in Sampler().sample(rows, states)]
 
 
 def test_temperature_zero_is_argmax_and_ties_go_to_the_lowest_id():
     rows = logits(0, rows=3)
     rows[1, [7, 5, 30]] = 9.0
     greedy = [SamplingState(0.0, 0.5, seed, 0) for seed in range(3)]
-    assert Sampler().sample(rows, greedy) == [int(rows[0].argmax()), 5, int(rows[2].argmax())]
+    assert tokens(rows, greedy) == [int(rows[0].argmax()), 5, int(rows[2].argmax())]
 
 
 request_states = st.builds(
@@ -93,3 +98,73 @@ def test_a_token_without_likelihood_is_never_drawn():
     row = torch.full((1, VOCAB), -torch.inf)
     row[0, [3, 11]] = 0.0
     assert set(draws(row, 300)) == {3, 11}
+
+
+class Only:
+    """A matcher that allows some ids."""
+
+    def __init__(self, *ids: int) -> None:
+        self.ids = ids
+
+    def allow(self, row: torch.Tensor) -> None:
+        row.fill_(0)
+        for token in self.ids:
+            row[token // 32] |= torch.tensor(1 << (token % 32)).to(torch.int32)
+
+
+@settings(max_examples=50)
+@given(st.lists(request_states, min_size=2, max_size=6), st.integers(0, 1000), st.data())
+def test_what_is_forbidden_is_never_chosen_and_nobody_else_notices(requests, seed, data):
+    rows = logits(seed, rows=len(requests))
+    free = tokens(rows, requests)
+    allowed = [data.draw(st.sets(st.integers(0, VOCAB - 1))) for _ in requests]
+    bound = [
+        replace(request, matcher=Only(*ids)) if ids else request
+        for request, ids in zip(requests, allowed, strict=True)
+    ]
+    before = rows.clone()
+    chosen = tokens(rows, bound)
+    assert torch.equal(rows, before)
+    for ids, token, unbound in zip(allowed, chosen, free, strict=True):
+        assert token in ids if ids else token == unbound
+
+
+def test_among_allowed_ids_the_proportions_stay():
+    row = torch.zeros(1, VOCAB)
+    row[0, 31] = float(torch.tensor(3.0).log())
+    seen = Counter(draws(row, 4000, matcher=Only(31, 32)))
+    assert set(seen) == {31, 32}
+    assert seen[31] / 4000 == pytest.approx(0.75, abs=0.03)
+
+
+def test_penalties_count_what_was_said():
+    row = torch.zeros(1, VOCAB)
+    row[0, [3, 5, 7]] = torch.tensor([2.0, 1.8, 1.6])
+    greedy = SamplingState(0.0, 1.0, 0, 3)
+    assert tokens(row, [greedy]) == [3]
+    assert tokens(row, [replace(greedy, presence_penalty=0.3, said=[3])]) == [5]
+    assert tokens(row, [replace(greedy, presence_penalty=0.3, said=[3, 3, 5])]) == [3]
+    assert tokens(row, [replace(greedy, frequency_penalty=0.3, said=[3, 3, 5])]) == [7]
+    assert tokens(row, [replace(greedy, frequency_penalty=-2.0, said=[5])]) == [5]
+    both = torch.cat([row, row])
+    assert tokens(both, [replace(greedy, presence_penalty=1.0, said=[3]), greedy]) == [5, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_likelihoods_are_the_models_own(temperature):
+    """Before temperature, top_p, penalties and constraint: those say what was chosen, not what is likely."""
+    rows = logits(4, rows=3)
+    state = SamplingState(temperature, 0.5, 1, 0, Only(9), 1.0, 1.0, [9])
+    asked = [replace(state, top_logprobs=3), replace(state, top_logprobs=0), state]
+    first, second, third = Sampler().sample(rows, asked)
+    expected = rows.double().log_softmax(-1)
+    assert first.token == second.token == third.token == 9
+    assert first.likelihood.logprob == pytest.approx(float(expected[0, 9]))
+    best = expected[0].topk(3)
+    assert [token for token, _ in first.likelihood.top] == best.indices.tolist()
+    assert [logprob for _, logprob in first.likelihood.top] == pytest.approx(best.values.tolist())
+    assert (second.likelihood.logprob, second.likelihood.top) == (
+        pytest.approx(float(expected[1, 9])),
+        (),
+    )
+    assert third.likelihood is None

@@ -1,6 +1,8 @@
 """Prompts from conversations: what is spliced, what is escaped, and that a replay equals a continuation."""
 
 import itertools
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 from hypothesis import event, given
@@ -11,13 +13,15 @@ from engine.text import (
     ChatMessage,
     Conversation,
     Literal,
+    Markers,
     Spliced,
     StopStrings,
     Text,
     ToolCall,
+    ToolSyntax,
     UnrenderableError,
 )
-from tests.fakes import END, START, ByteTokenizer, byte_text
+from tests.fakes import END, START, ByteSpecial, ByteTokenizer, byte_text
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ class Templated(ByteTokenizer):
             conversations=[conversation],
             tools=options["tools"],
             chat_template=self._template,
-            add_generation_prompt=options["add_generation_prompt"],
+            **{k: v for k, v in options.items() if k not in ("tools", "tokenize")},
         )
         return rendered[0]
 
@@ -165,7 +169,8 @@ def test_detokenized_pieces_make_the_whole(smollm: Text, ids: list[int], cut: in
 
 TRIMMING = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}"
-    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|end|>{% endfor %}"
+    '{% for call in m.tool_calls %}<tool_call>{"name": "{{ call.function.name }}", '
+    '"arguments": {{ call.function.arguments | tojson }}}</tool_call>{% endfor %}<|end|>{% endfor %}'
     "{% if tools %}{{ tools | tojson }}{% endif %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
@@ -196,6 +201,83 @@ def test_a_template_that_knows_tools_gets_them_structured() -> None:
     assert '"arguments": {"path": "<|end|>"}' in rendered
     assert "[tool]out<|end|>" in rendered
     assert '"name": "ls", "parameters": {"<|end|>": ["<|start|>"]}' in rendered
+
+
+TOOLS_OF = "{% if tools %}{{ tools }}{% endif %}{% for call in messages[0].tool_calls %}"
+SYNTAXES = {
+    "hermes": '<tool_call>{"name": "x", "arguments": 1}</tool_call>',
+    "llama3": 'Environment: ipython {"name": "x", "parameters": 1}',
+    "mistral": '[TOOL_CALLS] [{"name": "x", "arguments": 1}]',
+    "mistral args": "[TOOL_CALLS]x[ARGS]{}",
+}
+UNREADABLE = ['<tool_call><function=x>"arguments"', "<tool_call>x<arg_key>", "x(y=1)"]
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_the_form_of_calls_is_the_templates(syntax: str) -> None:
+    template = TOOLS_OF + SYNTAXES[syntax] + "{% endfor %}"
+    text = Text(Templated(template))
+    assert text.tool_syntax.value == syntax
+    [rendered] = text.render(Conversation((ChatMessage("user", "x"),), ({"type": "function"},)))
+    assert "function" in rendered
+    assert "# Tools" not in rendered
+
+
+@pytest.mark.parametrize("form", UNREADABLE)
+def test_a_form_that_we_cannot_read_is_not_taught(form: str) -> None:
+    template = (
+        "{{ messages[0].content }}{% if tools %}" + TOOLS_OF + form + "{% endfor %}{% endif %}"
+    )
+    text = Text(Templated(template))
+    assert text.tool_syntax is ToolSyntax.HERMES
+    [rendered] = text.render(Conversation((ChatMessage("user", "x"),), ({"type": "function"},)))
+    assert "# Tools" in rendered
+
+
+class Thinker(Templated):
+    """One whose markup is control tokens: <think> 258, </think> 259, [TOOL_CALLS] 260."""
+
+    added_tokens_decoder: ClassVar = ByteTokenizer.added_tokens_decoder | {
+        258: ByteSpecial("<think>", special=False),
+        259: ByteSpecial("</think>"),
+        260: ByteSpecial("[TOOL_CALLS]"),
+    }
+
+    def decode(self, token_ids, *, skip_special_tokens, clean_up_tokenization_spaces=False):
+        plain = [i for i in token_ids if i < START or (i <= END and not skip_special_tokens)]
+        if len(token_ids) == 1 and token_ids[0] > END and not skip_special_tokens:
+            return self.added_tokens_decoder[token_ids[0]].content
+        return super().decode(plain, skip_special_tokens=skip_special_tokens)
+
+    def encode(self, text, **options):
+        head, opened, rest = text.partition("<think>")
+        ids = super().encode(head, **options)
+        return ids + ([258, *super().encode(rest, **options)] if opened else [])
+
+
+def test_control_tokens_that_are_markup_are_shown_and_no_others() -> None:
+    text = Text(Thinker("{{ messages[0].content }}</think>"))
+    assert text.markup == {258: "<think>", 259: "</think>", 260: "[TOOL_CALLS]"}
+    sampled = [258, *"é".encode(), 259, START, *b"x", 260, *b"f{}", END]
+    for cut in range(len(sampled) + 1):
+        detokenizer = text.detokenizer()
+        said = detokenizer.feed(sampled[:cut]) + detokenizer.feed(sampled[cut:])
+        assert said + detokenizer.finish() == "<think>é</think>x[TOOL_CALLS]f{}"
+
+
+def test_whether_the_template_has_opened_the_thoughts() -> None:
+    think = (
+        "{{ messages[0].content }}{% if add_generation_prompt %}:{% if enable_thinking is false %}"
+        "<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif %}"
+    )
+    text = Text(Thinker(think))
+    assert text.thoughts == Markers("<think>", "</think>")
+    for thinking, opened in ((None, True), (True, True), (False, False)):
+        prompt = text.prompt(replace(talk("a <think>"), thinking=thinking))
+        assert text.thinks_after(prompt) is opened
+    plain = Text(Thinker("{{ messages[0].content }}"))
+    assert plain.thoughts is None
+    assert not plain.thinks_after(plain.prompt(talk("<think>")))
 
 
 def test_sampled_ids_pass_a_template_that_trims() -> None:

@@ -1,9 +1,12 @@
 """The grammar of a Responses event stream, as an independent reader of the published rules would check it.
 
     stream  := created in_progress (item | in_progress)* terminal
-    item    := added (message | call) done
+    item    := added (message | call | custom | thoughts) done
     message := (content_part.added output_text.delta* output_text.done content_part.done)*
     call    := arguments.delta* arguments.done
+    custom  := custom_tool_call_input.delta* custom_tool_call_input.done
+    thoughts := content_part.added reasoning_text.delta* reasoning_text.done content_part.done, if the request has a
+                `reasoning` object, else nothing
     terminal := completed | incomplete | failed
 
 A failed stream may stop inside an item. `in_progress` may come again anywhere before the terminal: it is the
@@ -51,7 +54,14 @@ RESPONSE_FIELDS = frozenset(
         "prompt_cache_key",
     ]
 )
-PART_KINDS = ("output_text",)
+EMPTY_WHEN_ADDED = {
+    "message": "content",
+    "function_call": "arguments",
+    "custom_tool_call": "input",
+    "reasoning": "content",
+}
+TEXT_OF = {"message": "output_text", "reasoning": "reasoning_text"}  # the kind of an item's parts
+SAID_OF = {"function_call": "arguments", "custom_tool_call": "input"}
 TERMINALS = ("response.completed", "response.incomplete", "response.failed")
 
 
@@ -133,21 +143,40 @@ def _check_item(item: dict[str, Any]) -> None:
         _require(item["role"] == "assistant", "an output message is not the assistant's")
         for part in item["content"]:
             _check_part(part)
-    elif item["type"] == "function_call":
-        _require(item["id"].startswith("fc_"), "a call's item id has no fc_ prefix")
+    elif item["type"] in SAID_OF:
+        prefix = "fc_" if item["type"] == "function_call" else "ctc_"
+        _require(item["id"].startswith(prefix), f"a call's item id has no {prefix} prefix")
         for key in ("call_id", "name"):
             _require(bool(item[key]), f"a call has no {key}")
-        _require(isinstance(item["arguments"], str), "arguments are not a string")
+        _require(isinstance(item[SAID_OF[item["type"]]], str), "arguments are not a string")
+    elif item["type"] == "reasoning":
+        _require(item["id"].startswith("rs_"), "a reasoning id has no rs_ prefix")
+        _require(item["summary"] == [], "a summary that nobody made")
+        for part in item["content"]:
+            _check_part(part)
+            _require(part["text"].strip() != "", "thoughts of nothing")
     else:
         raise GrammarError(f"unknown item type {item['type']}")
 
 
 def _check_part(part: dict[str, Any]) -> None:
-    _require(part["type"] in PART_KINDS, f"unknown part type {part['type']}")
-    _require(
-        part["annotations"] == [] and part["logprobs"] == [], "annotations or logprobs missing"
-    )
     _require(isinstance(part["text"], str), "a part's text is not a string")
+    if part["type"] == "reasoning_text":
+        return
+    _require(part["type"] == "output_text", f"unknown part type {part['type']}")
+    _require(part["annotations"] == [], "annotations missing")
+    for token in part["logprobs"]:
+        _check_logprob(token)
+    # The first and the last token may reach beyond the text: into markup, or a stop string.
+    spelled = b"".join(bytes(token["bytes"]) for token in part["logprobs"])
+    _require(not spelled or part["text"].encode() in spelled, "the tokens do not spell the text")
+
+
+def _check_logprob(token: dict[str, Any]) -> None:
+    for each in (token, *token["top_logprobs"]):
+        _require(isinstance(each["token"], str), "a token is not a string")
+        _require(bytes(each["bytes"]).decode(errors="replace") == each["token"], "other bytes")
+        _require(each["logprob"] <= 0, "a probability above 1")
 
 
 def _require(fact: bool, sentence: str) -> None:
@@ -168,6 +197,8 @@ class _Reader:
         self.parts: list[dict[str, Any]] = []  # done parts of the open item
         self.part: str | None = None  # text of the open part so far
         self.text_done = False  # output_text.done was seen for the open part
+        self.logprobs: list[dict[str, Any]] = []  # of the open part so far
+        self.thoughts_shown = False
         self.arguments = ""
         self.arguments_done = False
 
@@ -198,6 +229,7 @@ class _Reader:
     def _response(self, kind: str, response: dict[str, Any]) -> None:
         check_response(response)
         self.response_id = self.response_id or response["id"]
+        self.thoughts_shown = response["reasoning"] is not None
         _require(response["id"] == self.response_id, "the response id changes")
         _require(response["output"] == self.done, f"{kind}: output is not the items done so far")
         status = response["status"]
@@ -216,7 +248,7 @@ class _Reader:
         _require(self.added is None, "an item is added inside an item")
         _require(event["output_index"] == len(self.done), "output_index does not count up")
         _require(item["status"] == "in_progress", f"an item is added {item['status']}")
-        empty = {"message": "content", "function_call": "arguments"}.get(item["type"])
+        empty = EMPTY_WHEN_ADDED.get(item["type"])
         _require(empty is not None, f"unknown item type {item['type']}")
         _require(not item[str(empty)], f"an item is added with {empty}")
         _require(item["id"] not in [done["id"] for done in self.done], "two items have one id")
@@ -228,13 +260,14 @@ class _Reader:
         item = event["item"]
         added = self._open_item(event, item["id"])
         _check_item(item)
-        if item["type"] == "message":
+        if item["type"] in SAID_OF:
+            _require(self.arguments_done, "a call is done before its arguments are")
+            said = item[SAID_OF[item["type"]]]
+            _require(said == self.arguments, "the done call differs from its deltas")
+        elif item["type"] == "message" or self.thoughts_shown:
             _require(self.part is None, "a message is done while a part is open")
             _require(item["content"] == self.parts, "the done message differs from its parts")
             _require(bool(self.parts), "a message is done without a part")
-        else:
-            _require(self.arguments_done, "a call is done before its arguments are")
-            _require(item["arguments"] == self.arguments, "the done call differs from its deltas")
         for key in ("type", "id", "role", "name", "call_id", "namespace"):
             _require(added.get(key) == item.get(key), f"an item's {key} changes")
         self.done.append(item)
@@ -245,13 +278,19 @@ class _Reader:
         match kind.removeprefix("response."):
             case "content_part.added":
                 self._part_added(added, event)
-            case "output_text.delta":
+            case "output_text.delta" | "reasoning_text.delta":
+                self._of_kind(added, kind)
                 _require(not self.text_done, "text after output_text.done")
                 _require(event["delta"] != "", "an empty text delta")
-                _require(event["logprobs"] == [], "a text delta without logprobs")
+                if added["type"] == "message":
+                    _require(isinstance(event["logprobs"], list), "a text delta without logprobs")
+                    self.logprobs += event["logprobs"]
                 self.part = self._part_text(event) + event["delta"]
-            case "output_text.done":
+            case "output_text.done" | "reasoning_text.done":
+                self._of_kind(added, kind)
                 _require(not self.text_done, "output_text.done twice")
+                if added["type"] == "message":
+                    _require(event["logprobs"] == self.logprobs, "the done logprobs differ")
                 _require(
                     event["text"] == self._part_text(event), "the done text differs from its deltas"
                 )
@@ -260,14 +299,22 @@ class _Reader:
                 _require(self.text_done, "a part is done before its text is")
                 _check_part(event["part"])
                 _require(event["part"]["text"] == self._part_text(event), "the done part differs")
+                if added["type"] == "message":
+                    _require(
+                        event["part"]["logprobs"] == self.logprobs, "the part's logprobs differ"
+                    )
                 self.parts.append(event["part"])
                 self.part, self.text_done = None, False
-            case "function_call_arguments.delta":
-                self._in_call(added)
+            case "function_call_arguments.delta" | "custom_tool_call_input.delta":
+                self._in_call(added, kind)
                 _require(event["delta"] != "", "an empty arguments delta")
                 self.arguments += event["delta"]
+            case "custom_tool_call_input.done":
+                self._in_call(added, kind)
+                _require(event["input"] == self.arguments, "done input differs from deltas")
+                self.arguments_done = True
             case "function_call_arguments.done":
-                self._in_call(added)
+                self._in_call(added, kind)
                 _require(event["arguments"] == self.arguments, "done arguments differ from deltas")
                 _require(event["name"] == added["name"], "done arguments of another name")
                 self.arguments_done = True
@@ -275,20 +322,33 @@ class _Reader:
                 raise GrammarError(f"unknown event {kind}")
 
     def _part_added(self, added: dict[str, Any], event: Event) -> None:
-        _require(added["type"] == "message", "a part is added to a call")
+        _require(added["type"] in TEXT_OF, "a part is added to a call")
+        _require(
+            added["type"] == "message" or self.thoughts_shown, "thoughts that nobody asked for"
+        )
         _require(self.part is None, "a part is added inside a part")
         _require(event["content_index"] == len(self.parts), "content_index does not count up")
         _check_part(event["part"])
+        _require(event["part"]["type"] == TEXT_OF[added["type"]], "a part of another kind")
         _require(event["part"]["text"] == "", "a part is added with text")
-        self.part = ""
+        self.part, self.logprobs = "", []
+
+    def _of_kind(self, added: dict[str, Any], kind: str) -> None:
+        wanted = TEXT_OF.get(added["type"])
+        _require(wanted is not None and f".{wanted}." in kind, f"{kind} in a {added['type']}")
 
     def _part_text(self, event: Event) -> str:
         _require(self.part is not None, f"{event['type']} outside a part")
         _require(event["content_index"] == len(self.parts), f"{event['type']} of another part")
         return str(self.part)
 
-    def _in_call(self, added: dict[str, Any]) -> None:
-        _require(added["type"] == "function_call", "arguments outside a call")
+    def _in_call(self, added: dict[str, Any], kind: str) -> None:
+        wanted = {
+            "function_call": "function_call_arguments",
+            "custom_tool_call": "custom_tool_call_input",
+        }
+        named = wanted.get(added["type"])
+        _require(named is not None and named in kind, "arguments outside a call")
         _require(not self.arguments_done, "arguments after they were done")
 
     def _open_item(self, event: Event, item_id: str) -> dict[str, Any]:

@@ -267,6 +267,18 @@ def test_thinking_is_shown_sealed_or_hidden(thinking, shown, effort):
     assert request.thinking == shown
     asked = request.turn.echo.get("reasoning")
     assert asked == (None if effort is None else {"effort": "high", "summary": None})
+    assert request.turn.reasoning_effort == (effort or "none")
+    assert request.turn.reasoning_events is request.turn.encrypted_reasoning is (shown != "hidden")
+
+
+@pytest.mark.parametrize("name", ["output_config.format", "output_format"])
+def test_an_output_format_is_the_schema_of_the_answer(name):
+    form = {"type": "json_schema", "schema": {"type": "object", "properties": {"a": {}}}}
+    body = (
+        {"output_format": form} if name == "output_format" else {"output_config": {"format": form}}
+    )
+    asked = parse(**body).turn.text_format
+    assert (asked.schema, asked.strict, asked.at) == (form["schema"], True, f"{name}.schema")
 
 
 # What equals what
@@ -507,11 +519,9 @@ def test_the_automatic_mark_is_on_the_last_block_that_is_no_thought():
         ({"top_k": -1}, "top_k"),
         ({"thinking": {"type": "sometimes"}}, "thinking.type"),
         ({"thinking": {"type": "enabled", "budget_tokens": "many"}}, "thinking.budget_tokens"),
-        (
-            {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
-            "output_config.format",
-        ),
-        ({"output_format": {"type": "json_schema", "schema": {}}}, "output_format"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
+        ({"output_format": {"schema": {}}}, "output_format.type"),
         ({"metadata": {"user_id": 3}}, "metadata.user_id"),
     ],
 )

@@ -86,7 +86,11 @@ def test_the_second_frame_of_a_coding_agent():
                     ],
                 },
                 {"type": "web_search", "external_web_access": False},
-                {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}},
+                {
+                    "type": "custom",
+                    "name": "apply_patch",
+                    "format": {"type": "grammar", "syntax": "lark", "definition": "start: /x/"},
+                },
             ],
             "tool_choice": "auto",
             "parallel_tool_calls": False,
@@ -161,13 +165,88 @@ def test_an_echoed_function_tool_has_every_field_the_schema_requires():
         ({"background": True}, "unsupported_parameter", "background"),
         ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
         ({"prompt": {"id": "p"}}, "unsupported_parameter", "prompt"),
-        ({"top_logprobs": 1}, "unsupported_parameter", "top_logprobs"),
+        ({"top_logprobs": -1}, "integer_below_min_value", "top_logprobs"),
         ({"top_logprobs": 21}, "integer_above_max_value", "top_logprobs"),
-        ({"presence_penalty": 0.5}, "unsupported_parameter", "presence_penalty"),
+        ({"presence_penalty": -2.5}, "decimal_below_min_value", "presence_penalty"),
         ({"frequency_penalty": 3}, "decimal_above_max_value", "frequency_penalty"),
         ({"text": "x"}, "invalid_type", "text"),
         ({"text": {"format": {"type": "xml"}}}, "invalid_value", "text.format.type"),
-        ({"text": {"format": {"type": "json_schema"}}}, "unsupported_parameter", "text.format"),
+        (
+            {"text": {"format": {"type": "json_schema"}}},
+            "missing_required_parameter",
+            "text.format.name",
+        ),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "a b", "schema": {}}}},
+            "invalid_value",
+            "text.format.name",
+        ),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "n" * 65, "schema": {}}}},
+            "string_above_max_length",
+            "text.format.name",
+        ),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "n"}}},
+            "missing_required_parameter",
+            "text.format.schema",
+        ),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "n", "schema": "{}"}}},
+            "invalid_type",
+            "text.format.schema",
+        ),
+        (
+            {
+                "text": {
+                    "format": {"type": "json_schema", "name": "n", "schema": {"a": "b" * 2**20}}
+                }
+            },
+            "invalid_json_schema",
+            "text.format.schema",
+        ),
+        (
+            {"tools": [{"type": "function", "name": "f", "parameters": {"a": "b" * 2**20}}]},
+            "invalid_json_schema",
+            "tools[0].parameters",
+        ),
+        (
+            {"tools": [{"type": "custom", "name": "p", "format": {"type": "grammar"}}]},
+            "missing_required_parameter",
+            "tools[0].format.definition",
+        ),
+        (
+            {"tools": [{"type": "custom", "name": "p", "format": {"type": "ebnf"}}]},
+            "invalid_value",
+            "tools[0].format.type",
+        ),
+        (
+            {
+                "tools": [
+                    {
+                        "type": "custom",
+                        "name": "p",
+                        "format": {"type": "grammar", "definition": "x", "syntax": "gbnf"},
+                    }
+                ]
+            },
+            "invalid_value",
+            "tools[0].format.syntax",
+        ),
+        (
+            {
+                "tools": [FUNCTION, {"type": "web_search"}],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "required",
+                    "tools": [{"type": "web_search"}],
+                },
+            },
+            "invalid_value",
+            "tool_choice",
+        ),
+        ({"include": "all"}, "invalid_type", "include"),
+        ({"reasoning": {"effort": 3}}, "invalid_type", "reasoning.effort"),
         ({"truncation": "always"}, "invalid_value", "truncation"),
         ({"service_tier": 1}, "invalid_type", "service_tier"),
         ({"reasoning": "high"}, "invalid_type", "reasoning"),

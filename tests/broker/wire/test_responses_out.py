@@ -24,6 +24,7 @@ TOOLS = [
         "description": "d",
         "tools": [{"type": "function", "name": "g"}],
     },
+    {"type": "custom", "name": "patch"},
 ]
 USAGE = Usage(
     prompt_tokens=10,
@@ -34,10 +35,19 @@ USAGE = Usage(
 )
 
 
+class Stream(ResponseStream):
+    logs = False  # every character is a token with logprobs
+
+
+def logprob(char):
+    alone = {"token": char, "bytes": list(char.encode()), "logprob": -0.25}
+    return alone | {"top_logprobs": [alone, alone | {"logprob": -1.5}]}
+
+
 def new_stream(**body):
     request = parse_create({"tools": TOOLS, **body}, transport=Transport.WEBSOCKET)
     numbers = itertools.count()
-    return ResponseStream(
+    return Stream(
         request,
         response_id="resp_1",
         model="m",
@@ -47,12 +57,14 @@ def new_stream(**body):
 
 
 def run(stream, script):
-    """Play a script of ("text", s) | ("call", name, [deltas], ended) | ("alive",) and return the events."""
+    """Play a script of ("text", s) | ("thought", s) | ("call", name, [deltas], ended) | ("alive",); the events."""
     events = stream.start()
     for step in script:
         match step:
             case ("text", text):
-                events += stream.text(text)
+                events += stream.text(text, [logprob(char) for char in text] if stream.logs else ())
+            case ("thought", text):
+                events += stream.thought(text)
             case ("call", name, deltas, ended):
                 events += stream.call_start(name, "call_1")
                 for delta in deltas:
@@ -67,9 +79,10 @@ def run(stream, script):
 texts = st.text("ab \n", max_size=4)
 steps = st.one_of(
     st.tuples(st.just("text"), texts),
+    st.tuples(st.just("thought"), st.text("ab \n", min_size=1, max_size=4).map("a".__add__)),
     st.tuples(
         st.just("call"),
-        st.sampled_from(["f", "box.g", "unknown"]),
+        st.sampled_from(["f", "box.g", "unknown", "patch"]),
         st.lists(texts, max_size=3),
         st.just(True),
     ),
@@ -99,9 +112,13 @@ def end(stream, ending):
 SERVER_EVENT = TypeAdapter(ResponsesServerEvent)
 
 
-@given(scripts, endings, st.sampled_from([None, "main"]))
-def test_any_turn_satisfies_the_grammar(script, ending, lane):
-    stream = new_stream(stream_id=lane)
+shown = st.sampled_from([{}, {"reasoning": {"effort": "low"}}])
+
+
+@given(scripts, endings, st.sampled_from([None, "main"]), shown, st.booleans())
+def test_any_turn_satisfies_the_grammar(script, ending, lane, reasoning, logs):
+    stream = new_stream(stream_id=lane, **reasoning)
+    stream.logs = logs
     events = run(stream, script)
     assert not stream.is_over
     events += end(stream, ending)
@@ -119,24 +136,38 @@ def test_nothing_that_was_told_is_lost_but_blank_messages(script, ending):
     stream = new_stream()
     run(stream, script)
     end(stream, ending)
-    text, told = "", []
+    told, blank = [], ""
     for step in script:
-        if step[0] == "text":
-            text += step[1]
-        elif step[0] == "call":
-            told += [text] if text.strip() else []
-            text = ""
-            if step[3] or ending[0] != "failed":
-                told.append((step[1], "".join(step[2])))
-    if ending[0] != "failed" and text.strip():
-        told.append(text)
+        match step:
+            case ("text", text) if told and told[-1][0] == "text":
+                told[-1] = ("text", told[-1][1] + text)
+            case ("text", text) if (blank + text).strip():
+                told.append(("text", blank + text))
+                blank = ""
+            case ("text", text):
+                blank += text
+            case ("thought", text) if told and told[-1][0] == "thought":
+                told[-1] = ("thought", told[-1][1] + text)
+                blank = ""
+            case ("thought", text):
+                told.append(step)
+                blank = ""
+            case ("call", name, deltas, _):
+                told.append((name, "".join(deltas)))
+                blank = ""
+    is_open = (told and told[-1][0] in ("text", "thought")) or any(
+        step[-1] is False for step in script
+    )
+    if ending[0] == "failed" and is_open:
+        told.pop()
     said = []
     for item in stream.output_items:
-        if item["type"] == "message":
-            said.append(item["content"][0]["text"])
+        if item["type"] in ("message", "reasoning"):
+            kind = "text" if item["type"] == "message" else "thought"
+            said.append((kind, item["content"][0]["text"]))
         else:
             name = f"{item['namespace']}.{item['name']}" if "namespace" in item else item["name"]
-            said.append((name, item["arguments"]))
+            said.append((name, item["input" if name == "patch" else "arguments"]))
     assert said == told
 
 
@@ -166,7 +197,8 @@ def test_how_text_is_cut_changes_only_the_deltas(pieces, ending, then_a_call):
 @settings(max_examples=30)  # the SDK's union of 60 events is slow to match
 @given(scripts, endings.filter(lambda ending: ending[1] != "cancelled"))
 def test_every_event_is_one_that_the_official_sdk_knows(script, ending):
-    stream = new_stream(stream_id="main")
+    stream = new_stream(stream_id="main", reasoning={}, include=["reasoning.encrypted_content"])
+    stream.logs = True
     for each in run(stream, script) + end(stream, ending):
         parsed = SERVER_EVENT.validate_python(each)
         assert parsed.type == each["type"]
@@ -174,10 +206,19 @@ def test_every_event_is_one_that_the_official_sdk_knows(script, ending):
 
 def test_the_response_is_one_that_the_official_sdk_knows():
     stream = new_stream(instructions="i", metadata={"a": "b"}, temperature=0, top_p=0.5)
-    run(stream, [("text", "hello"), ("call", "f", ["{}"], True)])
+    stream.logs = True
+    call, patch = ("call", "f", ["{}"], True), ("call", "patch", ["x"], True)
+    run(stream, [("thought", "hm"), ("text", "hello"), call, patch])
     end(stream, ("completed", None))
     response = Response.model_validate(stream.response())
     assert response.output_text == "hello"
+    assert [item.type for item in response.output] == [
+        "reasoning",
+        "message",
+        "function_call",
+        "custom_tool_call",
+    ]
+    assert [token.token for token in response.output[1].content[0].logprobs] == list("hello")
     assert response.usage.input_tokens_details.cached_tokens == 6
 
 
@@ -222,6 +263,75 @@ def test_a_call_turn_event_by_event():
         "arguments": '{"a":1}',
         "status": "completed",
     }
+
+
+def test_a_custom_call_event_by_event():
+    stream = new_stream()
+    events = run(stream, [("call", "patch", ["a", "b"], True)]) + end(stream, ("completed", None))
+    assert [each["type"].removeprefix("response.") for each in events] == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "custom_tool_call_input.delta",
+        "custom_tool_call_input.delta",
+        "custom_tool_call_input.done",
+        "output_item.done",
+        "completed",
+    ]
+    assert events[-3]["input"] == "ab"
+    assert events[-2]["item"] == {
+        "type": "custom_tool_call",
+        "id": "ctc_0",
+        "call_id": "call_1",
+        "name": "patch",
+        "input": "ab",
+        "status": "completed",
+    }
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_thoughts_are_items_and_their_deltas_events_for_who_asked(asked):
+    stream = new_stream(**({"reasoning": {"summary": "auto"}} if asked else {}))
+    events = run(stream, [("thought", "h"), ("thought", "m"), ("text", "\nYes.")])
+    events += end(stream, ("completed", None))
+    kinds = [each["type"].removeprefix("response.") for each in events]
+    deltas = ["content_part.added", "reasoning_text.delta", "reasoning_text.delta"]
+    deltas += ["reasoning_text.done", "content_part.done"]
+    assert kinds[2:4] == ["output_item.added", deltas[0] if asked else "output_item.done"]
+    assert [kind for kind in kinds if "reasoning" in kind] == (deltas[1:4] if asked else [])
+    thoughts, message = events[-1]["response"]["output"]
+    assert thoughts == {
+        "type": "reasoning",
+        "id": "rs_0",
+        "summary": [],
+        "content": [{"type": "reasoning_text", "text": "hm"}],
+        "status": "completed",
+    }
+    assert message["content"][0]["text"] == "\nYes."
+    check_events(events)
+
+
+def test_encrypted_thoughts_lead_back_to_their_item():
+    stream = new_stream(include=["reasoning.encrypted_content"])
+    run(stream, [("thought", "hm")])
+    end(stream, ("completed", None))
+    [thoughts] = stream.output_items
+    [replayed] = parse_items([{k: v for k, v in thoughts.items() if k != "id"}])
+    assert replayed.id == thoughts["id"] == "rs_0"
+    assert thoughts["id"] not in thoughts["encrypted_content"]
+    for foreign in ("gAAAA", "homeport1.", "homeport1.%%", "homeport1./w=="):
+        [item] = parse_items([{"type": "reasoning", "summary": [], "encrypted_content": foreign}])
+        assert item.id is None
+
+
+def test_logprobs_of_white_space_go_with_the_text_that_follows():
+    stream = new_stream()
+    stream.logs = True
+    events = run(stream, [("text", " "), ("text", "a"), ("text", "b")])
+    deltas = [e for e in events if e["type"] == "response.output_text.delta"]
+    assert [[t["token"] for t in e["logprobs"]] for e in deltas] == [[" ", "a"], ["b"]]
+    run_on = stream.call_start("f", "c")
+    assert [t["token"] for t in run_on[0]["logprobs"]] == [" ", "a", "b"]
 
 
 def test_a_warm_up_has_no_output_and_may_have_no_usage():
@@ -295,7 +405,15 @@ def test_the_response_repeats_what_the_client_said():
     response = new_stream(**body).response()
     said = body | {"reasoning": {"effort": "low", "summary": None}}
     assert {key: response[key] for key in said} == said
+    penalties = {"presence_penalty": 0.5, "frequency_penalty": -1.0, "top_logprobs": 3}
+    response = new_stream(**penalties).response()
+    assert {key: response[key] for key in penalties} == penalties
     assert (response["created_at"], response["model"]) == (1700000000, "m")
+    form = {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}
+    assert new_stream(text={"format": form, "verbosity": "low"}).response()["text"] == {
+        "format": form,
+        "verbosity": "low",
+    }
 
 
 def test_a_response_for_a_request_that_was_not_parsed_is_whole():
@@ -369,6 +487,7 @@ def test_a_replay_of_the_output_has_its_digest(script):
         lambda stream: stream.call_end(),
         lambda stream: stream.call_start("f", "c") and stream.call_start("f", "c"),
         lambda stream: stream.call_start("f", "c") and stream.text("x"),
+        lambda stream: stream.call_start("f", "c") and stream.thought("x"),
         lambda stream: stream.finish("completed", "cancelled", None, 1),
         lambda stream: stream.finish("incomplete", None, None, 1),
         lambda stream: stream.fail("c", "m") and stream.fail("c", "m"),
