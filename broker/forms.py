@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     from engine.constraint import Constraint
     from engine.text import Markers
 
-_MAX_CALLS = 16  # in one answer: a small model that may go on calling does not stop (guessed)
+_MAX_CALLS = (
+    8  # in one answer: the default model, when it may, repeats a call until it may not (guessed)
+)
 _ANY_OBJECT = '{"type":"object"}'
 # A text that a reader of Llama 3's form takes for text: one that does not begin like a call.
 _NO_CALL = Regex(r"([^{\s](?s:.)*)?")
