@@ -150,6 +150,10 @@ def test_llamas_form():
     assert not takes(CALL, llama, **REQUIRED)
     for text in (call, "No.", "", "A {brace}"):
         assert takes(text, llama, **ALLOWED_AUTO)
+    for text in (f"<|python_tag|>{call}", JSON_TEXT):
+        assert takes(text, llama, **AUTO_JSON)
+    for text in (call, '{"a": 1}', "<|python_tag|>{}"):
+        assert not takes(text, llama, **AUTO_JSON)
     for text in ('{"name": "rm", "parameters": {}}', '{"a": 1}', " {"):
         assert not takes(text, llama, **ALLOWED_AUTO)
 
