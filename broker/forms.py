@@ -1,10 +1,11 @@
 """The form that an answer must have: from a request and a model's markup to a constraint. Pure.
 
     tool_choice            text.format     the answer is
-    none                   -               anything; JSON with a format
-    auto                   -               anything, unless the request restricts what a call may be (below)
+    none                   text            anything
+    none                   JSON            the JSON
+    auto                   text            anything, unless the request restricts what a call may be (below)
     auto                   JSON            calls, or the JSON
-    required, named        -               calls: exactly one if it is named or parallel_tool_calls is false
+    required, named        any             calls: exactly one if it is named or parallel_tool_calls is false
 
 Laws
     A call that must be made is of an allowed tool, in the form that the template teaches, and its arguments fit the tool's
@@ -13,7 +14,7 @@ Laws
     text is free until a call is opened, and the call inside its markup is not.
     A custom tool's grammar holds where its call is forced. Such a call is the last thing said (`wire/rawcalls.py`).
     A model that thinks aloud thinks first, freely.
-    Template texts are the shortest that the templates' own would be; models were trained on these.
+    Calls are written as the templates write them, character by character: models were trained on that.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from engine.constraint import Constraint
     from engine.text import Markers
 
-_MAX_CALLS = 16  # in one answer: a small model that may go on calling does not stop (guessed)
+_MAX_CALLS = 8  # in one answer (guessed): the default model, when it may, repeats a call for ever
 _ANY_OBJECT = '{"type":"object"}'
 # A text that a reader of Llama 3's form takes for text: one that does not begin like a call.
 _NO_CALL = Regex(r"([^{\s](?s:.)*)?")
@@ -101,7 +102,12 @@ def _form(request: TurnRequest, markup: Markup) -> Constraint | None:
         json_text = _json_text(text)
         if not tools:
             return json_text
-        return OneOf((_calls(request, markup, tools), json_text))
+        calls = _calls(request, markup, tools)
+        if (
+            markup.syntax is ToolSyntax.LLAMA3
+        ):  # a call is a JSON object, too: its tag tells them apart
+            calls = InTurn((markup.mark("<|python_tag|>"), calls))
+        return OneOf((calls, json_text))
     restricted = (
         request.tool_choice.names is not None
         or not request.parallel_tool_calls

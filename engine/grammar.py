@@ -6,7 +6,7 @@ Laws
     A matcher belongs to one sequence and moves by its appended ids alone: preempting the sequence changes nothing.
     Compiling reads no clock and waits for nobody; the service runs it on a thread of its own, with a deadline.
     What the library does not enforce of a schema (`not`, `uniqueItems`, look-around, …) is refused, never ignored,
-    unless the constraint is lenient.
+    unless the constraint is lenient. So is what might nest too deep for its stack (engine/nesting.py).
 
 Why llguidance (1.9.1, MIT) and not xgrammar (0.2.8): measured 2026-11 on two x86 cores, the default model's 49,152 ids;
 a mask is one allowed set and one step of the matcher, over 2,000 random steps each.
@@ -53,6 +53,7 @@ from engine.constraint import (
     first_at,
     leaves,
 )
+from engine.nesting import MAX_NESTING, lark_nesting, schema_nesting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -62,9 +63,7 @@ if TYPE_CHECKING:
     from engine.constraint import Constraint
 
 MAX_ENTRIES = 256  # compiled grammars that are kept
-MAX_BYTES = (
-    16 << 20
-)  # and the length of all their sources; a compiled one takes several times its own
+MAX_BYTES = 16 << 20  # the length of all their sources; a compiled one takes several times its own
 _MAX_SOURCE = 4 << 20  # of one: the largest that the library's authors have seen work
 # The defaults allow seconds of compiling and half a GB of lexer states (1-2 kB each) for one request (guessed).
 _LIMITS = LLParserLimits(max_lexer_states=50_000, max_grammar_size=250_000, verbose_errors=False)
@@ -217,12 +216,24 @@ class Grammars:
 
     def _check(self, leaf: Json | Regex | Lark) -> None:
         """By itself, so that a refusal names the field at fault."""
+        if _nesting(leaf) > MAX_NESTING:
+            raise ConstraintRefused(f"it nests more than {MAX_NESTING} levels deep", leaf.at)
         alone = _Rendering(leaf).json()
         refused, said = LLMatcher.validate_grammar_with_warnings(
             alone, self._tokenizer, limits=_LIMITS
         )
         if refused:
             raise ConstraintRefused(_sentence(said[0]), leaf.at)
+
+
+def _nesting(leaf: Json | Regex | Lark) -> int:
+    match leaf:
+        case Json(schema):
+            return schema_nesting(schema)
+        case Lark(grammar):
+            return lark_nesting(grammar)
+        case Regex():  # the library has a bound of its own
+            return 0
 
 
 @dataclass(slots=True)

@@ -416,7 +416,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
             )
         )
         text = Text.from_dir(loaded.path)
-        grammars = Grammars.of_tokenizer(text.tokenizer_json(), text.stop_ids)
+        grammars = grammars_of(text)
         stored_as = codec(settings.compact, loaded.geometry)
         store = LmdbStore.open(
             state,
@@ -528,6 +528,10 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         remember=remember,
         measure_disk=measure_disk,
     )
+
+
+def grammars_of(text: Text) -> Grammars:
+    return Grammars.of_tokenizer(text.tokenizer_json(), text.stop_ids)
 
 
 def _calibrate(

@@ -208,6 +208,15 @@ class Text:
         nonce = secrets.token_hex(8)
         self._sentinel = f"xq{nonce}n{{}}z"
         self._sentinels = re.compile(f"xq{nonce}n([0-9]+)z")
+        # Mistral's templates count turns, and a call is none: a sampled message that tools answered must be shown as a
+        # call. The sentinel is the call's name then, and what the template writes around it goes again.
+        self._counts_turns = self.tool_syntax in (ToolSyntax.MISTRAL, ToolSyntax.MISTRAL_ARGS)
+        self._call_mark = f"xq{nonce}c"
+        ends = "|".join(map(re.escape, self._stop_text.values())) or r"\Z"
+        self._wrapped = re.compile(
+            rf"\[TOOL_CALLS\][^\n]{{0,80}}?{self._call_mark}(xq{nonce}n[0-9]+z).*?(?={ends}|\Z)",
+            re.DOTALL,
+        )
         self._encoded: OrderedDict[str | Literal, TokenIds] = (
             OrderedDict()
         )  # least recently used first
@@ -299,20 +308,22 @@ class Text:
         messages, tools = conversation.messages, conversation.tools
         if not self._native_tools:
             messages, tools = _without_native_tools(messages, tools), ()
+        thinking = conversation.thinking
+        options = {} if thinking is None else {"enable_thinking": thinking}
         try:
             rendered = self._tokenizer.apply_chat_template(
-                [self._template_message(m, hide=hide, guard=guard) for m in messages],
+                [
+                    self._template_message(message, then, hide=hide, guard=guard)
+                    for message, then in zip(messages, (*messages[1:], None), strict=True)
+                ],
                 tools=[_guarded(tool, guard) for tool in tools] or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **(
-                    {}
-                    if conversation.thinking is None
-                    else {"enable_thinking": conversation.thinking}
-                ),
+                **options,
             )
         except TemplateError as error:
             raise UnrenderableError(f"the model's chat template refuses this: {error}") from error
+        rendered = self._wrapped.sub(r"\1", rendered)
         pieces: list[Piece] = []
         for index, part in enumerate(
             self._sentinels.split(rendered)
@@ -327,30 +338,43 @@ class Text:
                 pieces.append(part)
         return tuple(pieces)
 
-    @staticmethod
     def _template_message(
-        message: ChatMessage, *, hide: Callable[[Piece], str], guard: Callable[[str], str]
+        self,
+        message: ChatMessage,
+        then: ChatMessage | None,
+        *,
+        hide: Callable[[Piece], str],
+        guard: Callable[[str], str],
     ) -> dict[str, Any]:
+        """`then` is the message after it."""
         if message.sampled is not None:
-            return {"role": message.role, "content": hide(Spliced(message.sampled))}
+            sentinel = hide(Spliced(message.sampled))
+            if self._counts_turns and then is not None and then.role == "tool":
+                call = _call("", self._call_mark + sentinel, {}, self._call_id)
+                return {"role": message.role, "content": "", "tool_calls": [call]}
+            return {"role": message.role, "content": sentinel}
         out: dict[str, Any] = {"role": message.role, "content": guard(message.content)}
         if message.tool_calls:
             out["tool_calls"] = [
-                {
-                    "id": guard(call.call_id),
-                    "type": "function",
-                    "function": {
-                        "name": guard(call.name),
-                        "arguments": _guarded(_parsed(call.arguments), guard),
-                    },
-                }
+                _call(
+                    guard(call.call_id),
+                    guard(call.name),
+                    _guarded(_parsed(call.arguments), guard),
+                    self._call_id,
+                )
                 for call in message.tool_calls
             ]
         if message.tool_call_id is not None:
-            out["tool_call_id"] = guard(message.tool_call_id)
+            out["tool_call_id"] = self._call_id(guard(message.tool_call_id))
         if message.name is not None:
             out["name"] = guard(message.name)
         return out
+
+    def _call_id(self, call_id: str) -> str:
+        """As the template takes it: Mistral's want nine letters or digits, and say nothing of where they come from."""
+        if not self._counts_turns:
+            return call_id
+        return blake2b(call_id.encode(), digest_size=5).hexdigest()[:9]
 
     def _join(self, pieces: Iterable[Piece]) -> TokenIds:
         ids: list[int] = []
@@ -517,6 +541,12 @@ def _cost(piece: str | Literal, tokens: TokenIds) -> int:
     """Bytes that one cached piece takes, roughly: its text, 8 per id, and the entry."""
     text = piece.text if isinstance(piece, Literal) else piece
     return 2 * len(text) + 8 * len(tokens) + 200
+
+
+def _call(call_id: str, name: str, arguments: Any, shown: Callable[[str], str]) -> dict[str, Any]:
+    """A call as templates are given it."""
+    function = {"name": name, "arguments": arguments}
+    return {"id": shown(call_id), "type": "function", "function": function}
 
 
 def _parsed(arguments: str) -> Any:

@@ -75,7 +75,7 @@ class ByteTokenizer:
         tools: list[Any] | None,
         tokenize: bool,
         add_generation_prompt: bool,
-        enable_thinking: bool | None = None,  # this template, like most, knows no thoughts
+        enable_thinking: bool | None = None,  # nothing to this template
     ) -> str:
         assert not tokenize
         text = "".join(f"<|start|>{m['role']}\n{m['content']}<|end|>\n" for m in conversation)

@@ -10,6 +10,7 @@ from broker.forms import Markup, form_of
 from broker.wire.requests import Transport, parse_create
 from engine.grammar import Matcher
 from engine.text import Markers, ToolSyntax
+from tests.broker.rig import open_rig
 from tests.broker.test_turn import Desk, said
 from tests.fakes import FakeService, byte_grammars, saying
 
@@ -149,6 +150,10 @@ def test_llamas_form():
     assert not takes(CALL, llama, **REQUIRED)
     for text in (call, "No.", "", "A {brace}"):
         assert takes(text, llama, **ALLOWED_AUTO)
+    for text in (f"<|python_tag|>{call}", JSON_TEXT):
+        assert takes(text, llama, **AUTO_JSON)
+    for text in (call, '{"a": 1}', "<|python_tag|>{}"):
+        assert not takes(text, llama, **AUTO_JSON)
     for text in ('{"name": "rm", "parameters": {}}', '{"a": 1}', " {"):
         assert not takes(text, llama, **ALLOWED_AUTO)
 
@@ -330,3 +335,18 @@ async def test_a_custom_tools_grammar_outlives_a_restart(at_desk: Desk) -> None:
     second = await at_desk.turn(input="on", previous_response_id=first.response["id"])
     assert second.node.tools == first.node.tools
     assert [tool.grammar_syntax for tool in second.node.tools] == ["lark", "regex", None]
+
+
+async def test_a_refusal_reaches_each_transport_in_its_own_words() -> None:
+    body = {"input": "x", "text": {"format": PERSON | {"schema": STRICT | {"not": {}}}}}
+    async with open_rig() as rig:
+        async with rig.websocket() as client:
+            await client.send({"type": "response.create", **body})
+            event = await client.event()
+            assert (event["type"], event["status"]) == ("error", 400)
+            await client.send({"type": "response.create", "input": "x"})
+            assert (await client.until("response.completed"))[0]["type"] == "response.created"
+        answer = await rig.browser().request("POST", "/v1/responses", body)
+    assert answer.status == 400
+    for error in (event["error"], answer.json["error"]):
+        assert (error["code"], error["param"]) == ("invalid_json_schema", "text.format.schema")

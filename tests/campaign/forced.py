@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from broker.bench.client import Turn
 
 QUICK = 8
-AT_ONCE = 16  # as many as run in one batch
-MAX_OUTPUT_TOKENS = 1024  # an answer that needs more is a model that does not stop
+AT_ONCE = 8
+MAX_OUTPUT_TOKENS = 2048  # eight calls of the longest schema need less
 
 
 def _object(**properties: Any) -> dict[str, Any]:
@@ -42,11 +42,11 @@ def _object(**properties: Any) -> dict[str, Any]:
     }
 
 
-TEXT: dict[str, Any] = {"type": "string", "maxLength": 120}
+TEXT: dict[str, Any] = {"type": "string", "maxLength": 60}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "get_weather": _object(city=TEXT, unit={"enum": ["celsius", "fahrenheit"]}),
     "run_command": _object(
-        command={"type": "array", "items": TEXT, "minItems": 1, "maxItems": 6},
+        command={"type": "array", "items": TEXT, "minItems": 1, "maxItems": 4},
         workdir={"anyOf": [TEXT, {"type": "null"}]},
         timeout_ms={"type": "integer", "minimum": 1, "maximum": 600_000},
     ),
@@ -61,7 +61,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         steps={
             "type": "array",
             "minItems": 1,
-            "maxItems": 5,
+            "maxItems": 3,
             "items": _object(
                 text=TEXT,
                 minutes={"type": "number", "minimum": 0, "maximum": 600},
@@ -73,7 +73,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "$defs": {
             "node": _object(
                 name={"type": "string", "maxLength": 30},
-                children={"type": "array", "maxItems": 3, "items": {"$ref": "#/$defs/leaf"}},
+                children={"type": "array", "maxItems": 2, "items": {"$ref": "#/$defs/leaf"}},
             ),
             "leaf": _object(name={"type": "string", "maxLength": 30}),
         },
@@ -180,6 +180,7 @@ async def ask_all(url: str, count: int, verdict: Verdict) -> tuple[int, Counter[
             valid += not found
             tally["calls" if "tools" in request else "messages"] += not found
             tally["tokens"] += turn.output_tokens
+            tally["longest"] = max(tally["longest"], turn.output_tokens)
             for fault in found[:1]:
                 verdict.violation(
                     f"answer {number} at temperature {request['temperature']}: {fault}"

@@ -23,7 +23,7 @@ from broker.config import load as load_config
 from engine import service
 from engine.model import LoadedModel
 from tests.campaign import chain
-from tests.fakes import byte_text
+from tests.fakes import byte_grammars, byte_text
 from tiers.arena import Geometry
 from tiers.lmdb_store import LmdbStore
 from tiers.record import head_size
@@ -116,7 +116,12 @@ class StubText:
 @contextmanager
 def stubbed() -> Iterator[None]:
     """Within it, `engine.service` builds stub engines."""
-    with patch.multiple(service, load=load, Runner=Runner, Text=StubText):
+
+    def grammars_of(_: service.Text) -> service.Grammars:
+        return byte_grammars()
+
+    stubs = {"load": load, "Runner": Runner, "Text": StubText, "grammars_of": grammars_of}
+    with patch.multiple(service, **stubs):
         yield
 
 

@@ -60,7 +60,14 @@ def service(store, digest):
     engine = SimpleNamespace(max_context=8)
     text = Text(ByteTokenizer(), digest=digest)
     parts = SimpleNamespace(
-        text=text, name="m", engine=engine, inbox=SimpleQueue(), store=store, scrubber=None
+        text=text,
+        name="m",
+        engine=engine,
+        inbox=SimpleQueue(),
+        store=store,
+        scrubber=None,
+        grammars=None,
+        grammar_timeout_s=1.0,
     )
     return EngineService(parts), parts.inbox
 

@@ -223,6 +223,59 @@ def test_the_form_of_calls_is_the_templates(syntax: str) -> None:
     assert "# Tools" not in rendered
 
 
+# As Mistral's: roles must alternate, calls and their results do not count, ids have nine characters.
+ALTERNATING = (
+    "{% set ns = namespace(n=0) %}{% for m in messages %}"
+    "{% if m.role != 'tool' and not m.tool_calls %}{% if (m.role == 'user') != (ns.n % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% set ns.n = ns.n + 1 %}{% endif %}"
+    "{% if m.tool_calls %}[TOOL_CALLS] [{% for c in m.tool_calls %}"
+    "{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
+    '{{ (c.function | tojson)[:-1] }}, "id": "{{ c.id }}"}{% endfor %}]<|end|>'
+    "{% elif m.role == 'tool' %}"
+    "{% if m.tool_call_id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
+    "[RESULT]{{ m.content }}[/RESULT]"
+    "{% elif m.role == 'user' %}{{ tools or '' }}[INST]{{ m.content }}[/INST]"
+    "{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_counts_turns_is_shown_sampled_calls_as_calls() -> None:
+    text = Text(Templated(ALTERNATING))
+    assert text.tool_syntax is ToolSyntax.MISTRAL
+    first, second = (*b"[TOOL_CALLS] [f]", END), (*b"It is [TOOL_CALLS] warm", END)
+    cut = (*b"[TOOL_CALLS] [g", 7)
+    messages = (
+        ChatMessage("user", "a"),
+        ChatMessage("assistant", "", sampled=first),
+        ChatMessage("tool", "20", tool_call_id="call_0123456789"),
+        ChatMessage("assistant", "", sampled=second),
+        ChatMessage("user", "b"),
+        ChatMessage("assistant", "", sampled=cut),
+        ChatMessage("tool", "21", tool_call_id="call_x"),
+        ChatMessage("tool", "22", tool_call_id="call_y"),
+    )
+    assert text.render(Conversation(messages)) == (
+        "[INST]a[/INST]",
+        Spliced(first),
+        "[RESULT]20[/RESULT]",
+        Spliced(second),
+        "[INST]b[/INST]",
+        Spliced(cut),
+        "<|end|>[RESULT]21[/RESULT][RESULT]22[/RESULT]",
+    )
+    call = ToolCall("call_0123456789", "f", "{}")
+    [told] = text.render(
+        Conversation(
+            (
+                ChatMessage("user", "a"),
+                ChatMessage("assistant", "", tool_calls=(call,)),
+                ChatMessage("tool", "20", tool_call_id=call.call_id),
+            )
+        )
+    )
+    assert '[TOOL_CALLS] [{"name": "f", "arguments": {}, "id": "' in told
+
+
 @pytest.mark.parametrize("form", UNREADABLE)
 def test_a_form_that_we_cannot_read_is_not_taught(form: str) -> None:
     template = (
