@@ -179,6 +179,13 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
+class Background:
+    max_running: Annotated[int, Within(0)] = 64
+    keep: Annotated[Seconds, Within(0)] = Seconds(600.0)
+    max_events: Annotated[Bytes, Within(0)] = Bytes(64 * MIB)
+
+
+@dataclass(frozen=True, slots=True)
 class Dev:
     echo: bool = False
 
@@ -198,6 +205,7 @@ class Config:
     websocket: WebSocket = WebSocket()
     http: Http = Http()
     admission: Admission = Admission()
+    background: Background = Background()
     dev: Dev = Dev()
     log: Log = Log()
 

@@ -26,6 +26,7 @@ from starlette.requests import ClientDisconnect
 
 from broker.errors import BrokerError, ClientError, http_body
 from broker.routes.admin import OPEN_PATHS, admin_routes
+from broker.routes.conversations import conversations_routes
 from broker.routes.models import models_routes
 from broker.routes.refusal import (
     answer_broker_error,
@@ -85,7 +86,12 @@ class HttpSide:
 
 def build_app(port: Port) -> ASGIApp:
     """The guarded routes."""
-    table = [*responses_routes(port), *models_routes(port), *admin_routes(port)]
+    table = [
+        *responses_routes(port),
+        *conversations_routes(port),
+        *models_routes(port),
+        *admin_routes(port),
+    ]
     app = Starlette(
         routes=table,
         exception_handlers={
@@ -109,9 +115,16 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = self._port.new_id("req").encode()
 
+        began = trio.current_time()
+
         async def send_with_id(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+                taken_ms = b"%d" % ((trio.current_time() - began) * 1000)
+                message["headers"] = [
+                    *message.get("headers", []),
+                    (b"x-request-id", request_id),
+                    (b"openai-processing-ms", taken_ms),
+                ]
             await send(message)
 
         if scope["type"] == "websocket":

@@ -92,6 +92,19 @@ class Recall:
         node = self._kept(await self.manifests.find_content(self.tenant.name, digest))
         return () if node is None else (node,)
 
+    async def dereferenced(self, items: tuple[Item, ...]) -> tuple[Item, ...]:
+        """The items, with references to compactions resolved: what such an item covers must be known first."""
+        found = []
+        for item in items:
+            if isinstance(item, ItemReference) and item.id.startswith("cmp_"):
+                node = await self.item(item.id)
+                window = () if node is None or not node.stored else node.history
+                said = [one for part in window for one in part.items if one.id == item.id]
+                found.append(said[0] if said else item)
+            else:
+                found.append(item)
+        return tuple(found)
+
     async def parts(
         self, items: Iterable[Item], *, prompt: Callable[[tuple[Part, ...]], TokenIds]
     ) -> Recalled:

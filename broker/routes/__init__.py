@@ -3,7 +3,10 @@
 body        a request's body, bounded in bytes and time
 refusal     an error in the words of the API that was asked
 turns       a turn run and written, in any API's words
+following   a background response's events, from any of them on
+paging      one page of a list
 responses   OpenAI Responses: create, and what is stored
+conversations  OpenAI's conversations and their items
 models      which models there are
 admin       probes, metrics, and what operators may do
 """

@@ -85,7 +85,15 @@ class ItemReference:
     id: str
 
 
-Item = Message | FunctionCall | FunctionCallOutput | Reasoning | ItemReference
+@dataclass(frozen=True, slots=True)
+class Compaction:
+    """A summary in the place of what was said; `broker/wire/window.py` reads it. It is spoken as a user's message."""
+
+    id: str | None
+    encrypted: str
+
+
+Item = Message | FunctionCall | FunctionCallOutput | Reasoning | ItemReference | Compaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +150,7 @@ def is_output(item: Item) -> bool:
     match item:
         case Message():
             return item.role == "assistant"
-        case FunctionCallOutput():
+        case FunctionCallOutput() | Compaction():
             return False
         case FunctionCall() | Reasoning() | ItemReference():
             return True
@@ -175,7 +183,7 @@ def _framed_item(item: Item) -> bytes:
             return _framed(b"r", item.text)
         case ItemReference():
             return _framed(b"i", item.id)
-        case Message() | FunctionCallOutput():
+        case Message() | FunctionCallOutput() | Compaction():
             return b""
 
 
@@ -199,6 +207,7 @@ _TYPES = (
     "custom_tool_call",
     "custom_tool_call_output",
     "reasoning",
+    "compaction",
     "item_reference",
 )
 
@@ -241,6 +250,8 @@ def _item(value: Json, at: str) -> Item:
             return Reasoning(
                 item_id, _reasoning_text(obj, at), optional_string(obj, "encrypted_content", at=at)
             )
+        case "compaction" | "compaction_summary":
+            return Compaction(item_id, required_string(obj, "encrypted_content", at=at))
         case "item_reference":
             return ItemReference(required_name(obj, "id", at=at))
         case _:

@@ -156,11 +156,11 @@ FAULTS = {
     "call never done": (without(CALL_DONE), "inside an item"),
     "open item at the end": (without(-2), "output is not|while an item is open"),
     "output lacks one": (lambda events: events[-1]["response"]["output"].pop(), "not the items done"),
-    "early output": (put(IN_PROGRESS, "response", "output", [{}]), "no field 'status'"),
+    "early output": (put(IN_PROGRESS, "response", "output", [{}]), "no field 'type'"),
     "other id": (put(LAST, "response", "id", "resp_2"), "id changes"),
     "id prefix": (put(CREATED, "response", "id", "1"), "no resp_ prefix"),
     "wrong status": (put(LAST, "type", "response.incomplete"), "with status completed"),
-    "status too early": (put(CREATED, "response", "status", "queued"), "with status queued"),
+    "status too early": (put(CREATED, "response", "status", "queued"), "queued, but not in the background"),
     "a field less": (lambda events: events[-1]["response"].pop("usage"), "fields missing"),
     "false failure": (cut_to_failure, "output is not the items"),
 }  # fmt: skip
