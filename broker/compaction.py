@@ -74,6 +74,11 @@ def kept(parts: Parts, budget_tokens: int, count: Callable[[str], int]) -> tuple
     )
 
 
+def is_bare(parts: Parts) -> bool:
+    """Whether nothing is left to summarise, in front of the request to do so."""
+    return all(unit.is_head for unit in units(parts)[:-1])
+
+
 def asking(covered: Parts) -> Parts:
     """The covered parts and the request for their summary."""
     return (*covered, Part((Message(None, "user", REQUEST),)))

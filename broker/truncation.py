@@ -41,8 +41,10 @@ def truncate(
     """
     whole = units(parts)
     total = length(joined(whole))
+    if total <= limit_tokens:
+        return Truncated(parts, 0, 0)
     step = max(1, limit_tokens // _STEPS)
-    steps = -(-max(0, total - limit_tokens) // step)
+    steps = -(-(total - limit_tokens) // step)
     cuts = [at for at in range(len(whole)) if _may_begin(whole, at)]
 
     def size(at: int) -> int:

@@ -35,7 +35,7 @@ from broker.errors import BadRequest, BrokerError, ContextTooLong, Overloaded, T
 from broker.foresight import expect
 from broker.recall import Manifests, Recall, Recalled, continued
 from broker.session import Node, Part, to_manifest
-from broker.truncation import truncate
+from broker.truncation import Truncated, truncate
 from broker.wire.item_json import item_json, item_prefix
 from broker.wire.items import (
     Compaction,
@@ -72,7 +72,6 @@ if TYPE_CHECKING:
 
     from broker.access import Tenant
     from broker.session import ConnectionScope, Sessions
-    from broker.truncation import Truncated
     from broker.wire.items import Item
     from broker.wire.requests import ToolSpec, TurnRequest
     from engine.api import LeaseId, Output, RequestId, Usage
@@ -323,15 +322,13 @@ class _Turn:
             return self._prompt(conversation(request.instructions, request.tools, history + parts))
 
         last = parent
-        if here.covers:
-            history = _part(here.before)
-        elif parent is not None:
+        if here.left is None and parent is not None:
             history = parent.history
-        elif request.context:
+        else:
             there = cut(request.context)
-            history = _part(there.before)
-            past = await recall.parts(there.items, prompt=prompt)
-            history, last = history + past.parts, past.last
+            past = here.left if here.left is not None else (*(there.left or ()), *there.items)
+            recalled = await recall.parts(past, prompt=prompt)
+            history, last = recalled.parts, recalled.last or parent
         said = await recall.parts(here.items, prompt=prompt)
         said = replace(said, starts=tuple(at + here.at for at in said.starts))
         self._expect(said.last)
@@ -515,9 +512,10 @@ class _Turn:
         async def patiently(wait: Callable[[], Awaitable[T]]) -> T:
             return await self._patiently(stream, wait)
 
-        summary, usage = await self._summary(resolved, plan.covered, budget, patiently)
+        summary, usage, _ = await self._summary(resolved, plan.covered, budget, patiently)
         item_id = self.new_id("cmp")
-        sealed = seal(Window(summary, plan.kept))
+        rest_items = tuple(item for part in plan.rest for item in part.items)
+        sealed = seal(Window(summary, plan.kept, rest_items))
         await self._start(stream)
         item = {"type": "compaction", "id": item_id, "encrypted_content": sealed}
         await self._say(stream.compacted(item, usage))
@@ -532,7 +530,7 @@ class _Turn:
         async def at_once(wait: Callable[[], Awaitable[T]]) -> T:
             return await wait()
 
-        summary, usage = await self._summary(resolved, resolved.parts, budget, at_once)
+        summary, usage, dropped = await self._summary(resolved, resolved.parts, budget, at_once)
         kept = compaction.kept(resolved.parts, budget, self._length)
         output = [item_json(item, self.new_id(item_prefix(item))) for item in kept]
         sealed = seal(Window(summary))
@@ -543,6 +541,10 @@ class _Turn:
             "created_at": int(self.clock.now()),
             "output": output,
             "usage": usage_json(usage),
+            "homeport:truncated": {
+                "items": dropped.dropped_items,
+                "tokens": dropped.dropped_tokens,
+            },
         }
 
     async def _summary(
@@ -551,8 +553,8 @@ class _Turn:
         covered: tuple[Part, ...],
         budget: int,
         wait: Callable[[Callable[[], Awaitable[Output]]], Awaitable[Output]],
-    ) -> tuple[str, Usage]:
-        """What the model makes of some parts, and what that took. Raises BrokerError."""
+    ) -> tuple[str, Usage, Truncated]:
+        """What the model makes of some parts, what that took, and how much it could not read. Raises BrokerError."""
         request, most = resolved.request, self.engine.max_context
         room = max(1, min(budget, compaction.MAX_SUMMARY_TOKENS, most // _ROOM_SHARE))
 
@@ -561,7 +563,9 @@ class _Turn:
 
         asked = compaction.asking(covered)
         left = truncate(asked, limit_tokens=most - room, length=lambda parts: len(ids(parts)))
-        prompt = ids(asked if left is None else left.parts)
+        if left is None or compaction.is_bare(left.parts):
+            raise ContextTooLong(limit_tokens=most - room, prompt_tokens=len(ids(asked)))
+        prompt = ids(left.parts)
         sampling = Sampling(max_tokens=room, temperature=0.0, stop_ids=self.engine.text.stop_ids)
         submit = self._submit(resolved, self.new_id("cmp"), prompt, sampling, None)
         sampled: list[int] = []
@@ -582,7 +586,7 @@ class _Turn:
         if output.reason is FinishReason.FAILED or output.usage is None:
             raise TurnFailed("The conversation could not be summarised; try again.")
         words = [token for token in sampled if token not in self.engine.text.stop_ids]
-        return self.engine.text.decode(words).strip(), output.usage
+        return self.engine.text.decode(words).strip(), output.usage, left
 
     def _length(self, text: str) -> int:
         return len(self.engine.text.encode(text))
@@ -880,10 +884,6 @@ def _messages(items: tuple[Item, ...], names: Mapping[str, str]) -> list[ChatMes
     if spoken or calls:
         out.append(ChatMessage("assistant", "".join(spoken), tuple(calls)))
     return out
-
-
-def _part(items: tuple[Item, ...]) -> tuple[Part, ...]:
-    return (Part(items),) if items else ()
 
 
 def _tool_json(tool: ToolSpec) -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """What a compaction item holds: the opaque text that clients carry, and what it stands for.
 
-    homeport-window-1.BASE64URL(JSON {"summary": text, "kept": null | [items]})
+    homeport-window-1.BASE64URL(JSON {"before": null | [items], "summary": text, "after": [items]})
 
 It is encoded, not encrypted: all of it is the client's own conversation, and it must be readable here after a restart,
 another key, another state directory. So nothing about it is stored, and nothing in it is trusted: whoever writes one
 by hand has written a prompt.
 
 Laws
-    `kept` null: the item adds a summary where it stands, and what is before it stays (`/v1/responses/compact`, whose
+    `before` null: the item adds a summary where it stands, and what is before it stays (`/v1/responses/compact`, whose
     output is the user messages and then this item).
-    `kept` a list: the item stands for everything before it; the kept items are what is left of that, and they come
-    first. System and developer messages that the client does send before it are the client's, and replace kept ones.
+    `before` a list: the item stands for everything before it, of which these items are left, in front of the summary
+    and behind it: a turn that compacts says so in its output, after the input that it had to answer. System and
+    developer messages that the client does send before it are the client's, and replace the ones that are left.
     The last item of the second kind in a list counts; there is nothing behind an earlier one that it does not cover.
 """
 
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from broker.errors import BadRequest
 from broker.wire.fields import optional_array, required_string
 from broker.wire.item_json import item_json
-from broker.wire.items import Compaction, Message, parse_items
+from broker.wire.items import Compaction, ItemReference, Message, parse_items
 from broker.wire.json_in import parse_object
 from broker.wire.sse import json_text
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from broker.wire.items import Item
 
 _MAGIC = "homeport-window-1."
+_NOT_HELD = (Compaction, ItemReference)  # a window is whole by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +41,28 @@ class Window:
     """The content of one compaction item."""
 
     summary: str
-    kept: tuple[Item, ...] | None = None
+    before: tuple[Item, ...] | None = None
+    after: tuple[Item, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """A client's list, as far as it still counts. `at` is the first of its items that does."""
 
-    before: tuple[Item, ...]  # what is left of the items that are covered
     items: tuple[Item, ...]
-    at: int
-    covers: bool  # also what a list continues: a previous response, a conversation
+    at: int = 0
+    left: tuple[Item, ...] | None = (
+        None  # of everything before: not only in this list. None: all of it
+    )
+
+    @property
+    def covers(self) -> bool:
+        return self.left is not None
 
 
 def seal(window: Window) -> str:
-    kept: list[Any] | None = None
-    if window.kept is not None:
-        kept = [item_json(item, item.id or "") for item in window.kept]
-        for one in kept:
-            if not one["id"]:
-                del one["id"]
-    text = json_text({"summary": window.summary, "kept": kept})
+    before = None if window.before is None else _listed(window.before)
+    text = json_text({"before": before, "summary": window.summary, "after": _listed(window.after)})
     return _MAGIC + base64.urlsafe_b64encode(text.encode()).decode()
 
 
@@ -72,11 +75,15 @@ def unseal(item: Compaction, *, at: str = "input") -> Window:
             item.encrypted.removeprefix(_MAGIC).encode(), altchars=b"-_", validate=True
         )
         body = parse_object(text)
-        kept = optional_array(body, "kept")
-        items = None if kept is None else parse_items(kept, at="kept")
-        if any(isinstance(one, Compaction) for one in items or ()):
+        before, after = optional_array(body, "before"), optional_array(body, "after")
+        window = Window(
+            required_string(body, "summary"),
+            None if before is None else parse_items(before),
+            parse_items(after or []),
+        )
+        if any(isinstance(one, _NOT_HELD) for one in (*(window.before or ()), *window.after)):
             raise _unreadable(at)
-        return Window(required_string(body, "summary"), items)
+        return window
     except (BadRequest, binascii.Error, UnicodeError):
         raise _unreadable(at) from None
 
@@ -86,18 +93,24 @@ def cut(items: tuple[Item, ...]) -> Cut:
     for at in range(len(items) - 1, -1, -1):
         item = items[at]
         if isinstance(item, Compaction):
-            kept = unseal(item, at=f"input[{at}]").kept
-            if kept is not None:
+            window = unseal(item, at=f"input[{at}]")
+            if window.before is not None:
+                left = (*window.before, item, *window.after)
                 heads = tuple(one for one in items[:at] if is_head(one))
                 if heads:
-                    kept = heads + tuple(one for one in kept if not is_head(one))
-                return Cut(kept, items[at:], at, covers=True)
-    return Cut((), items, 0, covers=False)
+                    left = heads + tuple(one for one in left if not is_head(one))
+                return Cut(items[at + 1 :], at + 1, left)
+    return Cut(items)
 
 
 def is_head(item: Item) -> bool:
     """Whether it instructs the model, rather than says something to it."""
     return isinstance(item, Message) and item.role in ("system", "developer")
+
+
+def _listed(items: tuple[Item, ...]) -> list[dict[str, Any]]:
+    listed = [item_json(item, "") for item in items]
+    return [{key: one[key] for key in one if key != "id" or one[key]} for one in listed]
 
 
 def _unreadable(at: str) -> BadRequest:
