@@ -87,6 +87,7 @@ class Node:
     labels: tuple[
         str, ...
     ] = ()  # under which clients ask for the session before they name a response
+    truncated: bool = False  # its prompt left out the beginning of its history
     # What changes:
     lease: LeaseId | None = None  # None once another turn superseded it
     deleted: bool = False  # by its owner: not even its own connection may go on from it
@@ -317,6 +318,7 @@ def from_manifest(manifest: Manifest) -> Node:
         content=manifest.content_digest,
         keys=manifest.keys,
         labels=(manifest.session,),
+        truncated=response is not None and "homeport:truncated" in response,
     )
 
 

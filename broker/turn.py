@@ -337,6 +337,7 @@ class _Turn:
             parent is not None
             and not here.covers
             and parent.sampled != ()
+            and not parent.truncated
             and (request.instructions, request.tools) == (parent.instructions, parent.tools)
             and all(part.sampled is None for part in said.parts)
         )
@@ -731,6 +732,7 @@ class _Turn:
             keys=() if finished is None else tuple(map(BlockKey, finished.keys)),
             labels=tuple(dict.fromkeys((session, *self._labels()))),
             lease=None if finished is None else finished.lease,
+            truncated="homeport:truncated" in response,
             expected_at=self.clock.now(),
         )
         self.sessions.add(node)
