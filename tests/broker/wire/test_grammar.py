@@ -162,6 +162,8 @@ FAULTS = {
     "wrong status": (put(LAST, "type", "response.incomplete"), "with status completed"),
     "status too early": (put(CREATED, "response", "status", "queued"), "queued, but not in the background"),
     "a field less": (lambda events: events[-1]["response"].pop("usage"), "fields missing"),
+    "queued in the foreground": (put(IN_PROGRESS, "type", "response.queued"), "event 1 is"),
+    "queued late": (put(DELTA_A, "type", "response.queued"), "queued twice"),
     "false failure": (cut_to_failure, "output is not the items"),
 }  # fmt: skip
 
@@ -226,6 +228,9 @@ def test_a_keepalive_may_come_anywhere_before_the_end():
         (("output", 1, "arguments", {}), "not a string"),
         (("output", 0, "content", 0, "text", None), "text is not a string"),
         (("output", 0, "type", "image"), "unknown item type"),
+        (("output", 1, "type", "compaction"), "no cmp_ prefix"),
+        (("output", 1, {"type": "compaction", "id": "cmp_1", "encrypted_content": ""}), "content"),
+        (("output", 1, {"type": "compaction", "id": "cmp_1", "encrypted_content": "x"}), "first"),
     ],
 )
 def test_a_wrong_response_is_refused(path_and_value, reason):
