@@ -31,7 +31,7 @@ REQUEST = (
 )
 HEADING = "Summary of the conversation before this point:\n"
 SHARE = 4  # a quarter of what is compacted may be questions, and as much the summary (guessed)
-MAX_SUMMARY_TOKENS = 1024  # guessed
+MIN_SUMMARY_TOKENS, MAX_SUMMARY_TOKENS = 64, 1024  # guessed
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,12 @@ def kept(parts: Parts, budget_tokens: int, count: Callable[[str], int]) -> tuple
         if unit.is_head or place in stay
         for item in unit.part.items
     )
+
+
+def summary_tokens(covered_tokens: int, budget_tokens: int) -> int:
+    """How long a summary may be: never about as long as what it is of."""
+    most = min(budget_tokens, MAX_SUMMARY_TOKENS, covered_tokens // SHARE)
+    return max(most, MIN_SUMMARY_TOKENS)
 
 
 def is_bare(parts: Parts) -> bool:

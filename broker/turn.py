@@ -557,11 +557,11 @@ class _Turn:
     ) -> tuple[str, Usage, Truncated]:
         """What the model makes of some parts, what that took, and how much it could not read. Raises BrokerError."""
         request, most = resolved.request, self.engine.max_context
-        room = max(1, min(budget, compaction.MAX_SUMMARY_TOKENS, most // _ROOM_SHARE))
 
         def ids(parts: tuple[Part, ...]) -> TokenIds:
             return self._prompt(conversation(request.instructions, request.tools, parts))
 
+        room = compaction.summary_tokens(len(ids(covered)), min(budget, most // _ROOM_SHARE))
         asked = compaction.asking(covered)
         left = truncate(asked, limit_tokens=most - room, length=lambda parts: len(ids(parts)))
         if left is None or compaction.is_bare(left.parts):

@@ -3,6 +3,7 @@
 body        a request's body, bounded in bytes and time
 refusal     an error in the words of the API that was asked
 turns       a turn run and written, in any API's words
+answering   a JSON answer that takes a while
 following   a background response's events, from any of them on
 paging      one page of a list
 responses   OpenAI Responses: create, and what is stored

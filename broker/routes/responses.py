@@ -10,6 +10,7 @@ compact         a window that takes the place of what the body says
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse, Response
@@ -19,6 +20,7 @@ from broker import keeping
 from broker.errors import BadRequest, NotFound
 from broker.foresight import session_labels
 from broker.recall import Recall
+from broker.routes.answering import Answering
 from broker.routes.body import read_body, tenant_of
 from broker.routes.following import Following, events_gone
 from broker.routes.paging import page
@@ -95,10 +97,9 @@ class _Responses:
         return JSONResponse({"object": "response.input_tokens", "input_tokens": tokens})
 
     async def compact(self, request: Request) -> Response:
+        tenant, scope = tenant_of(request), _scope(request)
         turn = await self._parsed(request)
-        scope = _scope(request)
-        window = await self._port.compact(turn, tenant=tenant_of(request), scope=scope)
-        return JSONResponse(window)
+        return Answering(partial(self._port.compact, turn, tenant=tenant, scope=scope))
 
     async def retrieve(self, request: Request) -> Response:
         tenant, response_id = tenant_of(request), request.path_params["response_id"]

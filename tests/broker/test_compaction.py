@@ -257,6 +257,27 @@ async def test_a_history_too_long_to_be_read_at_once_is_compacted_without_its_ol
         json.dumps(answer.json)
 
 
+async def test_a_client_that_leaves_ends_its_compaction():
+    async with open_rig() as rig:
+        rig.engine.hold()
+        browser = rig.browser()
+        await browser.send("POST", "/v1/responses/compact", {"input": "Hi."})
+        await rig.settled()
+        assert len(rig.engine.submitted) == 1
+        await browser.drop()
+        await rig.settled()
+        assert len(rig.engine.cancelled) == 1
+        assert rig.port.admission.statistics().admitted == 0
+
+
+@pytest.mark.parametrize(
+    ("covered", "budget", "most"),
+    [(100, 500, 64), (1000, 500, 250), (9000, 500, 500), (9000, 2000, 1024)],
+)
+def test_a_summary_is_shorter_than_what_it_is_of(covered, budget, most):
+    assert compaction.summary_tokens(covered, budget) == most
+
+
 async def test_what_is_wrong_with_a_compaction_is_said():
     async with open_rig() as rig:
         for body, code in (
