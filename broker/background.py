@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from broker.errors import BrokerError, ClientError, Overloaded
+from broker.errors import BrokerError, ClientError, Overloaded, TurnFailed
 from broker.event_log import EventLog
 from broker.records import Records
 from broker.turn import Cancellation
@@ -94,7 +94,10 @@ class Job:
             self.cancellation.request()
 
     def end(self) -> None:
+        """Everything about it is written. Whoever still reads has had all there is."""
+        self.over = True
         self.ended_at = trio.current_time()
+        self._changed.set()
         self._ended.set()
 
     async def ended(self) -> None:
@@ -120,6 +123,7 @@ class Background:
         self._records = Records(port.engine, "background")
         self._jobs: OrderedDict[tuple[str, str], Job] = OrderedDict()  # oldest first
         self._bytes = 0
+        self._running = 0
         self._nursery: trio.Nursery | None = None
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -144,15 +148,14 @@ class Background:
         """Queue a response. Raises BrokerError for what could never be answered."""
         port = self._port
         assert self._nursery is not None, "not served"
+        await port.check_turn(request, tenant=tenant, scope=scope)
         port.check_open()
-        self._sweep()
-        running = sum(job.ended_at is None for job in self._jobs.values())
-        if running >= self._settings.max_running:
+        if self._running >= self._settings.max_running:
             raise Overloaded(
                 "Too many background responses are running; try again.",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        await port.check_turn(request, tenant=tenant, scope=scope)
+        self._running += 1
         job = Job(tenant, port.new_stream(request))
         self._jobs[tenant.name, job.response_id] = job
         self._say(job, job.stream.queue())
@@ -160,9 +163,17 @@ class Background:
         await job.recorded.wait()
         return job
 
+    @property
+    def running(self) -> int:
+        """Jobs that have not ended."""
+        return self._running
+
     def find(self, tenant: Tenant, response_id: str) -> Job | None:
-        self._sweep()
-        return self._jobs.get((tenant.name, response_id))
+        job = self._jobs.get((tenant.name, response_id))
+        if job is not None and self._is_old(job):
+            self._drop(tenant.name, response_id)
+            return None
+        return job
 
     async def recorded(self, tenant: Tenant, response_id: str) -> Mapping[str, Any] | None:
         """What is known of a response that ended without being stored, or was ended by a restart."""
@@ -223,15 +234,19 @@ class Background:
                 stored = outcome.durable is True
         except BrokerError as error:
             self._fail(job, error)
-        if not job.over:
+        except Exception:
+            log.exception("a background response ended by our fault; the others go on")
+            if not job.stream.is_over:
+                self._fail(job, TurnFailed("The server had an error; try again."))
+        if not job.stream.is_over:
             self._say(job, self._cut(job))
         if stored:
-            with suppress(
-                Overloaded
-            ):  # it says `queued` for ever then, and nobody reads it: the response is stored
+            # A record that stays says `queued` for ever, and nobody reads it: the response is stored.
+            with suppress(Overloaded):
                 await self._records.delete(job.tenant.name, job.response_id)
         else:
             await self._write(job)
+        self._running -= 1
         job.end()
 
     def _cut(self, job: Job) -> list[Event]:
@@ -265,14 +280,13 @@ class Background:
 
     def _sweep(self) -> None:
         """Forget the jobs that ended long ago."""
-        too_old = trio.current_time() - self._settings.keep
-        ended = [
-            key
-            for key, job in self._jobs.items()
-            if job.ended_at is not None and job.ended_at <= too_old
-        ]
-        for key in ended:
+        for key in [key for key, job in self._jobs.items() if self._is_old(job)]:
             self._drop(*key)
+
+    def _is_old(self, job: Job) -> bool:
+        return (
+            job.ended_at is not None and trio.current_time() - job.ended_at >= self._settings.keep
+        )
 
     def _drop(self, tenant: str, response_id: str) -> None:
         self._bytes -= self._jobs.pop((tenant, response_id)).log.bytes

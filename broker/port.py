@@ -211,4 +211,5 @@ class Port:
             admission=self.admission.statistics(),
             sessions=self.sessions.statistics().nodes,
             stored_total=dict(self.stored_total),
+            background=self.background.running,
         )

@@ -8,7 +8,11 @@ import trio
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from broker.access import OPEN
 from broker.event_log import EventLog
+from broker.port import Port
+from broker.session import ConnectionScope
+from broker.wire.requests import Transport, parse_create
 from engine.api import RefuseReason
 from tests.broker.rig import open_rig
 from tests.broker.wire.grammar import check_events, check_response
@@ -158,10 +162,6 @@ async def test_waiting_for_a_place_has_no_deadline(autojump_clock):
         rig.nursery.start_soon(hold)
         await held.wait()
         jobs = port.background
-        from broker.access import OPEN
-        from broker.session import ConnectionScope
-        from broker.wire.requests import Transport, parse_create
-
         request = parse_create(QUEUED, transport=Transport.HTTP)
         job = await jobs.start(request, OPEN, ConnectionScope())
         await trio.sleep(500)
@@ -330,6 +330,26 @@ async def test_events_take_no_more_than_their_share_of_memory():
         kept = [(await get(rig, f"/v1/responses/{one}?stream=true")).status for one in ids]
         assert kept == [404, 404, 200]
         assert all([(await get(rig, f"/v1/responses/{one}")).status == 200 for one in ids])
+
+
+async def test_our_fault_in_one_ends_no_other(caplog, monkeypatch):
+    async with open_rig() as rig:
+        rig.engine.hold()
+        healthy = (await post(rig, body=QUEUED)).json["id"]
+        await rig.settled()
+        with monkeypatch.context() as patched:
+            patched.setattr(Port, "turn", failing)
+            broken = await ended(rig, (await post(rig, body=QUEUED)).json["id"])
+        check_response(broken)
+        assert (broken["status"], broken["error"]["code"]) == ("failed", "server_error")
+        assert "ZeroDivisionError" in caplog.text
+        rig.engine.go()
+        assert (await ended(rig, healthy))["status"] == "completed"
+        assert rig.port.report().background == 0
+
+
+async def failing(*_args, **_fields):
+    raise ZeroDivisionError
 
 
 async def test_a_disk_that_refuses_costs_durability_not_the_response():
