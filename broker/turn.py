@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import trio
@@ -509,11 +510,10 @@ class _Turn:
         plan = compaction.plan(resolved.parts, budget_tokens=budget, count=self._length)
         if plan is None:
             return resolved
-
-        async def patiently(wait: Callable[[], Awaitable[T]]) -> T:
-            return await self._patiently(stream, wait)
-
-        summary, usage, _ = await self._summary(resolved, plan.covered, budget, patiently)
+        made = await self._summary(resolved, plan.covered, budget, stream)
+        if made is None:
+            return resolved
+        summary, usage, _ = made
         item_id = self.new_id("cmp")
         rest_items = tuple(item for part in plan.rest for item in part.items)
         sealed = seal(Window(summary, plan.kept, rest_items))
@@ -527,11 +527,13 @@ class _Turn:
     async def compact(self) -> dict[str, Any]:
         resolved = await self.resolve()
         budget = self.engine.max_context // compaction.SHARE
-
-        async def at_once(wait: Callable[[], Awaitable[T]]) -> T:
-            return await wait()
-
-        summary, usage, dropped = await self._summary(resolved, resolved.parts, budget, at_once)
+        made = await self._summary(resolved, resolved.parts, budget, None)
+        if made is None:
+            raise ContextTooLong(
+                limit_tokens=self.engine.max_context,
+                prompt_tokens=len(self._prompt(resolved.conversation())),
+            )
+        summary, usage, dropped = made
         kept = compaction.kept(resolved.parts, budget, self._length)
         output = [item_json(item, self.new_id(item_prefix(item))) for item in kept]
         sealed = seal(Window(summary))
@@ -553,9 +555,12 @@ class _Turn:
         resolved: Resolved,
         covered: tuple[Part, ...],
         budget: int,
-        wait: Callable[[Callable[[], Awaitable[Output]]], Awaitable[Output]],
-    ) -> tuple[str, Usage, Truncated]:
-        """What the model makes of some parts, what that took, and how much it could not read. Raises BrokerError."""
+        stream: ResponseStream | None,
+    ) -> tuple[str, Usage, Truncated] | None:
+        """What the model makes of some parts, what that took, and how much of them it could not read.
+
+        None if it could read nothing, or was cancelled. Raises BrokerError.
+        """
         request, most = resolved.request, self.engine.max_context
 
         def ids(parts: tuple[Part, ...]) -> TokenIds:
@@ -565,14 +570,18 @@ class _Turn:
         asked = compaction.asking(covered)
         left = truncate(asked, limit_tokens=most - room, length=lambda parts: len(ids(parts)))
         if left is None or compaction.is_bare(left.parts):
-            raise ContextTooLong(limit_tokens=most - room, prompt_tokens=len(ids(asked)))
+            return None
         prompt = ids(left.parts)
         sampling = Sampling(max_tokens=room, temperature=0.0, stop_ids=self.engine.text.stop_ids)
         submit = self._submit(resolved, self.new_id("cmp"), prompt, sampling, None)
         sampled: list[int] = []
         async with self.engine.generate(submit) as outputs:
+            if self.cancellation is not None and stream is not None:
+                stop = partial(self.engine.cancel, submit.request)
+                self.cancellation.bind(stream.response_id, stop)
             while True:
-                output = await wait(outputs.receive)
+                wait = outputs.receive
+                output = await (wait() if stream is None else self._patiently(stream, wait))
                 match output:
                     case Refused():
                         raise _refusal(output, limit_tokens=most, prompt=prompt)
@@ -586,6 +595,8 @@ class _Turn:
             self.engine.reclass(output.lease, SessionClass.CLOSED)
         if output.reason is FinishReason.FAILED or output.usage is None:
             raise TurnFailed("The conversation could not be summarised; try again.")
+        if output.reason is FinishReason.CANCELLED:
+            return None
         words = [token for token in sampled if token not in self.engine.text.stop_ids]
         return self.engine.text.decode(words).strip(), output.usage, left
 

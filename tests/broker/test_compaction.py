@@ -221,6 +221,30 @@ async def test_the_lease_of_a_summary_is_closed():
         assert rig.engine.leases[summary].name == "CLOSED"
 
 
+async def test_a_cancel_while_it_is_summarised_compacts_nothing():
+    async with open_rig(reply=saying("Noted.", "word " * 200, "word " * 200)) as rig:
+        first = (await post(rig, body={"input": "Tea. " * 40})).json["id"]
+        body = {"input": "Really?", "previous_response_id": first, "context_management": RULE}
+        rig.engine.hold()
+        response_id = (await post(rig, body=body | {"background": True})).json["id"]
+        await rig.settled()
+        answer = rig.browser()
+        await answer.send("POST", f"/v1/responses/{response_id}/cancel")
+        await rig.settled()
+        rig.engine.go()
+        cancelled = (await answer.answer()).json
+        check_response(cancelled)
+        assert (cancelled["status"], cancelled["output"]) == ("cancelled", [])
+
+
+async def test_what_cannot_be_summarised_is_answered_as_it_is():
+    async with open_rig() as rig:
+        items = [{"role": "user", "content": "q" * 3900}, {"role": "assistant", "content": "a"}]
+        items.append({"role": "user", "content": "And?"})
+        answer = await post(rig, body={"input": items, "context_management": RULE})
+        assert [item["type"] for item in answer.json["output"]] == ["message"]
+
+
 # --- compacting without a turn
 
 
