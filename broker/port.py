@@ -100,7 +100,7 @@ class Port:
         `queued` is the stream of a response that exists already; such a turn waits for its place however long.
         """
         self.check_open()
-        self._check_model(request)
+        self.check_model(request.model)
         async with (
             self.admission.place(patient=queued is not None),
             self.conversations.turn(tenant, request, emit) as (request, emit),
@@ -128,7 +128,7 @@ class Port:
         self, request: TurnRequest, *, tenant: Tenant, scope: ConnectionScope
     ) -> int:
         """The tokens of the prompt that a turn of this request would feed. Raises BrokerError as it would."""
-        self._check_model(request)
+        self.check_model(request.model)
         request = await self.conversations.with_context(tenant, request)
         return await count_prompt(
             request,
@@ -153,7 +153,7 @@ class Port:
     ) -> Mapping[str, Any]:
         """A compacted window of what the request says. Raises BrokerError."""
         self.check_open()
-        self._check_model(request)
+        self.check_model(request.model)
         async with self.admission.place():
             self.turns_total["compact"] += 1
             return await compact(
@@ -173,14 +173,6 @@ class Port:
     @property
     def _retention(self) -> Retention:
         return Retention(self.config.tiers.ttl_default, self.config.tiers.ttl_max)
-
-    def _check_model(self, request: TurnRequest) -> None:
-        if request.model is not None and request.model not in self.models:
-            raise NotFound(
-                f"The model '{request.model}' does not exist.",
-                code="model_not_found",
-                param="model",
-            )
 
     async def expect(self, tenant: Tenant, labels: tuple[str, ...]) -> None:
         """A turn of the session of these names is likely: have its KV brought to the device."""
@@ -203,6 +195,13 @@ class Port:
         """Raises Overloaded when no turn may start any more."""
         if self.stopping.is_set():
             raise Overloaded("The server is restarting; try again.", retry_after_s=_RESTART_S)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises NotFound for a model that is not served; a client may leave it out."""
+        if name is not None and name not in self.models:
+            raise NotFound(
+                f"The model '{name}' does not exist.", code="model_not_found", param="model"
+            )
 
     def report(self) -> EdgeReport:
         return EdgeReport(

@@ -63,6 +63,9 @@ async def test_a_background_response_is_queued_at_once_and_read_when_it_is_done(
         assert response["output"][0]["content"][0]["text"] == "Hello there."
         assert Response.model_validate(response, strict=True)
         assert (await get(rig, f"/v1/responses/{response['id']}/input_items")).status == 200
+        await rig.settled()
+        assert [m.response_id for m in rig.engine.manifests] == [response["id"]]
+        assert rig.engine.manifests[0].tokens != (), "its record went when it was stored"
 
 
 async def test_its_whole_stream_is_grammatical_and_of_published_types():
@@ -169,6 +172,16 @@ async def test_waiting_for_a_place_has_no_deadline(autojump_clock):
         rig.engine.go()
         await job.ended()
         assert job.response["status"] == "completed"
+
+
+async def test_a_continuation_in_the_background_has_the_tools_of_what_it_continues():
+    call = '<tool_call>\n{"name": "box.open", "arguments": {}}\n</tool_call>'
+    box = {"type": "namespace", "name": "box", "tools": [{"type": "function", "name": "open"}]}
+    async with open_rig(reply=saying("Yes?", call)) as rig:
+        first = (await post(rig, body={"input": "Hi.", "tools": [box]})).json["id"]
+        body = QUEUED | {"previous_response_id": first, "stream": True}
+        [item] = check_events((await post(rig, body=body)).events)["output"]
+        assert (item["name"], item["namespace"]) == ("open", "box")
 
 
 async def test_what_could_never_be_answered_is_refused_before_it_is_queued():

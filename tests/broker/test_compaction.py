@@ -199,6 +199,63 @@ async def test_a_compacted_turn_is_continued_exactly_however_it_is_named(how, af
             await check(rig)
 
 
+async def test_a_window_takes_the_place_of_what_an_id_names_as_well():
+    """A client may send a window and an id: the window stands for everything before it."""
+    async with open_rig(reply=saying("Noted.", "Tea was drunk.", "Yes.")) as rig:
+        response, _ = await chain(rig)
+        other = (await post(rig, body={"input": "Coffee?"})).json["id"]
+        more = {"role": "user", "content": "Good."}
+        body = {"input": [response["output"][0], more], "previous_response_id": other}
+        assert (await post(rig, body=body)).status == 200
+        assert "Coffee" not in fed(rig.engine.submitted[-1])
+        assert "Tea was drunk." in fed(rig.engine.submitted[-1])
+
+
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+SPOKEN_CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+
+
+async def test_a_window_carries_the_calls_whose_results_it_had_to_answer():
+    """With their sampled tokens; and whatever an id in the same request names, the window stands for it."""
+    async with open_rig(reply=saying("Noted.", SPOKEN_CALL, "Tea.", "Done.", "Yes.")) as rig:
+        tools = {"tools": [TOOL]}
+        first = await post(rig, body={"input": "Tea. " * 9, **tools})
+        body = {"input": "Look.", "previous_response_id": first.json["id"], **tools}
+        called = await post(rig, body=body)
+        result = {"type": "function_call_output", "output": "a cup"}
+        result["call_id"] = called.json["output"][0]["call_id"]
+        rule = [{"type": "compaction", "compact_threshold": 90}]
+        body = {"input": [result], "previous_response_id": called.json["id"], **tools}
+        answer = await post(rig, body=body | {"context_management": rule})
+        window = answer.json["output"][0]
+        assert window["type"] == "compaction"
+        before = rig.engine.submitted[-1].prompt
+        assert SPOKEN_CALL in fed(rig.engine.submitted[-1])
+        other = (await post(rig, body={"input": "Coffee?", **tools})).json["id"]
+        body = {"input": [window], "previous_response_id": other, **tools}
+        assert (await post(rig, body=body)).status == 200
+        assert rig.engine.submitted[-1].prompt == before
+
+
+async def test_the_item_that_broke_a_prefix_is_named_by_its_place_in_the_whole_list():
+    async with open_rig(reply=saying("Noted.", "Tea was drunk.", "Yes.")) as rig:
+        response, items = await chain(rig)
+        head = [*items, response["output"][0]]
+        ask = {"role": "user", "content": "Good."}
+        key = {"prompt_cache_key": "thread"}
+        await post(rig, body={"input": [*head, ask], **key})
+        answer = await post(rig, body={"input": [*head, ask | {"content": "Bad."}], **key})
+        assert answer.json["homeport:cache"]["part"] == f"input[{len(head)}]"
+
+
+async def test_an_output_holds_what_the_model_said_of_it():
+    async with open_rig(reply=saying("Noted.", "Tea was drunk.", "Yes.")) as rig:
+        response, _ = await chain(rig)
+        node = rig.port.sessions.known("", response["id"])
+        assert [item.id for item in node.output] == [response["output"][1]["id"]]
+        assert node.item_ids == tuple(item["id"] for item in response["output"])
+
+
 async def test_a_prompt_under_the_threshold_is_left_alone():
     async with open_rig() as rig:
         rule = [{"type": "compaction", "compact_threshold": 1000}]

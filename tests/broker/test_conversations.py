@@ -10,7 +10,10 @@ from openai.types.conversations import (
 )
 from openai.types.responses import Response
 
+from broker.access import OPEN
 from broker.conversations import _MAX_ITEMS
+from broker.errors import ClientError
+from broker.wire.requests import Transport, parse_create
 from tests.broker.rig import open_rig
 from tests.broker.test_background import KEYS, ended, get, post, restarted
 from tests.broker.wire.grammar import check_events, check_response
@@ -189,6 +192,35 @@ async def test_one_turn_at_a_time_changes_a_conversation():
         assert (await post(rig, f"{path}/items", {"items": [user("x")]})).status == 200
 
 
+async def test_the_next_turn_may_come_with_the_end_of_the_one_before():
+    """Each holds the conversation for itself: that the first one ends does not let go of it for the second."""
+    async with open_rig() as rig:
+        conversations = rig.port.conversations
+        conversation = await made(rig)
+        request = parse_create(
+            {"input": "Hi.", "conversation": conversation}, transport=Transport.HTTP
+        )
+
+        async def nobody(event):
+            pass
+
+        end = {
+            "type": "response.completed",
+            "response": {"status": "completed", "output": []},
+        }
+        second = conversations.turn(OPEN, request, nobody)
+        async with conversations.turn(OPEN, request, nobody) as (_, emit):
+            with pytest.raises(ClientError, match="changing"):
+                await conversations.delete(OPEN, conversation)
+            await emit(end)
+            held, _ = await second.__aenter__()
+            assert len(held.context) == 1
+        with pytest.raises(ClientError, match="changing"):
+            await conversations.delete(OPEN, conversation)
+        await second.__aexit__(None, None, None)
+        await conversations.delete(OPEN, conversation)
+
+
 @pytest.mark.parametrize("how", ["fails", "is cancelled", "loses its client"])
 async def test_a_turn_that_was_not_answered_appends_nothing_and_lets_go(how):
     async with open_rig(reply=saying("word " * 100)) as rig:
@@ -199,11 +231,15 @@ async def test_a_turn_that_was_not_answered_appends_nothing_and_lets_go(how):
             assert (await post(rig, body=body)).status == 500
             rig.engine.faults.fail_after = None
         elif how == "is cancelled":
-            rig.engine.hold()
-            response_id = (await post(rig, body=body | {"background": True})).json["id"]
-            await rig.settled()
-            await post(rig, f"/v1/responses/{response_id}/cancel")
-            rig.engine.go()
+            browser = rig.browser()
+            fields = {"background": True, "stream": True}
+            await browser.send("POST", "/v1/responses", body | fields)
+            seen = b""
+            while b"output_text.delta" not in seen:
+                seen += await browser.stream.receive_some()
+            first = json.loads(seen.partition(b"data: ")[2].partition(b"\n")[0])
+            cancelled = await post(rig, f"/v1/responses/{first['response']['id']}/cancel")
+            assert cancelled.json["output"] != []
         else:
             rig.engine.hold()
             browser = rig.browser()

@@ -114,6 +114,14 @@ def test_inside_one_long_turn_whole_rounds_go_and_the_question_stays():
     assert after[-1].call_id == "c19"
 
 
+def test_a_result_that_comes_late_keeps_its_call():
+    late = (call("c0"), user("q" * 30), said("a" * 30), result("c0", "r"), user("last"))
+    parts = (user("first" * 9), *late)
+    left = truncate(parts, limit_tokens=length(parts) - 20, length=length)
+    assert left is None or items(left.parts) in (items(late), items((user("last"),)))
+    assert items(truncate(parts, limit_tokens=20, length=length).parts) == items((user("last"),))
+
+
 def test_a_question_that_is_too_long_by_itself_cannot_be_truncated():
     parts = (user("short"), said("a"), user("q" * 100))
     assert truncate(parts, limit_tokens=50, length=length) is None

@@ -73,14 +73,15 @@ def test_a_background_response_is_cancelled_and_stays_so(client):
     assert client.responses.retrieve(response.id).status == "cancelled"
 
 
+# The SDK's types know no user's message in an output, which is where its API puts them: theirs to mend.
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")
 def test_a_compacted_window_begins_another_chain(client):
     first = client.responses.create(input="My name is Ada.", **QUIET)
     window = client.responses.compact(model=MODEL, previous_response_id=first.id)
     assert window.object == "response.compaction"
     assert [item.type for item in window.output] == ["message", "compaction"]
-    again = [item.model_dump(exclude_none=True) for item in window.output]
     asked = {"role": "user", "content": "What is my name?"}
-    second = client.responses.create(input=[*again, asked], **QUIET)
+    second = client.responses.create(input=[*window.output, asked], **QUIET)
     assert second.status in ("completed", "incomplete")
     third = client.responses.create(input="Sure?", previous_response_id=second.id, **QUIET)
     known = second.usage.input_tokens + second.usage.output_tokens
