@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from broker.errors import BadRequest, ClientError, NotFound
 from broker.records import Records
 from broker.wire.item_json import item_json, item_prefix
-from broker.wire.items import ItemReference, parse_items
+from broker.wire.items import Compaction, ItemReference, parse_items
 from broker.wire.responses_out import TERMINAL_EVENTS
+from broker.wire.window import unseal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -237,6 +238,8 @@ def _check(conversation: Conversation | None, items: Sequence[Item]) -> None:
                 code="invalid_value",
                 param=f"input[{index}]",
             )
+        if isinstance(item, Compaction):
+            unseal(item, at=f"input[{index}]")
 
 
 def _read(document: Mapping[str, Any] | None) -> Conversation | None:

@@ -127,7 +127,10 @@ class Port:
     async def count_prompt(
         self, request: TurnRequest, *, tenant: Tenant, scope: ConnectionScope
     ) -> int:
-        """The tokens of the prompt that a turn of this request would feed. Raises BrokerError as it would."""
+        """The tokens of the prompt that a turn of this request would feed, before it compacts anything.
+
+        Raises BrokerError as the turn would.
+        """
         self.check_model(request.model)
         request = await self.conversations.with_context(tenant, request)
         return await count_prompt(
@@ -154,6 +157,7 @@ class Port:
         """A compacted window of what the request says. Raises BrokerError."""
         self.check_open()
         self.check_model(request.model)
+        request = await self.conversations.with_context(tenant, request)
         async with self.admission.place():
             self.turns_total["compact"] += 1
             return await compact(

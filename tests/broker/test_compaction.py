@@ -324,6 +324,21 @@ async def test_a_window_is_the_questions_and_a_summary_and_begins_another_chain(
         )
 
 
+async def test_a_conversation_is_compacted_and_goes_on_from_its_window():
+    async with open_rig(reply=saying("Noted.", "Tea was drunk.", "Yes.", "Good.")) as rig:
+        conversation = (await post(rig, "/v1/conversations")).json["id"]
+        named = {"conversation": conversation}
+        await post(rig, body={"input": "Tea. " * 9, **named})
+        window = (await post(rig, "/v1/responses/compact", named)).json["output"]
+        assert [item["type"] for item in window] == ["message", "compaction"]
+        rule = [{"type": "compaction", "compact_threshold": 90}]
+        second = await post(rig, body={"input": "And?", "context_management": rule, **named})
+        assert [item["type"] for item in second.json["output"]] == ["compaction", "message"]
+        before = rig.engine.submitted[-1].prompt
+        await post(rig, body={"input": "More?", **named})
+        assert rig.engine.submitted[-1].prompt[: len(before)] == before
+
+
 async def test_a_history_too_long_to_be_read_at_once_is_compacted_without_its_oldest_turns():
     async with open_rig() as rig:
         items = []

@@ -100,6 +100,12 @@ async def test_items_are_added_listed_read_and_deleted():
     [
         ("", {"items": [user("x")] * 21}, "array_above_max_length", "items"),
         ("", {"items": [{"type": "nothing"}]}, "invalid_value", "items[0].type"),
+        (
+            "/{}/items",
+            {"items": [{"type": "compaction", "encrypted_content": "x"}]},
+            "invalid_encrypted_content",
+            "input[0].encrypted_content",
+        ),
         ("", {"metadata": {"k": 1}}, "invalid_type", "metadata.k"),
         ("", {"items": [{"type": "item_reference", "id": "m"}]}, "invalid_value", "input[0]"),
         ("/{}", {}, "missing_required_parameter", "metadata"),
