@@ -390,7 +390,9 @@ class _Turn:
         left = truncate(
             resolved.parts, limit_tokens=most - room, length=lambda parts: len(ids(parts))
         )
-        return (prompt, None) if left is None else (ids(left.parts), left)
+        return (
+            (ids(left.parts), left) if left is not None and left.dropped_items else (prompt, None)
+        )
 
     # submit, say, finish
 

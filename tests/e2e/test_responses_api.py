@@ -88,16 +88,20 @@ def test_a_compacted_window_begins_another_chain(client):
     assert third.usage.input_tokens_details.cached_tokens >= known - 1
 
 
-def test_a_conversation_goes_on_after_a_kill_from_the_kv_of_its_last_turn(restless):
+def test_after_a_kill_a_conversation_goes_on_from_its_kv_and_what_ran_is_answered_for(restless):
     with connected(restless) as client:
         conversation = client.conversations.create(metadata={"topic": "tea"})
         first = client.responses.create(
             input="I like green tea.", conversation=conversation.id, **QUIET
         )
         assert first.conversation.id == conversation.id
+        long = QUIET | {"max_output_tokens": 4000, "temperature": 1}
+        running = client.responses.create(input="Write a novel.", background=True, **long)
     restless.kill()
     restless.start()
     with connected(restless) as client:
+        ended = client.responses.retrieve(running.id)
+        assert (ended.status, ended.error.code) == ("failed", "server_error")
         assert client.conversations.retrieve(conversation.id).metadata == {"topic": "tea"}
         items = client.conversations.items.list(conversation.id, order="asc")
         assert [item.role for item in items] == ["user", "assistant"]
@@ -112,14 +116,3 @@ def test_a_conversation_goes_on_after_a_kill_from_the_kv_of_its_last_turn(restle
         assert client.conversations.delete(conversation.id).deleted
         with pytest.raises(openai.NotFoundError):
             client.conversations.retrieve(conversation.id)
-
-
-def test_a_background_response_that_a_kill_ended_is_answered_for(restless):
-    with connected(restless) as client:
-        long = QUIET | {"max_output_tokens": 4000, "temperature": 1}
-        response = client.responses.create(input="Write a novel.", background=True, **long)
-    restless.kill()
-    restless.start()
-    with connected(restless) as client:
-        found = client.responses.retrieve(response.id)
-        assert (found.status, found.error.code) == ("failed", "server_error")
