@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LISTED = "item_"  # begins the ids of input items that clients sent without one
+
 
 class Manifests(Protocol):
     """The part of the engine's service that remembers on disk."""
@@ -93,16 +95,19 @@ class Recall:
         return () if node is None else (node,)
 
     async def dereferenced(self, items: tuple[Item, ...]) -> tuple[Item, ...]:
-        """The items, with references to compactions resolved: what such an item covers must be known first."""
+        """The items, with references resolved to what is no output: to inputs of stored responses, by the ids under
+        which they were listed, and to compactions, for what such an item covers must be known first."""
         found = []
         for item in items:
-            if isinstance(item, ItemReference) and item.id.startswith("cmp_"):
-                node = await self.item(item.id)
-                window = () if node is None or not node.stored else node.history
-                said = [one for part in window for one in part.items if one.id == item.id]
-                found.append(said[0] if said else item)
-            else:
-                found.append(item)
+            listed: dict[str, Item] = {}
+            if isinstance(item, ItemReference):
+                node = None
+                if item.id.startswith("cmp_"):
+                    node = await self.item(item.id)
+                elif item.id.startswith(_LISTED):
+                    node = await self.response(item.id.removeprefix(_LISTED).rpartition("_")[0])
+                listed = {} if node is None or not node.stored else dict(input_items(node))
+            found.append(listed.get(item.id or "", item))
         return tuple(found)
 
     async def parts(
@@ -175,6 +180,15 @@ class Recall:
             return None
         self.sessions.add(node)
         return node
+
+
+def input_items(node: Node) -> list[tuple[str, Item]]:
+    """What a response answered, each item under its id. One that came without has one by its place."""
+    items = [item for part in node.history[:-1] for item in part.items]
+    return [
+        (item.id or f"{_LISTED}{node.response_id}_{place}", item)
+        for place, item in enumerate(items)
+    ]
 
 
 async def continued(recall: Recall, connection: ConnectionScope, response_id: str) -> Node:

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from broker import keeping
 from broker.errors import BadRequest, NotFound
 from broker.foresight import session_labels
-from broker.recall import Recall
+from broker.recall import Recall, input_items
 from broker.routes.answering import Answering
 from broker.routes.body import read_body, tenant_of
 from broker.routes.following import Following, events_gone
@@ -150,10 +150,7 @@ class _Responses:
 
     async def input_items(self, request: Request) -> Response:
         node = await self._stored(request)
-        items = [item for part in node.history[:-1] for item in part.items]
-        listed = [
-            item_json(item, f"item_{node.response_id}_{index}") for index, item in enumerate(items)
-        ]
+        listed = [item_json(item, item_id) for item_id, item in input_items(node)]
         return JSONResponse(page(listed, request.query_params))
 
     async def _parsed(self, request: Request) -> TurnRequest:

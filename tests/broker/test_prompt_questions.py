@@ -8,7 +8,7 @@ from broker.session import Node, Part
 from broker.wire.items import Message
 from broker.wire.requests import Transport, parse_create
 from tests.broker.rig import open_rig
-from tests.broker.test_background import get, post
+from tests.broker.test_background import KEYS, get, post
 from tests.broker.wire.grammar import check_response
 from tests.fakes import saying
 
@@ -58,6 +58,30 @@ async def test_a_count_of_what_cannot_be_resolved_is_refused_like_its_turn():
             ({"input": 3}, "invalid_type"),
         ):
             assert (await post(rig, "/v1/responses/input_tokens", body)).code == code
+
+
+# --- references
+
+
+async def test_an_input_item_is_referred_to_by_the_id_under_which_it_was_listed():
+    async with open_rig(*KEYS) as rig:
+        ada, bob = {"authorization": "Bearer ada"}, {"authorization": "Bearer bob"}
+        items = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
+        first = (await post(rig, body={"input": items}, **ada)).json
+        path = f"/v1/responses/{first['id']}/input_items?order=asc"
+        listed = (await get(rig, path, **ada)).json["data"]
+        output = [item["id"] for item in first["output"]]
+        ids = [*(item["id"] for item in listed), *output]
+        references = [{"type": "item_reference", "id": one} for one in ids]
+        more = {"role": "user", "content": "three"}
+        answer = await post(rig, body={"input": [*references, more]}, **ada)
+        assert answer.status == 200
+        before = (*rig.engine.submitted[0].prompt, *b"Hello there.", 257)
+        assert rig.engine.submitted[1].prompt[: len(before)] == before
+        for one, key in ((ids[0], bob), (ids[0] + "9", ada), ("item_resp_gone_0", ada)):
+            gone = {"type": "item_reference", "id": one}
+            refused = await post(rig, body={"input": [gone, more]}, **key)
+            assert (refused.status, refused.code) == (404, "item_not_found")
 
 
 # --- truncation
