@@ -10,6 +10,7 @@ Laws
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -102,12 +103,15 @@ class Admission:
         self._admitted: dict[Ticket, trio.Event] = {}  # {who waits: set when admitted}
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Wait for a place and hold it. Raises Overloaded when the line is full, or too slow."""
+    async def place(self, *, patient: bool = False) -> AsyncIterator[None]:
+        """Wait for a place and hold it. Raises Overloaded when the line is full, or too slow for someone who waits.
+
+        A `patient` turn has nobody who waits: it stays in the line as long as it takes.
+        """
         ticket = self._queue.arrive(trio.current_time())
         try:
             if ticket.admitted_at is None:
-                await self._wait(ticket)
+                await self._wait(ticket, math.inf if patient else self._timeout_s)
             yield
         finally:
             following = self._queue.depart(ticket, trio.current_time())
@@ -117,10 +121,10 @@ class Admission:
     def statistics(self) -> AdmissionStatistics:
         return self._queue.statistics()
 
-    async def _wait(self, ticket: Ticket) -> None:
+    async def _wait(self, ticket: Ticket, timeout_s: float) -> None:
         self._admitted[ticket] = trio.Event()
         try:
-            with trio.move_on_after(self._timeout_s):
+            with trio.move_on_after(timeout_s):
                 await self._admitted[ticket].wait()
         finally:
             del self._admitted[ticket]

@@ -3,7 +3,7 @@
     serve
       engine            model, threads, store: `open_engine`, given from outside so that tests bring their own
         signals         the first SIGTERM or SIGINT asks for an orderly end, the second for an end now
-          connections   every accepted connection, WebSocket or HTTP
+          connections   every accepted connection, WebSocket or HTTP, and the background responses
             accepting   the listeners
 
 Leaving a level stops what is inside it first, so an orderly end is: stop accepting; tell the connections, whose
@@ -108,6 +108,7 @@ async def _serve_port(
     )
     listeners = await _listen(settings.host, settings.port)
     async with trio.open_nursery() as connections:
+        await connections.start(port.background.serve)
         async with trio.open_nursery() as accepting:
             accepting.start_soon(
                 partial(trio.serve_listeners, door.serve, listeners, handler_nursery=connections)

@@ -185,6 +185,13 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
+class Background:
+    max_running: Annotated[int, Within(0)] = 64
+    keep: Annotated[Seconds, Within(0)] = Seconds(600.0)
+    max_events: Annotated[Bytes, Within(0)] = Bytes(64 * MIB)
+
+
+@dataclass(frozen=True, slots=True)
 class Dev:
     echo: bool = False
 
@@ -205,6 +212,7 @@ class Config:
     http: Http = Http()
     messages: Messages = Messages()
     admission: Admission = Admission()
+    background: Background = Background()
     dev: Dev = Dev()
     log: Log = Log()
 

@@ -27,6 +27,7 @@ from starlette.requests import ClientDisconnect
 from broker.errors import BrokerError, ClientError, http_body
 from broker.routes.admin import OPEN_PATHS, admin_routes
 from broker.routes.chat import chat_routes
+from broker.routes.conversations import conversations_routes
 from broker.routes.messages import PROBE_PATHS, messages_routes
 from broker.routes.models import models_routes
 from broker.routes.refusal import (
@@ -93,6 +94,7 @@ def build_app(port: Port) -> ASGIApp:
         *responses_routes(port),
         *chat_routes(port),
         *messages_routes(port),
+        *conversations_routes(port),
         *models_routes(port),
         *admin_routes(port),
     ]
@@ -119,10 +121,17 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = self._port.new_id("req")
 
+        began = trio.current_time()
+
         async def send_with_id(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
                 ids = [(name, request_id.encode()) for name in _ID_HEADERS]
-                message["headers"] = [*message.get("headers", []), *ids]
+                taken_ms = b"%d" % ((trio.current_time() - began) * 1000)
+                message["headers"] = [
+                    *message.get("headers", []),
+                    *ids,
+                    (b"openai-processing-ms", taken_ms),
+                ]
             await send(message)
 
         if scope["type"] == "websocket":

@@ -46,6 +46,7 @@ class EdgeReport:
     admission: AdmissionStatistics
     sessions: int  # response ids in memory
     stored_total: Mapping[str, int] = field(default_factory=dict)  # {disk|memory: responses}
+    background: int = 0  # responses that run without their client
 
 
 def render(engine: EngineReport, edge: EdgeReport) -> str:
@@ -220,6 +221,12 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
         [(at, t.leased_blocks) for at, t in tiers],
     )
     put("websockets", "gauge", "Open WebSocket connections.", one(edge.websockets))
+    put(
+        "background",
+        "gauge",
+        "Responses that run, or wait to, without their client.",
+        one(edge.background),
+    )
     put(
         "turns_total",
         "counter",

@@ -1,7 +1,10 @@
 """What both sides of the port share: the engine, the tables, the gates, and the way a turn is run.
 
 Laws
-    A transport reaches the engine through `Port.turn` only, so every turn passes the same gate and is counted.
+    A transport reaches the engine through `Port.turn` only, so every turn passes the same gate and is counted; what
+    asks about a turn without one (its tokens, a compaction) has its own verb here.
+    A turn of a conversation holds it from before its prompt is made until its items are appended, and these are there
+    before the client hears that the turn is over.
     `stopping` is set once. From then on no turn starts; those under way have `config.server.grace`.
 """
 
@@ -14,15 +17,17 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from broker.errors import NotFound, Overloaded
+from broker.background import Background
+from broker.conversations import Conversations
+from broker.errors import ContextTooLong, NotFound, Overloaded
 from broker.foresight import expect
 from broker.metrics import EdgeReport
 from broker.recall import Recall
-from broker.turn import Engine, run_turn
+from broker.turn import Engine, Outcome, compact, count_prompt, new_stream, run_turn
 from broker.wire.retention import Retention
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
     from typing import Any
 
     from broker.access import Access, Tenant
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from broker.session import ConnectionScope, Sessions
     from broker.turn import Cancellation, Clock
     from broker.wire.requests import TurnRequest
+    from broker.wire.responses_out import ResponseStream
     from engine.api import EngineReport
 
     Emit = Callable[[dict[str, Any]], Awaitable[None]]
@@ -65,6 +71,12 @@ class Port:
     turns_total: Counter[str] = field(default_factory=Counter)  # {transport: turns}
     stored_total: Counter[str] = field(default_factory=Counter)  # {disk|memory: responses}
     disk_takes: bool = True  # what came of the last response that was to be stored
+    background: Background = field(init=False)
+    conversations: Conversations = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.background = Background(self)
+        self.conversations = Conversations(self.engine, self.clock, self.new_id)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -81,11 +93,18 @@ class Port:
         emit: Emit,
         background: trio.Nursery | None = None,
         cancellation: Cancellation | None = None,
-    ) -> None:
-        """Run one turn to its terminal event. Raises BrokerError if it is refused before its first event."""
+        queued: ResponseStream | None = None,
+    ) -> Outcome:
+        """Run one turn to its terminal event. Raises BrokerError if it is refused before its first event.
+
+        `queued` is the stream of a response that exists already; such a turn waits for its place however long.
+        """
         self.check_open()
         self.check_model(request.model)
-        async with self.admission.place():
+        async with (
+            self.admission.place(patient=queued is not None),
+            self.conversations.turn(tenant, request, emit) as (request, emit),
+        ):
             self.turns_total[transport] += 1
             outcome = await run_turn(
                 request,
@@ -96,12 +115,68 @@ class Port:
                 emit=emit,
                 clock=self.clock,
                 new_id=self.new_id,
-                retention=Retention(self.config.tiers.ttl_default, self.config.tiers.ttl_max),
+                retention=self._retention,
                 background=background,
                 cancellation=cancellation,
+                queued=queued,
             )
         if outcome.durable is not None:
             self._note_stored(disk_takes=outcome.durable)
+        return outcome
+
+    async def count_prompt(
+        self, request: TurnRequest, *, tenant: Tenant, scope: ConnectionScope
+    ) -> int:
+        """The tokens of the prompt that a turn of this request would feed, before it compacts anything.
+
+        Raises BrokerError as the turn would.
+        """
+        self.check_model(request.model)
+        request = await self.conversations.with_context(tenant, request)
+        return await count_prompt(
+            request,
+            engine=self.engine,
+            sessions=self.sessions,
+            connection=scope,
+            tenant=tenant,
+            clock=self.clock,
+            new_id=self.new_id,
+        )
+
+    async def check_turn(
+        self, request: TurnRequest, *, tenant: Tenant, scope: ConnectionScope
+    ) -> None:
+        """Raise what a turn of this request would be refused for, as far as that is known before it runs."""
+        tokens = await self.count_prompt(request, tenant=tenant, scope=scope)
+        if tokens >= self.engine.max_context and request.compaction is None:
+            raise ContextTooLong(limit_tokens=self.engine.max_context, prompt_tokens=tokens)
+
+    async def compact(
+        self, request: TurnRequest, *, tenant: Tenant, scope: ConnectionScope
+    ) -> Mapping[str, Any]:
+        """A compacted window of what the request says. Raises BrokerError."""
+        self.check_open()
+        self.check_model(request.model)
+        request = await self.conversations.with_context(tenant, request)
+        async with self.admission.place():
+            self.turns_total["compact"] += 1
+            return await compact(
+                request,
+                engine=self.engine,
+                sessions=self.sessions,
+                connection=scope,
+                tenant=tenant,
+                clock=self.clock,
+                new_id=self.new_id,
+            )
+
+    def new_stream(self, request: TurnRequest) -> ResponseStream:
+        """A response that exists before its turn begins."""
+        return new_stream(request, self.engine, self.clock, self.new_id, self._retention)
+
+    @property
+    def _retention(self) -> Retention:
+        return Retention(self.config.tiers.ttl_default, self.config.tiers.ttl_max)
 
     async def expect(self, tenant: Tenant, labels: tuple[str, ...]) -> None:
         """A turn of the session of these names is likely: have its KV brought to the device."""
@@ -139,4 +214,5 @@ class Port:
             admission=self.admission.statistics(),
             sessions=self.sessions.statistics().nodes,
             stored_total=dict(self.stored_total),
+            background=self.background.running,
         )

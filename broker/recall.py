@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LISTED = "item_"  # begins the ids of input items that clients sent without one
+
 
 class Manifests(Protocol):
     """The part of the engine's service that remembers on disk."""
@@ -95,6 +97,22 @@ class Recall:
             return nodes
         node = self._kept(await self.manifests.find_content(self.tenant.name, digest))
         return () if node is None else (node,)
+
+    async def dereferenced(self, items: tuple[Item, ...]) -> tuple[Item, ...]:
+        """The items, with references resolved to what is no output: to inputs of stored responses, by the ids under
+        which they were listed, and to compactions, for what such an item covers must be known first."""
+        found = []
+        for item in items:
+            listed: dict[str, Item] = {}
+            if isinstance(item, ItemReference):
+                node = None
+                if item.id.startswith("cmp_"):
+                    node = await self.item(item.id)
+                elif item.id.startswith(_LISTED):
+                    node = await self.response(item.id.removeprefix(_LISTED).rpartition("_")[0])
+                listed = {} if node is None or not node.stored else dict(input_items(node))
+            found.append(listed.get(item.id or "", item))
+        return tuple(found)
 
     async def parts(
         self, items: Iterable[Item], *, prompt: Callable[[tuple[Part, ...]], TokenIds]
@@ -217,6 +235,15 @@ def _reach(
     missing = [i for i in node.output if isinstance(i, Message) and i.id not in ids]
     left = min(len(missing), len(before))
     return left, min(len(missing) - left, len(after))
+
+
+def input_items(node: Node) -> list[tuple[str, Item]]:
+    """What a response answered, each item under its id. One that came without has one by its place."""
+    items = [item for part in node.history[:-1] for item in part.items]
+    return [
+        (item.id or f"{_LISTED}{node.response_id}_{place}", item)
+        for place, item in enumerate(items)
+    ]
 
 
 async def continued(recall: Recall, connection: ConnectionScope, response_id: str) -> Node:

@@ -23,6 +23,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from broker.wire.items import (
+    Compaction,
     FunctionCall,
     FunctionCallOutput,
     ItemReference,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 _BODY_VERSION = 1
 _ITEM_KINDS: dict[str, tuple[type[Item], dict[str, Any]]] = {  # {its name: (it, its fields' types)}
     c.__name__: (c, get_type_hints(c))
-    for c in (Message, FunctionCall, FunctionCallOutput, Reasoning, ItemReference)
+    for c in (Message, FunctionCall, FunctionCallOutput, Reasoning, ItemReference, Compaction)
 }
 _TOOL_TYPES: dict[str, Any] = {
     "name": str,
@@ -88,6 +89,7 @@ class Node:
     labels: tuple[
         str, ...
     ] = ()  # under which clients ask for the session before they name a response
+    truncated: bool = False  # its prompt left out the beginning of its history
     # What changes:
     lease: LeaseId | None = None  # None once another turn superseded it
     deleted: bool = False  # by its owner: not even its own connection may go on from it
@@ -318,6 +320,7 @@ def from_manifest(manifest: Manifest) -> Node:
         content=manifest.content_digest,
         keys=manifest.keys,
         labels=(manifest.session,),
+        truncated=response is not None and "homeport:truncated" in response,
     )
 
 

@@ -13,6 +13,8 @@ Laws
     The ids of the next turn's prefix are this prompt and every id sampled, stop id included.
     Instructions are each request's own. Tools are too, except that a continuation which declares none keeps those
     of its parent. Where either changed, the prompt is rendered anew, with all sampled ids that are known.
+    A prompt that is compacted or truncated is so before the model sees it, and the response says so. A compacted
+    history is the window from then on; a truncated one keeps what this prompt left out.
     A disk that refuses a manifest costs the id its durability, never the turn: the terminal event says
     `"homeport:stored": "memory"`, and the id answers until a restart.
     The KV of what a request names is asked for as soon as the name is read, before anything is rendered.
@@ -24,19 +26,25 @@ from __future__ import annotations
 import logging
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import trio
 
+from broker import compaction
 from broker.cuts import token_positions
+from broker.diagnosis import NOT_FOUND, UNAVAILABLE, diagnose
 from broker.divergence import Divergence, diverged_at, item_at
-from broker.errors import BadRequest, BrokerError, ContextTooLong, Overloaded
+from broker.errors import BadRequest, BrokerError, ContextTooLong, Overloaded, TurnFailed
 from broker.foresight import expect
 from broker.forms import Markup, form_of
 from broker.recall import Manifests, Recall, Recalled, continued
 from broker.session import Node, Part, to_manifest
 from broker.speech import Speech
+from broker.truncation import Truncated, truncate
+from broker.wire.item_json import item_json, item_prefix
 from broker.wire.items import (
+    Compaction,
     FunctionCall,
     FunctionCallOutput,
     ItemReference,
@@ -47,8 +55,9 @@ from broker.wire.items import (
     parse_items,
     spoken_name,
 )
-from broker.wire.responses_out import ResponseStream
+from broker.wire.responses_out import ResponseStream, usage_json
 from broker.wire.retention import Retention
+from broker.wire.window import Window, cut, seal, unseal
 from engine.api import (
     Began,
     Finished,
@@ -72,7 +81,7 @@ if TYPE_CHECKING:
     from broker.session import ConnectionScope, Sessions
     from broker.wire.items import Item
     from broker.wire.requests import Cut, ToolSpec, TurnRequest
-    from engine.api import LeaseId, Output, RequestId
+    from engine.api import LeaseId, Output, RequestId, Usage
     from engine.text import Text
     from tiers.block import Tier, TokenIds
     from tiers.manifest import Manifest
@@ -87,6 +96,10 @@ _ADMISSION_S = 0.5
 _KEEPALIVE_S = 10.0
 _RETRY_AFTER_S = 1.0
 _ANY_RETENTION = Retention()
+# What truncation leaves free for the answer to a request that does not say; never more than a quarter (guessed).
+_ROOM_TOKENS = 1024
+_ROOM_SHARE = 4
+_COMPACT_AT = 0.8  # of the context, where a compaction rule does not say (guessed)
 
 
 class Clock(Protocol):
@@ -128,10 +141,11 @@ class Outcome:
 class Cancellation:
     """The transport's handle on a turn: stop sampling, end in `response.incomplete`. Never waits."""
 
-    __slots__ = ("_requested", "_stop", "response_id")
+    __slots__ = ("_requested", "_stop", "reason", "response_id")
 
     def __init__(self) -> None:
         self.response_id: str | None = None  # known before the first event
+        self.reason = "cancelled"  # in the response's `incomplete_details`
         self._requested = False
         self._stop: Callable[[], None] | None = None
 
@@ -160,6 +174,8 @@ class Resolved:
         ToolSpec, ...
     ]  # the request's, in the order and words of the turn before where those are the same
     after: TokenIds | None  # the parent's exact ids, if the prompt is those and a suffix
+    compared: Node | None = None  # what the client's question about its cache is about
+    compacted: bool = False  # by this turn
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -182,8 +198,11 @@ async def run_turn(
     retention: Retention = _ANY_RETENTION,
     background: trio.Nursery | None = None,
     cancellation: Cancellation | None = None,
+    queued: ResponseStream | None = None,
 ) -> Outcome:
     """Serve one request. `emit` is awaited for each event in turn; `background` outlives the turn (warm-ups).
+
+    `queued` is the response's stream, where its first events have been said already.
 
     Raises BrokerError if nothing was emitted: the transport says it in its own way.
     """
@@ -199,6 +218,7 @@ async def run_turn(
         retention,
         background,
         cancellation,
+        queued,
     )
     try:
         outcome = await turn.run()
@@ -208,6 +228,59 @@ async def run_turn(
     if outcome.node is None:
         connection.failed(request.stream_id, request.previous_response_id)
     return outcome
+
+
+def new_stream(
+    request: TurnRequest,
+    engine: Engine,
+    clock: Clock,
+    new_id: Callable[[str], str],
+    retention: Retention,
+) -> ResponseStream:
+    """A response with an id, of which nothing was said yet."""
+    return ResponseStream(
+        request,
+        response_id=new_id("resp"),
+        model=request.model or engine.model_name,
+        created_at=int(clock.now()),
+        new_id=new_id,
+        ttl_s=retention.grant(request.asked_ttl_s),
+    )
+
+
+async def count_prompt(
+    request: TurnRequest,
+    *,
+    engine: Engine,
+    sessions: Sessions,
+    connection: ConnectionScope,
+    tenant: Tenant,
+    clock: Clock,
+    new_id: Callable[[str], str],
+) -> int:
+    """The tokens of the prompt that this request would be answered with. Raises BrokerError as the turn would."""
+    turn = _Turn(request, engine, sessions, connection, tenant, _nobody, clock, new_id)
+    prompt, _ = turn.fitted(await turn.resolve())
+    return len(prompt)
+
+
+async def compact(
+    request: TurnRequest,
+    *,
+    engine: Engine,
+    sessions: Sessions,
+    connection: ConnectionScope,
+    tenant: Tenant,
+    clock: Clock,
+    new_id: Callable[[str], str],
+) -> dict[str, Any]:
+    """The `response.compaction` of what the request says: a window that another request begins with."""
+    turn = _Turn(request, engine, sessions, connection, tenant, _nobody, clock, new_id)
+    return await turn.compact()
+
+
+async def _nobody(event: dict[str, Any]) -> None:
+    raise AssertionError(f"nobody listens to {event['type']}")
 
 
 @dataclass(slots=True)
@@ -220,21 +293,18 @@ class _Turn:
     emit: Callable[[dict[str, Any]], Awaitable[None]]
     clock: Clock
     new_id: Callable[[str], str]
-    retention: Retention
-    background: trio.Nursery | None
-    cancellation: Cancellation | None
+    retention: Retention = _ANY_RETENTION
+    background: trio.Nursery | None = None
+    cancellation: Cancellation | None = None
+    queued: ResponseStream | None = None
     started: bool = False  # the first event is out: from now on, errors are events
 
     async def run(self) -> Outcome:
-        resolved = await self._resolve()
-        stream = ResponseStream(
-            resolved.request,
-            response_id=self.new_id("resp"),
-            model=self.request.model or self.engine.model_name,
-            created_at=int(self.clock.now()),
-            new_id=self.new_id,
-            ttl_s=self._keep_s,
+        resolved = await self.resolve()
+        stream = self.queued or new_stream(
+            self.request, self.engine, self.clock, self.new_id, self.retention
         )
+        stream.resolved(resolved.request)
         if not self.request.generate:
             return await self._warm_up(resolved, stream)
         try:
@@ -247,35 +317,62 @@ class _Turn:
 
     # resolve and render
 
-    async def _resolve(self) -> Resolved:
-        request, parent = self.request, None
+    async def resolve(self) -> Resolved:
         recall = Recall(self.engine, self.sessions, self.tenant)
+        request, parent = self.request, None
+        here = cut(await recall.dereferenced(request.items))
         if request.previous_response_id is not None:
             parent = await continued(recall, self.connection, request.previous_response_id)
             if not request.tools:
                 request = replace(request, tools=parent.tools)
         latest = parent or self._followed() or await recall.latest(self._labels())
         self._expect(latest)
-        history = () if parent is None else parent.history
+        history: tuple[Part, ...] = ()
         tools = _as_before(request.tools, latest)
 
         def prompt(parts: tuple[Part, ...]) -> TokenIds:
             return self._prompt(_conversation(request, tools, history + parts))
 
-        said = await recall.parts(request.items, prompt=prompt)
+        last = parent
+        if here.left is None and parent is not None:
+            history = parent.history
+        else:
+            there = cut(request.context)
+            past = here.left if here.left is not None else (*(there.left or ()), *there.items)
+            recalled = await recall.parts(past, prompt=prompt)
+            history, last = recalled.parts, recalled.last or parent
+        said = await recall.parts(here.items, prompt=prompt)
+        said = replace(said, starts=tuple(at + here.at for at in said.starts))
         self._expect(said.last)
         _check_calls(request.items, history + said.parts)
         unchanged = (
             parent is not None
+            and not here.covers
             and parent.sampled != ()
+            and not parent.truncated
             and request.instructions == parent.instructions
             and same_tools(request.tools, parent.tools)
             and all(part.sampled is None for part in said.parts)
         )
         after = parent.tokens if parent is not None and unchanged else None
-        before = said.last or parent
-        tools = _as_before(request.tools, before or latest)
-        return Resolved(request, history, said, before, latest, tools, after)
+        before = said.last or last
+        return Resolved(
+            request,
+            history,
+            said,
+            before,
+            latest,
+            _as_before(request.tools, before or latest),
+            after,
+            compared=await self._compared(recall, before or latest),
+        )
+
+    async def _compared(self, recall: Recall, before: Node | None) -> Node | None:
+        query = self.request.cache_query
+        if query is None or query.compared_to is None:
+            return before
+        known = self.connection.find(self.tenant.name, query.compared_to)
+        return known or await recall.response(query.compared_to)
 
     def _followed(self) -> Node | None:
         named = self.request.follows
@@ -295,11 +392,34 @@ class _Turn:
         except UnrenderableError as error:
             raise BadRequest(str(error), code="invalid_prompt", param="input") from error
 
+    def fitted(self, resolved: Resolved) -> tuple[TokenIds, Truncated | None]:
+        """The prompt, without its oldest turns if the client allows that and it must be."""
+        request = resolved.request
+        prompt = self._prompt(resolved.conversation(), resolved.after)
+        most = self.engine.max_context
+        asked = request.max_output_tokens
+        room = min(_ROOM_TOKENS if asked is None else asked, most // _ROOM_SHARE)
+        if not request.truncate or len(prompt) <= most - room:
+            return prompt, None
+
+        def ids(parts: tuple[Part, ...]) -> TokenIds:
+            return self._prompt(_conversation(request, resolved.tools, parts))
+
+        left = truncate(
+            resolved.parts, limit_tokens=most - room, length=lambda parts: len(ids(parts))
+        )
+        return (
+            (ids(left.parts), left) if left is not None and left.dropped_items else (prompt, None)
+        )
+
     # submit, say, finish
 
     async def _generate(self, resolved: Resolved, stream: ResponseStream) -> Outcome:
+        resolved = await self._compacted(resolved, stream)
         request, before = resolved.request, resolved.before
-        prompt = self._prompt(resolved.conversation(), resolved.after)
+        prompt, truncated = self.fitted(resolved)
+        if truncated is not None:
+            stream.truncated(truncated.dropped_items, truncated.dropped_tokens)
         room = self.engine.max_context - len(prompt)
         if room < 1:
             raise ContextTooLong(limit_tokens=self.engine.max_context, prompt_tokens=len(prompt))
@@ -377,6 +497,7 @@ class _Turn:
         superseded: LeaseId | None,
     ) -> Outcome:
         events = speech.finish()
+        self._diagnose(resolved, stream, prompt, finished.usage)
         if finished.reason is FinishReason.FAILED:
             if finished.lease is not None:
                 self.engine.reclass(finished.lease, SessionClass.CLOSED)
@@ -385,6 +506,8 @@ class _Turn:
         if speech.stop_sequence is not None:
             stream.stopped_at(speech.stop_sequence)
         reason = None if speech.stopped else _INCOMPLETE[finished.reason]
+        if reason == "cancelled" and self.cancellation is not None:
+            reason = self.cancellation.reason
         events += stream.finish(
             "completed" if reason is None else "incomplete",
             reason,
@@ -401,6 +524,135 @@ class _Turn:
         else:
             self.connection.remember(self.request.stream_id, node)
         return await self._end(stream, node, events)
+
+    def _diagnose(
+        self, resolved: Resolved, stream: ResponseStream, prompt: TokenIds, usage: Usage | None
+    ) -> None:
+        """Answer the client's question about its cache, if it asked one."""
+        query, compared = self.request.cache_query, resolved.compared
+        if query is None:
+            return
+        if compared is None:
+            stream.diagnosed(UNAVAILABLE if query.compared_to is None else NOT_FOUND)
+        elif usage is None:
+            stream.diagnosed(UNAVAILABLE)
+        else:
+            found = diagnose(
+                compared,
+                prompt=prompt,
+                cached_tokens=usage.cached.total,
+                request=resolved.request,
+                parts=resolved.parts,
+            )
+            stream.diagnosed(found)
+
+    # compaction
+
+    async def _compacted(self, resolved: Resolved, stream: ResponseStream) -> Resolved:
+        """The request with a window in the place of its past, where its rule asks for that."""
+        rule = resolved.request.compaction
+        if rule is None:
+            return resolved
+        most = self.engine.max_context
+        threshold = min(rule.threshold_tokens or int(most * _COMPACT_AT), most)
+        if len(self._prompt(resolved.conversation(), resolved.after)) < threshold:
+            return resolved
+        budget = threshold // compaction.SHARE
+        plan = compaction.plan(resolved.parts, budget_tokens=budget, count=self._length)
+        if plan is None:
+            return resolved
+        made = await self._summary(resolved, plan.covered, budget, stream)
+        if made is None:
+            return resolved
+        summary, usage, _ = made
+        item_id = self.new_id("cmp")
+        rest_items = tuple(item for part in plan.rest for item in part.items)
+        sealed = seal(Window(summary, plan.kept, rest_items))
+        await self._start(stream)
+        item = {"type": "compaction", "id": item_id, "encrypted_content": sealed}
+        await self._say(stream.compacted(item, usage))
+        window = Part((*plan.kept, Compaction(item_id, sealed)))
+        rest = Recalled(plan.rest, (0,) * len(plan.rest), None)
+        return replace(resolved, history=(window,), said=rest, after=None, compacted=True)
+
+    async def compact(self) -> dict[str, Any]:
+        resolved = await self.resolve()
+        budget = self.engine.max_context // compaction.SHARE
+        made = await self._summary(resolved, resolved.parts, budget, None)
+        if made is None:
+            raise ContextTooLong(
+                limit_tokens=self.engine.max_context,
+                prompt_tokens=len(self._prompt(resolved.conversation())),
+            )
+        summary, usage, dropped = made
+        kept = compaction.kept(resolved.parts, budget, self._length)
+        output = [item_json(item, self.new_id(item_prefix(item))) for item in kept]
+        sealed = seal(Window(summary))
+        output.append(item_json(Compaction(self.new_id("cmp"), sealed), ""))
+        return {
+            "id": self.new_id("resp"),
+            "object": "response.compaction",
+            "created_at": int(self.clock.now()),
+            "output": output,
+            "usage": usage_json(usage),
+            "homeport:truncated": {
+                "items": dropped.dropped_items,
+                "tokens": dropped.dropped_tokens,
+            },
+        }
+
+    async def _summary(
+        self,
+        resolved: Resolved,
+        covered: tuple[Part, ...],
+        budget: int,
+        stream: ResponseStream | None,
+    ) -> tuple[str, Usage, Truncated] | None:
+        """What the model makes of some parts, what that took, and how much of them it could not read.
+
+        None if it could read nothing, or was cancelled. Raises BrokerError.
+        """
+        request, most = resolved.request, self.engine.max_context
+
+        def ids(parts: tuple[Part, ...]) -> TokenIds:
+            return self._prompt(_conversation(request, resolved.tools, parts))
+
+        room = compaction.summary_tokens(len(ids(covered)), min(budget, most // _ROOM_SHARE))
+        asked = compaction.asking(covered)
+        left = truncate(asked, limit_tokens=most - room, length=lambda parts: len(ids(parts)))
+        if left is None or compaction.is_bare(left.parts):
+            return None
+        prompt = ids(left.parts)
+        sampling = Sampling(max_tokens=room, temperature=0.0, stop_ids=self.engine.text.stop_ids)
+        submit = self._submit(resolved, self.new_id("cmp"), prompt, sampling, None)
+        sampled: list[int] = []
+        async with self.engine.generate(submit) as outputs:
+            if self.cancellation is not None and stream is not None:
+                stop = partial(self.engine.cancel, submit.request)
+                self.cancellation.bind(stream.response_id, stop)
+            while True:
+                wait = outputs.receive
+                output = await (wait() if stream is None else self._patiently(stream, wait))
+                match output:
+                    case Refused():
+                        raise _refusal(output, limit_tokens=most, prompt=prompt)
+                    case Sampled():
+                        sampled += output.tokens
+                    case Finished():
+                        break
+                    case _:
+                        pass
+        if output.lease is not None:  # nobody continues it
+            self.engine.reclass(output.lease, SessionClass.CLOSED)
+        if output.reason is FinishReason.FAILED or output.usage is None:
+            raise TurnFailed("The conversation could not be summarised; try again.")
+        if output.reason is FinishReason.CANCELLED:
+            return None
+        words = [token for token in sampled if token not in self.engine.text.stop_ids]
+        return self.engine.text.decode(words).strip(), output.usage, left
+
+    def _length(self, text: str) -> int:
+        return len(self.engine.text.encode(text))
 
     def _waits_for(self, node: Node, finished: Finished) -> SessionClass:
         """What the protocol shows of the session's next turn."""
@@ -429,6 +681,7 @@ class _Turn:
         if len(prefix) >= self.engine.max_context:
             raise ContextTooLong(limit_tokens=self.engine.max_context, prompt_tokens=len(prefix))
         events = stream.start()
+        self._diagnose(resolved, stream, prefix, None)
         events += stream.finish("completed", None, usage=None, completed_at=int(self.clock.now()))
         node = self._node(resolved, stream, prefix, (), None)
         self.connection.remember(self.request.stream_id, node)
@@ -494,6 +747,8 @@ class _Turn:
         if at is None:
             return None
         request = resolved.request
+        if resolved.compacted:
+            return Divergence(at, "context_management")
         if before.history_known and request.instructions != before.instructions:
             return Divergence(at, "instructions")
         if before.history_known and not same_tools(request.tools, before.tools):
@@ -530,7 +785,8 @@ class _Turn:
     ) -> Node:
         """The finished response, in the tables."""
         response = stream.response()
-        output = parse_items(response["output"], at="output")
+        items = parse_items(response["output"], at="output")
+        output = tuple(item for item in items if not isinstance(item, Compaction))
         session = self._session(resolved, stream.response_id)
         node = Node(
             response_id=stream.response_id,
@@ -545,11 +801,12 @@ class _Turn:
             instructions=resolved.request.instructions,
             tools=resolved.tools,
             response=response if self.request.store else None,
-            item_ids=ids_of(output),
+            item_ids=ids_of(items),
             content=content_digest(output) if output else b"",
             keys=() if finished is None else tuple(map(BlockKey, finished.keys)),
             labels=tuple(dict.fromkeys((session, *self._labels()))),
             lease=None if finished is None else finished.lease,
+            truncated="homeport:truncated" in response,
             expected_at=self.clock.now(),
         )
         self.sessions.add(node)
@@ -646,6 +903,8 @@ def _messages(items: tuple[Item, ...], names: Mapping[str, str]) -> list[ChatMes
             case FunctionCallOutput():
                 name = names.get(item.call_id)
                 out.append(ChatMessage("tool", item.output, tool_call_id=item.call_id, name=name))
+            case Compaction():
+                out.append(ChatMessage("user", compaction.HEADING + unseal(item).summary))
             case Reasoning():
                 pass  # thoughts whose ids are not known are not thought again
             case ItemReference():

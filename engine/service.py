@@ -266,13 +266,18 @@ class EngineService:
             self._replies.pop(ticket, None)
 
     async def _look_up(self, find: Callable[..., Manifest | None], *key: object) -> Manifest | None:
-        """A damaged manifest is a forgotten one, and so is one whose tokens are another tokenizer's."""
+        """A damaged manifest is a forgotten one, and so is one whose tokens are another tokenizer's.
+
+        One without tokens means the same to every tokenizer.
+        """
         try:
             found = await trio.to_thread.run_sync(find, *key, limiter=self._lookups)
         except StoreError as error:
             log.warning("a manifest is not used: %s: %s", error.reason, error)
             return None
-        return found if found is not None and found.text == self.text.digest else None
+        if found is None or (found.tokens and found.text != self.text.digest):
+            return None
+        return found
 
     def _stamped(self, manifest: Manifest) -> Manifest:
         return replace(manifest, text=self.text.digest)

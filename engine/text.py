@@ -33,6 +33,7 @@ Markup
 from __future__ import annotations
 
 import enum
+import itertools
 import json
 import re
 import secrets
@@ -314,7 +315,7 @@ class Text:
             rendered = self._tokenizer.apply_chat_template(
                 [
                     self._template_message(message, then, hide=hide, guard=guard)
-                    for message, then in zip(messages, (*messages[1:], None), strict=True)
+                    for message, then in itertools.zip_longest(messages, messages[1:])
                 ],
                 tools=[_guarded(tool, guard) for tool in tools] or None,
                 tokenize=False,

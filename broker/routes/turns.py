@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from broker.wire.responses_out import Event
 
 
+SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
 class TurnAnswer(Protocol):
     """One turn in one API's words. Told every event of the turn, in order; frames are sent only if it streams."""
 
@@ -73,7 +80,7 @@ class TurnResponse(Response):
         self._send = send
         with trio.CancelScope() as client_here:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch, receive, client_here)
+                nursery.start_soon(watch, receive, client_here)
                 await self._run()
                 nursery.cancel_scope.cancel()
         if client_here.cancelled_caught:
@@ -109,12 +116,7 @@ class TurnResponse(Response):
     async def _write(self, data: bytes, *, more: bool) -> None:
         if not self._started:
             self._started = True
-            headers = [
-                (b"content-type", b"text/event-stream; charset=utf-8"),
-                (b"cache-control", b"no-cache"),
-                (b"x-accel-buffering", b"no"),
-            ]
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
     def _whole(self, terminal: Event, scope: Scope) -> Response:
@@ -123,8 +125,9 @@ class TurnResponse(Response):
             return refusal(TurnFailed(response["error"]["message"]), scope)
         return JSONResponse(self._answer.whole(response))
 
-    async def _watch(self, receive: Receive, client_here: trio.CancelScope) -> None:
-        """The body is read; what is still to come is the client's leaving."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        client_here.cancel()
+
+async def watch(receive: Receive, client_here: trio.CancelScope) -> None:
+    """The body is read; what is still to come is the client's leaving."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    client_here.cancel()

@@ -3,7 +3,12 @@
 fields          one typed, bounded read of a JSON object's field; every refusal names the field by its path
 json_in         strict JSON text to Python values
 items           conversation items, their canonical digest, and their grouping into turns
+item_json       items as the API lists them
+window          what a compaction item holds
 requests        a `response.create` body to a `TurnRequest`
+context         its fields that say what the prompt is made of, beside the items
+retention       how long clients ask their KV to be kept
+metadata        pairs of strings that clients hang on things
 ws_frames       a WebSocket text frame to what is to be done about it
 article         the dialect without `type` fields, and the loop that continues by itself
 toolcalls       sampled text to text and tool calls, as it streams

@@ -178,6 +178,8 @@ class _CreateBody:
             self._places[join(place, field)] = join(at, name)
 
     def _message(self, role: str, content: Json, at: str) -> None:
+        if isinstance(content, list) and role != "assistant":
+            content = [_input_part(part) for part in content]
         self._item({"type": "message", "role": role, "content": content}, at)
 
     def _assistant(self, message: Mapping[str, Json], at: str) -> None:
@@ -316,6 +318,12 @@ class _CreateBody:
                 param="top_logprobs",
             )
         return {}
+
+
+def _input_part(part: Json) -> Json:
+    """A part of what the client says, with its kind's name in the other API. What is none stays as it is."""
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    return {**part, "type": "input_text"} if is_text else part
 
 
 def _thoughts(message: Mapping[str, Json]) -> str:

@@ -88,7 +88,15 @@ class ItemReference:
     id: str
 
 
-Item = Message | FunctionCall | FunctionCallOutput | Reasoning | ItemReference
+@dataclass(frozen=True, slots=True)
+class Compaction:
+    """A summary in the place of what was said; `broker/wire/window.py` reads it. It is spoken as a user's message."""
+
+    id: str | None
+    encrypted: str
+
+
+Item = Message | FunctionCall | FunctionCallOutput | Reasoning | ItemReference | Compaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +153,7 @@ def is_output(item: Item) -> bool:
     match item:
         case Message():
             return item.role == "assistant"
-        case FunctionCallOutput():
+        case FunctionCallOutput() | Compaction():
             return False
         case FunctionCall() | Reasoning() | ItemReference():
             return True
@@ -189,7 +197,7 @@ def _framed_item(item: Item) -> bytes:
             return _framed(b"c", name, _canonical(item.arguments))
         case ItemReference():
             return _framed(b"i", item.id)
-        case Message() | FunctionCallOutput() | Reasoning():
+        case Message() | FunctionCallOutput() | Reasoning() | Compaction():
             return b""
 
 
@@ -236,6 +244,7 @@ _TYPES = (
     "custom_tool_call",
     "custom_tool_call_output",
     "reasoning",
+    "compaction",
     "item_reference",
 )
 
@@ -277,6 +286,8 @@ def _item(value: Json, at: str) -> Item:
         case "reasoning":
             encrypted = optional_string(obj, "encrypted_content", at=at)
             return Reasoning(item_id or _unsealed(encrypted), _reasoning_text(obj, at), encrypted)
+        case "compaction" | "compaction_summary":
+            return Compaction(item_id, required_string(obj, "encrypted_content", at=at))
         case "item_reference":
             return ItemReference(required_name(obj, "id", at=at))
         case _:

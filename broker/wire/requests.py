@@ -17,6 +17,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from broker.errors import BadRequest
+from broker.wire.context import (
+    CacheQuery,
+    CompactionRule,
+    parse_cache_query,
+    parse_compaction,
+    parse_conversation,
+)
 from broker.wire.fields import (
     as_object,
     choice,
@@ -37,7 +44,8 @@ from broker.wire.fields import (
     unsupported,
 )
 from broker.wire.items import Item, parse_input, spoken_name
-from broker.wire.retention import asked_ttl
+from broker.wire.metadata import parse_metadata
+from broker.wire.retention import applied_options, asked_ttl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -149,6 +157,12 @@ class TurnRequest:
         Cut, ...
     ] = ()  # places whose token positions are said with the prompt's other numbers
     follows: str | None = None  # the response that it is compared with, where none is continued
+    background: bool = False  # the turn outlives its request
+    conversation: str | None = None  # the id of what the items are appended to
+    context: tuple[Item, ...] = ()  # what that conversation holds: stands before `items`
+    truncate: bool = False  # drop the oldest turns of a prompt that is too long
+    compaction: CompactionRule | None = None
+    cache_query: CacheQuery | None = None
     echo: Mapping[str, Json] = field(
         default_factory=dict
     )  # response fields: the client's own words
@@ -164,7 +178,7 @@ class TurnRequest:
 
 def parse_create(body: Mapping[str, Json], *, transport: Transport) -> TurnRequest:
     """Understand a create body. Raises BadRequest with the code and path of the first fault found."""
-    _refuse_unbuilt(body, transport)
+    _refuse_unbuilt(body)
     tools = tuple(_tools(body))
     include = _include(body)
     reasoning = optional_object(body, "reasoning")
@@ -194,9 +208,14 @@ def parse_create(body: Mapping[str, Json], *, transport: Transport) -> TurnReque
         stream=flag(body, "stream", default=False),
         generate=_generate(body),
         stream_id=parse_stream_id(body) if transport is Transport.WEBSOCKET else None,
-        metadata=_metadata(body),
+        metadata=parse_metadata(body),
         prompt_cache_key=optional_name(body, "prompt_cache_key"),
         asked_ttl_s=asked_ttl(body),
+        background=transport is Transport.HTTP and _background(body),
+        conversation=parse_conversation(body),
+        truncate=choice(body, "truncation", ("auto", "disabled"), default="disabled") == "auto",
+        compaction=parse_compaction(body),
+        cache_query=parse_cache_query(body),
         echo=_echo(body),
     )
 
@@ -216,13 +235,10 @@ def parse_stream_id(body: Mapping[str, Json]) -> str | None:
     return value
 
 
-def _refuse_unbuilt(body: Mapping[str, Json], transport: Transport) -> None:
+def _refuse_unbuilt(body: Mapping[str, Json]) -> None:
     """Say no to what would be answered wrongly if it were ignored."""
-    if transport is Transport.HTTP and flag(body, "background", default=False):
-        raise unsupported("background", "Responses are produced while the client waits.")
-    for key in ("conversation", "prompt"):
-        if body.get(key) is not None:
-            raise unsupported(key, "Send the items in 'input', or a 'previous_response_id'.")
+    if body.get("prompt") is not None:
+        raise unsupported("prompt", "No prompt templates are stored here: send 'instructions'.")
 
 
 def _include(body: Mapping[str, Json]) -> frozenset[str]:
@@ -298,6 +314,24 @@ def _generate(body: Mapping[str, Json]) -> bool:
     return flag(body, "generate", default=True) and not prewarm
 
 
+def _background(body: Mapping[str, Json]) -> bool:
+    """Whether the client will ask again. Such a response must be stored, or it could not be asked for."""
+    background = flag(body, "background", default=False)
+    if background and not flag(body, "store", default=True):
+        raise BadRequest(
+            "Background responses must be stored: 'background' needs 'store' to be true.",
+            code="invalid_value",
+            param="background",
+        )
+    if background and not _generate(body):
+        raise BadRequest(
+            "A warm-up has nothing to run in the background: it answers at once.",
+            code="invalid_value",
+            param="background",
+        )
+    return background
+
+
 def _top_p(body: Mapping[str, Json]) -> float:
     value = number(body, "top_p", least=0, most=1, default=1.0)
     if value == 0:
@@ -331,30 +365,6 @@ def _stop(body: Mapping[str, Json]) -> tuple[str, ...]:
         if not isinstance(stop, str):
             raise invalid_type(f"stop[{index}]", "a string", stop)
     return tuple(stop for stop in stops if stop)
-
-
-_METADATA_PAIRS, _METADATA_KEY_CHARS, _METADATA_VALUE_CHARS = 16, 64, 512
-
-
-def _metadata(body: Mapping[str, Json]) -> dict[str, str]:
-    pairs = optional_object(body, "metadata") or {}
-    if len(pairs) > _METADATA_PAIRS:
-        raise BadRequest(
-            f"Invalid 'metadata': too many properties. Expected an object with at most "
-            f"{_METADATA_PAIRS} properties, but got an object with {len(pairs)} properties instead.",
-            code="object_above_max_properties",
-            param="metadata",
-        )
-    for key in pairs:
-        if len(key) > _METADATA_KEY_CHARS:
-            raise BadRequest(
-                f"Invalid 'metadata': a key is longer than {_METADATA_KEY_CHARS} characters.",
-                code="string_above_max_length",
-                param="metadata",
-            )
-        if optional_string(pairs, key, at="metadata", max_chars=_METADATA_VALUE_CHARS) is None:
-            raise invalid_type(join("metadata", key), "a string", None)
-    return dict(pairs)
 
 
 # Tools
@@ -506,16 +516,15 @@ def _named(entry: Mapping[str, Json], at: str, tools: tuple[ToolSpec, ...]) -> l
 
 # What the response repeats
 
-_ECHOED_AS_SENT = ("tool_choice", "user", "prompt_cache_retention", "prompt_cache_options")
+_ECHOED_AS_SENT = ("tool_choice", "user", "prompt_cache_retention")
 _SAFETY_IDENTIFIER_CHARS = 128
 
 
 def _echo(body: Mapping[str, Json]) -> dict[str, Json]:
     """Response fields that the client set, completed to what the published schema requires of them.
 
-    `truncation` and `service_tier` are only checked: the response says what was done, not what was asked.
+    `service_tier` is only checked: the response says what was done, not what was asked.
     """
-    choice(body, "truncation", ("auto", "disabled"), default="disabled")
     optional_string(body, "service_tier")
     text = optional_object(body, "text") or {}
     echo: dict[str, Json] = {
@@ -529,6 +538,9 @@ def _echo(body: Mapping[str, Json]) -> dict[str, Json]:
     reasoning = optional_object(body, "reasoning")
     if reasoning is not None:
         echo["reasoning"] = {"effort": None, "summary": None, **reasoning}
+    options = applied_options(body)
+    if options is not None:
+        echo["prompt_cache_options"] = options
     return echo | {key: body[key] for key in _ECHOED_AS_SENT if body.get(key) is not None}
 
 

@@ -3,6 +3,8 @@
 Laws (tests/broker/wire/grammar.py checks them on every stream, in tests of this file and end to end)
     Events are numbered from 0 by 1: response.created, response.in_progress, then items one after the other,
     then exactly one terminal event that carries the whole response. After it the machine refuses everything.
+    A background response says response.created, response.queued and then the same from response.in_progress on; one
+    that is cancelled has the status `cancelled`, for which no event is published: it ends in response.incomplete.
     An item is opened, filled and done before the next one opens; its place is its index in `output`.
     The concatenated deltas are the done text. How the text was cut into deltas changes nothing else.
     The terminal event's `output` is exactly the items that were done. A failure finishes no item falsely: an
@@ -10,8 +12,8 @@ Laws (tests/broker/wire/grammar.py checks them on every stream, in tests of this
     On a named lane every event carries `stream_id`; on the default lane none does.
     Once the engine has begun, every `response.in_progress` says what the prompt took: `homeport:prompt`.
 
-    start ──> (thought* | text* | call_start (call_arguments* | call_input*) call_end)* ──> finish | fail
-                └── text opens a message, a thought an item of reasoning; another kind or the end closes it
+    [queue] start ──> [compacted] (thought* | text* | call_start (call_arguments* | call_input*) call_end)* ──> finish | fail
+                        └── text opens a message, a thought an item of reasoning; another kind or the end closes it
 
 White space that comes before any text of a message is held: followed by text it belongs to it, followed by a
 call or by the end it is dropped, so that no blank message stands before a call. Sampled tokens still have it.
@@ -30,7 +32,7 @@ from broker.wire.items import sealed
 from broker.wire.requests import ToolKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from broker.wire.requests import TurnRequest
     from engine.api import CachedTokens, Usage
@@ -102,6 +104,7 @@ class ResponseStream:
         self._stored: str | None = None
         self._stop_sequence: str | None = None
         self._prompt: dict[str, Any] | None = None
+        self._said: dict[str, Any] = {}  # fields that only some responses have
 
     @property
     def output_items(self) -> list[dict[str, Any]]:
@@ -116,6 +119,23 @@ class ResponseStream:
     def diverged(self, at: int, part: str) -> None:
         """Say from now on where the prompt left the one before it."""
         self._cache |= {"diverged_at": at, "part": part}
+
+    def diagnosed(self, diagnostics: Mapping[str, Any]) -> None:
+        """Say from now on whether the prompt's prefix was found in the cache, and if not, why."""
+        self._said["prompt_cache_diagnostics"] = diagnostics
+
+    def truncated(self, items: int, tokens: int) -> None:
+        """Say from now on that the model did not see the first `items` items of the input."""
+        self._said["homeport:truncated"] = {"items": items, "tokens": tokens}
+
+    def resolved(self, request: TurnRequest) -> None:
+        """The request as it turned out: with the tools that it inherits."""
+        self._request = request
+
+    def queue(self) -> list[Event]:
+        """The response exists, and nothing is done for it yet."""
+        assert self._number == 0, "queued twice"
+        return [self._response_event("created"), self._response_event("queued")]
 
     def prompt_known(
         self, input_tokens: int, cached: CachedTokens, cuts: tuple[int, ...] = ()
@@ -135,12 +155,27 @@ class ResponseStream:
     def start(self) -> list[Event]:
         assert self._status == "queued", "started twice"
         self._status = "in_progress"
-        return [self._response_event("created"), self._response_event("in_progress")]
+        created = [self._response_event("created")] if self._number == 0 else []
+        return [*created, self._response_event("in_progress")]
 
     def keepalive(self) -> Event:
         """Something to say while nothing happens: in the published schema, and clients make nothing of it."""
         self._assert_running()
         return self._response_event("in_progress")
+
+    def compacted(self, item: dict[str, Any], usage: Usage) -> list[Event]:
+        """A compaction item, the first of its response; it comes whole. `usage` is what it cost."""
+        self._assert_running()
+        assert not self._output, "compacted too late"
+        assert self._open is None, "compacted inside an item"
+        opened = {**item, "encrypted_content": ""}
+        events = [
+            self._item_event("response.output_item.added", item=opened),
+            self._item_event("response.output_item.done", item=item),
+        ]
+        self._output.append(item)
+        self._said["homeport:compaction"] = usage_json(usage)
+        return events
 
     def text(self, delta: str, logprobs: Sequence[dict[str, Any]] = ()) -> list[Event]:
         """More of a message; opens one if none is open. `logprobs` are those of the tokens it is made of."""
@@ -227,6 +262,8 @@ class ResponseStream:
         self._usage = None if usage is None else usage_json(usage, reasoning_tokens)
         if incomplete_reason is None:
             self._completed_at = int(completed_at)
+        elif self._request.background and incomplete_reason == "cancelled":
+            self._status = "cancelled"
         else:
             self._incomplete = {"reason": incomplete_reason}
         return [*events, self._response_event(status)]
@@ -239,8 +276,9 @@ class ResponseStream:
         return [*before, {**terminal, "response": self.response()}]
 
     def fail(self, code: str, message: str) -> list[Event]:
-        """The terminal event of a turn that broke, by our fault."""
-        self._assert_running()
+        """The terminal event of a turn that broke, by our fault; also of one that was queued and never began."""
+        assert self._number > 0, "nothing was said yet"
+        assert not self.is_over, f"the response is {self._status}"
         self._status = "failed"
         self._error = {"code": code, "message": message}
         return [self._response_event("failed")]
@@ -248,7 +286,7 @@ class ResponseStream:
     def response(self) -> dict[str, Any]:
         """The response object as it stands: the 31 published fields, what the client added, and our own."""
         request = self._request
-        ours: dict[str, Any] = {"homeport:cache": dict(self._cache)}
+        ours: dict[str, Any] = {"homeport:cache": dict(self._cache), **self._said}
         if self._stored is not None:
             ours["homeport:stored"] = self._stored
         if self._stop_sequence is not None:
@@ -267,7 +305,7 @@ class ResponseStream:
             "error": self._error,
             "tools": [],
             "tool_choice": "auto",
-            "truncation": "disabled",
+            "truncation": "auto" if request.truncate else "disabled",
             "parallel_tool_calls": request.parallel_tool_calls,
             "text": {"format": {"type": "text"}},
             "top_p": request.top_p,
@@ -280,11 +318,16 @@ class ResponseStream:
             "max_output_tokens": request.max_output_tokens,
             "max_tool_calls": None,
             "store": request.store,
-            "background": False,
+            "background": request.background,
             "service_tier": "default",
             "metadata": dict(request.metadata),
             "safety_identifier": None,
             "prompt_cache_key": request.prompt_cache_key,
+            **(
+                {}
+                if request.conversation is None
+                else {"conversation": {"id": request.conversation}}
+            ),
             **request.echo,
             **ours,
         }

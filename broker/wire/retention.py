@@ -1,6 +1,7 @@
 """How long a client asks for its prompt's KV to be kept, in every dialect's words, and what it is granted. Pure.
 
-    prompt_cache_options.ttl              "30m", "12h", or any whole number of s, m or h
+    prompt_cache_options.ttl              "30m", "12h", or any whole number of s, m or h; "30m" if only the options are
+                                          there, but nothing for mode "explicit" without a breakpoint
     prompt_cache_breakpoint.ttl           the same, on a content part of the input
     prompt_cache_retention                "in_memory" or "24h": deprecated, and still sent
     cache_control.ttl                     Anthropic's: "5m" or "1h", and "5m" where it is left out
@@ -9,6 +10,7 @@ Laws
     A time is a protection, never a promise to delete: what expires is merely evicted like everything else.
     Of several wishes in one request the longest counts. What is granted is never more than the operator allows, and
     the client is told. A breakpoint is a wish for the whole prompt: our prefixes match anywhere, so its place says nothing.
+    Where the published schema allows no breakpoint, one is refused: elsewhere it would mean nothing, silently.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600}
 _RETENTIONS_S = {"in_memory": 300.0, "in-memory": 300.0, "24h": 86400.0}
+_DEFAULT_TTL, _DEFAULT_TTL_S = "30m", 1800.0  # of options that name none, as published
+_MARKED_PARTS = ("input_text", "input_image", "input_file")
 _CACHE_CONTROLS_S = {"5m": 300.0, "1h": 3600.0}
 
 
@@ -53,8 +57,11 @@ class Retention:
 def asked_ttl(body: Mapping[str, Json]) -> float | None:
     """The longest time that a Responses body asks for; None if it asks for none. Raises BadRequest."""
     asked: list[float] = []
-    options = optional_object(body, "prompt_cache_options") or {}
-    choice(options, "mode", ("implicit", "explicit"), default="implicit", at="prompt_cache_options")
+    given = optional_object(body, "prompt_cache_options")
+    options = given or {}
+    mode = choice(
+        options, "mode", ("implicit", "explicit"), default="implicit", at="prompt_cache_options"
+    )
     flag(options, "prewarm", default=False, at="prompt_cache_options")
     optional_name(options, "comparison_response_id", at="prompt_cache_options")
     asked += _ttl(options, "prompt_cache_options")
@@ -63,10 +70,22 @@ def asked_ttl(body: Mapping[str, Json]) -> float | None:
         if retention not in _RETENTIONS_S:
             raise invalid_value("prompt_cache_retention", retention, ("in_memory", "24h"))
         asked.append(_RETENTIONS_S[retention])
-    for path, marked in _breakpoints(body.get("input")):
+    breakpoints = list(_breakpoints(body.get("input")))
+    if given is not None and given.get("ttl") is None and (mode == "implicit" or breakpoints):
+        asked.append(_DEFAULT_TTL_S)
+    for path, marked in breakpoints:
         choice(marked, "mode", ("explicit",), default="explicit", at=path)
         asked += _ttl(marked, path)
     return max(asked, default=None)
+
+
+def applied_options(body: Mapping[str, Json]) -> dict[str, Json] | None:
+    """`prompt_cache_options` as the response repeats them, with the defaults that its published schema requires."""
+    options = optional_object(body, "prompt_cache_options")
+    if options is None:
+        return None
+    given = {key: value for key, value in options.items() if value is not None}
+    return {"mode": "implicit", "ttl": _DEFAULT_TTL, **given}
 
 
 def cache_control_ttl(control: Mapping[str, Json], at: str) -> float:
@@ -93,12 +112,28 @@ def _ttl(obj: Mapping[str, Json], at: str) -> list[float]:
 
 
 def _breakpoints(items: Json) -> Iterator[tuple[str, Mapping[str, Json]]]:
-    """Each breakpoint in the content parts of an input, with its path. What is no item or part is left to others."""
+    """Each breakpoint in an input, with its path. What is no item or part is left to others. Raises BadRequest."""
     for index, item in enumerate(items if isinstance(items, list) else ()):
-        content = item.get("content") if isinstance(item, dict) else None
-        for place, part in enumerate(content if isinstance(content, list) else ()):
-            at = f"input[{index}].content[{place}]"
-            if isinstance(part, dict):
-                marked = optional_object(part, "prompt_cache_breakpoint", at=at)
-                if marked is not None:
-                    yield join(at, "prompt_cache_breakpoint"), marked
+        if not isinstance(item, dict):
+            continue
+        if item.get("prompt_cache_breakpoint") is not None:
+            raise _misplaced(f"input[{index}]")
+        for key in ("content", "output"):
+            content = item.get(key)
+            for place, part in enumerate(content if isinstance(content, list) else ()):
+                at = f"input[{index}].{key}[{place}]"
+                if isinstance(part, dict):
+                    marked = optional_object(part, "prompt_cache_breakpoint", at=at)
+                    if marked is not None:
+                        if part.get("type") not in _MARKED_PARTS:
+                            raise _misplaced(at)
+                        yield join(at, "prompt_cache_breakpoint"), marked
+
+
+def _misplaced(at: str) -> BadRequest:
+    kinds = ", ".join(_MARKED_PARTS)
+    return BadRequest(
+        f"A 'prompt_cache_breakpoint' may stand on content of these types only: {kinds}.",
+        code="invalid_value",
+        param=join(at, "prompt_cache_breakpoint"),
+    )

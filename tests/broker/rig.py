@@ -120,6 +120,7 @@ class Rig:
 async def open_rig(*sets, **service):
     async with trio.open_nursery() as nursery:
         rig = Rig(nursery, *sets, **service)
+        await nursery.start(rig.port.background.serve)
         try:
             yield rig
         finally:

@@ -26,6 +26,17 @@ ROUTES = [
     ("POST", "/v1/chat/completions"),
     ("GET", "/v1/chat/completions/chatcmpl-x"),
     ("DELETE", "/v1/chat/completions/chatcmpl-x"),
+    ("POST", "/v1/responses/resp_x/cancel"),
+    ("POST", "/v1/responses/input_tokens"),
+    ("POST", "/v1/responses/compact"),
+    ("POST", "/v1/conversations"),
+    ("GET", "/v1/conversations/conv_x"),
+    ("POST", "/v1/conversations/conv_x"),
+    ("DELETE", "/v1/conversations/conv_x"),
+    ("GET", "/v1/conversations/conv_x/items"),
+    ("POST", "/v1/conversations/conv_x/items"),
+    ("GET", "/v1/conversations/conv_x/items/msg_x"),
+    ("DELETE", "/v1/conversations/conv_x/items/msg_x"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/m"),
     ("GET", "/metrics"),
@@ -48,6 +59,7 @@ async def test_a_post_is_one_json_response():
         check_response(answer.json)
         assert answer.json["output"][0]["content"][0]["text"] == "Hello there."
         assert answer.headers["x-request-id"].startswith("req_")
+        assert int(answer.headers["openai-processing-ms"]) >= 0
 
 
 async def test_a_streamed_post_is_the_event_stream_and_ends_in_done():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from queue import SimpleQueue
 from types import SimpleNamespace
 
@@ -72,13 +73,13 @@ def service(store, digest):
     return EngineService(parts), parts.inbox
 
 
-def stored(digest):
-    """A store in which a daemon with this tokenizer has kept SAID."""
+def stored(digest, said=SAID):
+    """A store in which a daemon with this tokenizer has kept a response."""
     store = MemoryStore(
         fingerprint=b"f" * 32, payload_bytes=8, block_tokens=4, limits=StoreLimits(1 << 20)
     )
     sender, inbox = service(store, digest)
-    sender.persist_later(SAID)
+    sender.persist_later(said)
     persist = inbox.get_nowait()
     assert isinstance(persist, Persist)
     store.write(manifests=[persist.manifest])
@@ -100,6 +101,15 @@ async def test_what_was_stored_under_this_tokenizer_is_found():
 async def test_what_was_stored_under_another_is_found_by_nothing(other):
     one, _ = service(stored(other), b"ours")
     assert [found async for found in lookups(one)] == [None] * 3
+
+
+async def test_what_has_no_tokens_means_the_same_to_every_tokenizer():
+    """A conversation is text: another model goes on with it."""
+    record = replace(SAID, tokens=(), sampled_from=0)
+    one, _ = service(stored(b"theirs", record), b"ours")
+    found = await one.find_response("t", "resp_1")
+    assert found is not None
+    assert found.body == record.body
 
 
 async def test_it_is_there_again_when_its_tokenizer_is_and_can_be_deleted_meanwhile():

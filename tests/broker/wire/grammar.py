@@ -1,7 +1,8 @@
 """The grammar of a Responses event stream, as an independent reader of the published rules would check it.
 
-    stream  := created in_progress (item | in_progress)* terminal
+    stream  := created [queued] in_progress (item | in_progress)* terminal
     item    := added (message | call | custom | thoughts) done
+    item    := added done                        a compaction, which can only be the first item
     message := (content_part.added output_text.delta* output_text.done content_part.done)*
     call    := arguments.delta* arguments.done
     custom  := custom_tool_call_input.delta* custom_tool_call_input.done
@@ -10,7 +11,8 @@
     terminal := completed | incomplete | failed
 
 A failed stream may stop inside an item. `in_progress` may come again anywhere before the terminal: it is the
-keepalive. Knows nothing of the code under test, and trusts no field that another field determines.
+keepalive. A background response is queued first; it may fail before it is in progress, and one that is cancelled
+ends in `incomplete` with the status `cancelled`. Knows nothing of the code under test, and trusts no field that another field determines.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ EMPTY_WHEN_ADDED = {
     "function_call": "arguments",
     "custom_tool_call": "input",
     "reasoning": "content",
+    "compaction": "encrypted_content",
 }
 TEXT_OF = {"message": "output_text", "reasoning": "reasoning_text"}  # the kind of an item's parts
 SAID_OF = {"function_call": "arguments", "custom_tool_call": "input"}
@@ -106,12 +109,18 @@ def check_response(response: dict[str, Any]) -> None:
         if tool["type"] == "function":
             for key in ("name", "description", "parameters", "strict"):
                 _require(key in tool, f"an echoed function tool has no {key}")
+    _require(
+        response["background"] or status not in ("queued", "cancelled"),
+        f"{status}, but not in the background",
+    )
     for item in response["output"]:
         _check_item(item)
-    statuses = [item["status"] for item in response["output"]]
+    kinds = [item["type"] for item in response["output"]]
+    _require("compaction" not in kinds[1:], "a compaction is not the first item")
+    statuses = [item.get("status") for item in response["output"]]
     _require("incomplete" not in statuses[:-1], "an incomplete item is not the last")
     _require(
-        "incomplete" not in statuses or status == "incomplete",
+        "incomplete" not in statuses or status in ("incomplete", "cancelled"),
         "an incomplete item in a response that is not incomplete",
     )
     if response["usage"] is not None:
@@ -137,6 +146,10 @@ def _check_usage(usage: dict[str, Any]) -> None:
 
 def _check_item(item: dict[str, Any]) -> None:
     """An item that is done."""
+    if item["type"] == "compaction":
+        _require(item["id"].startswith("cmp_"), "a compaction id has no cmp_ prefix")
+        _require(bool(item["encrypted_content"]), "a compaction without content")
+        return
     _require(item["status"] in ("completed", "incomplete"), f"a done item is {item['status']}")
     if item["type"] == "message":
         _require(item["id"].startswith("msg_"), "a message id has no msg_ prefix")
@@ -190,6 +203,7 @@ class _Reader:
     def __init__(self, stream_id: str | None) -> None:
         self.stream_id = stream_id
         self.terminal: dict[str, Any] | None = None
+        self.queued = False  # as response.created says
         self.number = 0
         self.response_id: str | None = None
         self.done: list[dict[str, Any]] = []
@@ -213,9 +227,7 @@ class _Reader:
             _require("stream_id" not in event, f"{kind} names a lane on the default lane")
         else:
             _require(event.get("stream_id") == self.stream_id, f"{kind} is on another lane")
-        expected = {0: "response.created", 1: "response.in_progress"}.get(self.number)
-        _require(expected in (None, kind), f"event {self.number} is {kind}")
-        _require(self.number == 0 or kind != "response.created", "created twice")
+        self._order(kind)
         self.number += 1
         if "response" in event:
             self._response(kind, event["response"])
@@ -226,6 +238,20 @@ class _Reader:
         else:
             self._inside_item(kind, event)
 
+    def _order(self, kind: str) -> None:
+        """The first events; `queued` is the second or none."""
+        match self.number:
+            case 0:
+                allowed = ["response.created"]
+            case 1:
+                allowed = ["response.queued" if self.queued else "response.in_progress"]
+            case 2 if self.queued:
+                allowed = ["response.in_progress", "response.failed"]
+            case _:
+                _require(kind not in ("response.created", "response.queued"), f"{kind} twice")
+                return
+        _require(kind in allowed, f"event {self.number} is {kind}")
+
     def _response(self, kind: str, response: dict[str, Any]) -> None:
         check_response(response)
         self.response_id = self.response_id or response["id"]
@@ -234,20 +260,30 @@ class _Reader:
         _require(response["output"] == self.done, f"{kind}: output is not the items done so far")
         status = response["status"]
         if kind in TERMINALS:
-            _require(status == kind.removeprefix("response."), f"{kind} with status {status}")
+            ends = [kind.removeprefix("response.")]
+            if kind == "response.incomplete":
+                ends.append("cancelled")
+            _require(status in ends, f"{kind} with status {status}")
             _require(
                 self.added is None or kind == "response.failed", f"{kind} while an item is open"
             )
             self.terminal = response
         else:
-            _require(kind in ("response.created", "response.in_progress"), f"unknown event {kind}")
-            _require(status == "in_progress", f"{kind} with status {status}")
+            kinds = ("response.created", "response.queued", "response.in_progress")
+            _require(kind in kinds, f"unknown event {kind}")
+            if kind == "response.created":
+                self.queued = status == "queued"
+            waiting = self.queued and kind != "response.in_progress"
+            _require(
+                status == ("queued" if waiting else "in_progress"), f"{kind} with status {status}"
+            )
 
     def _item_added(self, event: Event) -> None:
         item = event["item"]
         _require(self.added is None, "an item is added inside an item")
         _require(event["output_index"] == len(self.done), "output_index does not count up")
-        _require(item["status"] == "in_progress", f"an item is added {item['status']}")
+        if item["type"] != "compaction":
+            _require(item["status"] == "in_progress", f"an item is added {item['status']}")
         empty = EMPTY_WHEN_ADDED.get(item["type"])
         _require(empty is not None, f"unknown item type {item['type']}")
         _require(not item[str(empty)], f"an item is added with {empty}")

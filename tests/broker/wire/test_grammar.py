@@ -156,12 +156,14 @@ FAULTS = {
     "call never done": (without(CALL_DONE), "inside an item"),
     "open item at the end": (without(-2), "output is not|while an item is open"),
     "output lacks one": (lambda events: events[-1]["response"]["output"].pop(), "not the items done"),
-    "early output": (put(IN_PROGRESS, "response", "output", [{}]), "no field 'status'"),
+    "early output": (put(IN_PROGRESS, "response", "output", [{}]), "no field 'type'"),
     "other id": (put(LAST, "response", "id", "resp_2"), "id changes"),
     "id prefix": (put(CREATED, "response", "id", "1"), "no resp_ prefix"),
     "wrong status": (put(LAST, "type", "response.incomplete"), "with status completed"),
-    "status too early": (put(CREATED, "response", "status", "queued"), "with status queued"),
+    "status too early": (put(CREATED, "response", "status", "queued"), "queued, but not in the background"),
     "a field less": (lambda events: events[-1]["response"].pop("usage"), "fields missing"),
+    "queued in the foreground": (put(IN_PROGRESS, "type", "response.queued"), "event 1 is"),
+    "queued late": (put(DELTA_A, "type", "response.queued"), "queued twice"),
     "false failure": (cut_to_failure, "output is not the items"),
 }  # fmt: skip
 
@@ -226,6 +228,9 @@ def test_a_keepalive_may_come_anywhere_before_the_end():
         (("output", 1, "arguments", {}), "not a string"),
         (("output", 0, "content", 0, "text", None), "text is not a string"),
         (("output", 0, "type", "image"), "unknown item type"),
+        (("output", 1, "type", "compaction"), "no cmp_ prefix"),
+        (("output", 1, {"type": "compaction", "id": "cmp_1", "encrypted_content": ""}), "content"),
+        (("output", 1, {"type": "compaction", "id": "cmp_1", "encrypted_content": "x"}), "first"),
     ],
 )
 def test_a_wrong_response_is_refused(path_and_value, reason):

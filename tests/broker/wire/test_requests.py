@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.errors import BadRequest, ClientError
+from broker.wire.context import CacheQuery, CompactionRule
 from broker.wire.items import FunctionCallOutput, Message
 from broker.wire.requests import (
     ToolChoice,
@@ -162,8 +163,31 @@ def test_an_echoed_function_tool_has_every_field_the_schema_requires():
         ({"prompt_cache_key": {}}, "invalid_type", "prompt_cache_key"),
         ({"prompt_cache_options": {"prewarm": 1}}, "invalid_type", "prompt_cache_options.prewarm"),
         ({"prompt_cache_options": 1}, "invalid_type", "prompt_cache_options"),
-        ({"background": True}, "unsupported_parameter", "background"),
-        ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
+        ({"background": 1}, "invalid_type", "background"),
+        ({"background": True, "store": False}, "invalid_value", "background"),
+        ({"background": True, "generate": False}, "invalid_value", "background"),
+        ({"conversation": ""}, "empty_string", "conversation"),
+        ({"conversation": 1}, "invalid_type", "conversation"),
+        ({"conversation": {}}, "missing_required_parameter", "conversation.id"),
+        (
+            {"conversation": "conv_1", "previous_response_id": "resp_1"},
+            "mutually_exclusive_parameters",
+            "previous_response_id",
+        ),
+        ({"prompt": {"id": "pmpt_1"}}, "unsupported_parameter", "prompt"),
+        ({"context_management": {}}, "invalid_type", "context_management"),
+        ({"context_management": [1]}, "invalid_type", "context_management[0]"),
+        ({"context_management": [{}]}, "missing_required_parameter", "context_management[0].type"),
+        (
+            {"context_management": [{"type": "forget"}]},
+            "invalid_value",
+            "context_management[0].type",
+        ),
+        (
+            {"context_management": [{"type": "compaction", "compact_threshold": 0}]},
+            "integer_below_min_value",
+            "context_management[0].compact_threshold",
+        ),
         ({"prompt": {"id": "p"}}, "unsupported_parameter", "prompt"),
         ({"top_logprobs": -1}, "integer_below_min_value", "top_logprobs"),
         ({"top_logprobs": 21}, "integer_above_max_value", "top_logprobs"),
@@ -331,7 +355,35 @@ def test_the_edge_of_what_is_allowed_is_allowed(body):
 
 
 def test_background_means_nothing_in_a_frame():
-    parse({"background": True}, Transport.WEBSOCKET)
+    assert not parse({"background": True}, Transport.WEBSOCKET).background
+    assert parse({"background": True}, Transport.HTTP).background
+
+
+@pytest.mark.parametrize("named", ["conv_1", {"id": "conv_1"}])
+def test_a_conversation_is_named_by_a_string_or_an_object(named):
+    assert parse({"conversation": named}).conversation == "conv_1"
+
+
+def test_the_lowest_threshold_compacts():
+    def entry(threshold):
+        return {"type": "compaction", "compact_threshold": threshold}
+
+    assert parse({}).compaction is None
+    assert parse({"context_management": []}).compaction is None
+    assert parse({"context_management": [entry(None)]}).compaction == CompactionRule(None)
+    both = parse({"context_management": [entry(9), entry(None), entry(5)]})
+    assert both.compaction == CompactionRule(5)
+
+
+def test_prompt_cache_options_are_repeated_whole_and_ask_for_a_diagnosis():
+    assert parse({}).cache_query is None
+    request = parse({"prompt_cache_options": {"comparison_response_id": "resp_1"}})
+    assert request.cache_query == CacheQuery("resp_1")
+    assert request.echo["prompt_cache_options"] == {
+        "mode": "implicit",
+        "ttl": "30m",
+        "comparison_response_id": "resp_1",
+    }
 
 
 def test_the_sentences_are_those_of_openai():
@@ -446,7 +498,7 @@ def test_a_tool_is_found_by_what_the_model_calls_it():
     [
         ("user", "x"),
         ("prompt_cache_retention", "24h"),
-        ("prompt_cache_options", {"ttl": "30m", "mode": "implicit"}),
+        ("prompt_cache_options", {"ttl": "12h", "mode": "implicit"}),
     ],
 )
 def test_some_words_are_repeated_only_if_said(key, value):

@@ -60,20 +60,23 @@ def run(stream, script):
     """Play a script of ("text", s) | ("thought", s) | ("call", name, [deltas], ended) | ("alive",); the events."""
     events = stream.start()
     for step in script:
-        match step:
-            case ("text", text):
-                events += stream.text(text, [logprob(char) for char in text] if stream.logs else ())
-            case ("thought", text):
-                events += stream.thought(text)
-            case ("call", name, deltas, ended):
-                events += stream.call_start(name, "call_1")
-                for delta in deltas:
-                    events += stream.call_arguments(delta)
-                if ended:
-                    events += stream.call_end()
-            case ("alive",):
-                events.append(stream.keepalive())
+        events += steps_of(stream, step)
     return events
+
+
+def steps_of(stream, step):
+    match step:
+        case ("text", text):
+            return stream.text(text, [logprob(char) for char in text] if stream.logs else ())
+        case ("thought", text):
+            return stream.thought(text)
+        case ("call", name, deltas, ended):
+            events = stream.call_start(name, "call_1")
+            for delta in deltas:
+                events += stream.call_arguments(delta)
+            return events + (stream.call_end() if ended else [])
+        case _:
+            return [stream.keepalive()]
 
 
 texts = st.text("ab \n", max_size=4)
@@ -202,6 +205,46 @@ def test_every_event_is_one_that_the_official_sdk_knows(script, ending):
     for each in run(stream, script) + end(stream, ending):
         parsed = SERVER_EVENT.validate_python(each)
         assert parsed.type == each["type"]
+
+
+COMPACTION = {"type": "compaction", "id": "cmp_1", "encrypted_content": "sealed"}
+
+
+def background_stream():
+    request = parse_create({"tools": TOOLS, "background": True}, transport=Transport.HTTP)
+    numbers = itertools.count()
+    return Stream(
+        request,
+        response_id="resp_1",
+        model="m",
+        created_at=1700000000,
+        new_id=lambda prefix: f"{prefix}_{next(numbers)}",
+    )
+
+
+@settings(max_examples=30)
+@given(scripts, endings, st.booleans())
+def test_a_background_turn_is_queued_first_and_has_the_same_grammar(script, ending, compacts):
+    stream = background_stream()
+    events = stream.queue()
+    assert [each["type"] for each in events] == ["response.created", "response.queued"]
+    events += stream.start()
+    if compacts:
+        events += stream.compacted(COMPACTION, USAGE)
+    for step in script:
+        events += steps_of(stream, step)
+    events += end(stream, ending)
+    terminal = check_events(events)
+    assert terminal["status"] == ("cancelled" if ending[1] == "cancelled" else ending[0])
+    assert ("compaction" in [item["type"] for item in terminal["output"]]) == compacts
+    for each in events:
+        SERVER_EVENT.validate_python(each)
+
+
+def test_a_response_that_was_queued_may_fail_before_it_begins():
+    stream = background_stream()
+    events = stream.queue() + stream.fail("server_error", "broken")
+    assert check_events(events)["status"] == "failed"
 
 
 def test_the_response_is_one_that_the_official_sdk_knows():

@@ -24,8 +24,10 @@ def part(**marked):
     ("body", "seconds"),
     [
         ({}, None),
-        ({"prompt_cache_options": {}}, None),
+        ({"prompt_cache_options": {}}, 1800),
         ({"prompt_cache_options": {"mode": "explicit", "prewarm": True}}, None),
+        (part(mode="explicit") | {"prompt_cache_options": {"mode": "explicit"}}, 1800),
+        ({"prompt_cache_options": {}, "prompt_cache_retention": "in_memory"}, 1800),
         ({"prompt_cache_options": {"ttl": "30m"}}, 1800),
         ({"prompt_cache_options": {"ttl": "12h"}}, 43200),
         ({"prompt_cache_options": {"ttl": "90s"}}, 90),
@@ -71,6 +73,28 @@ def test_what_cannot_be_understood_is_refused_by_name(body, code, param):
     with pytest.raises(BadRequest) as refused:
         asked_ttl(body)
     assert (refused.value.status, refused.value.code, refused.value.param) == (400, code, param)
+
+
+@pytest.mark.parametrize(
+    ("item", "path"),
+    [
+        ({"role": "assistant", "content": [{"type": "output_text", "text": "a"}]}, "content[0]"),
+        ({"type": "function_call_output", "output": [{"type": "text", "text": "a"}]}, "output[0]"),
+        ({"type": "message", "role": "user", "content": "a"}, None),
+    ],
+)
+def test_a_breakpoint_where_none_may_be_is_refused(item, path):
+    marked = {"mode": "explicit"}
+    if path is None:
+        body, at = {"input": [item | {"prompt_cache_breakpoint": marked}]}, "input[0]"
+    else:
+        key = path.partition("[")[0]
+        parts = [item[key][0] | {"prompt_cache_breakpoint": marked}]
+        body, at = {"input": [item | {key: parts}]}, f"input[0].{path}"
+    with pytest.raises(BadRequest) as refused:
+        asked_ttl(body)
+    assert refused.value.code == "invalid_value"
+    assert refused.value.param == f"{at}.prompt_cache_breakpoint"
 
 
 def test_what_is_granted_is_never_more_than_the_operator_allows():
