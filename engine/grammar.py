@@ -6,7 +6,7 @@ Laws
     A matcher belongs to one sequence and moves by its appended ids alone: preempting the sequence changes nothing.
     Compiling reads no clock and waits for nobody; the service runs it on a thread of its own, with a deadline.
     What the library does not enforce of a schema (`not`, `uniqueItems`, look-around, …) is refused, never ignored,
-    unless the constraint is lenient. So is what might nest too deep for its stack (engine/nesting.py).
+    unless the constraint is lenient. What might nest too deep for its stack is refused always (engine/nesting.py).
 
 Why llguidance (1.9.1, MIT) and not xgrammar (0.2.8): measured 2026-11 on two x86 cores, the default model's 49,152 ids;
 a mask is one allowed set and one step of the matcher, over 2,000 random steps each.

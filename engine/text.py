@@ -33,7 +33,6 @@ Markup
 from __future__ import annotations
 
 import enum
-import itertools
 import json
 import re
 import secrets
@@ -41,6 +40,7 @@ from collections import OrderedDict
 from copy import copy
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2 import TemplateError
@@ -315,7 +315,7 @@ class Text:
             rendered = self._tokenizer.apply_chat_template(
                 [
                     self._template_message(message, then, hide=hide, guard=guard)
-                    for message, then in itertools.zip_longest(messages, messages[1:])
+                    for message, then in zip_longest(messages, messages[1:])
                 ],
                 tools=[_guarded(tool, guard) for tool in tools] or None,
                 tokenize=False,
