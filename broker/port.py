@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from broker.errors import NotFound, Overloaded
+from broker.errors import BrokerError, NotFound, Overloaded
 from broker.foresight import expect
 from broker.metrics import EdgeReport
 from broker.recall import Recall
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from broker.admission import Admission
     from broker.config import Config
     from broker.session import ConnectionScope, Sessions
-    from broker.turn import Cancellation, Clock
+    from broker.turn import Cancellation, Clock, Outcome
     from broker.wire.requests import TurnRequest
     from engine.api import EngineReport
 
@@ -81,8 +82,36 @@ class Port:
         emit: Emit,
         background: trio.Nursery | None = None,
         cancellation: Cancellation | None = None,
-    ) -> None:
-        """Run one turn to its terminal event. Raises BrokerError if it is refused before its first event."""
+    ) -> Outcome:
+        """Run one turn to its terminal event. Raises BrokerError if it is refused before its first event.
+
+        A warm-up's prefill goes on in `background`, in the place that the turn was given; without one it is waited for.
+        """
+        try:
+            return await self._turn(
+                request,
+                transport=transport,
+                tenant=tenant,
+                scope=scope,
+                emit=emit,
+                background=background,
+                cancellation=cancellation,
+            )
+        except BrokerError:
+            scope.failed(request.stream_id, request.previous_response_id)
+            raise
+
+    async def _turn(
+        self,
+        request: TurnRequest,
+        *,
+        transport: str,
+        tenant: Tenant,
+        scope: ConnectionScope,
+        emit: Emit,
+        background: trio.Nursery | None,
+        cancellation: Cancellation | None,
+    ) -> Outcome:
         self.check_open()
         if request.model is not None and request.model not in self.models:
             raise NotFound(
@@ -90,7 +119,8 @@ class Port:
                 code="model_not_found",
                 param="model",
             )
-        async with self.admission.place():
+        async with AsyncExitStack() as place:
+            await place.enter_async_context(self.admission.place())
             self.turns_total[transport] += 1
             outcome = await run_turn(
                 request,
@@ -102,11 +132,16 @@ class Port:
                 clock=self.clock,
                 new_id=self.new_id,
                 retention=Retention(self.config.tiers.ttl_default, self.config.tiers.ttl_max),
-                background=background,
                 cancellation=cancellation,
             )
+            if outcome.behind is not None:
+                if background is None:
+                    await outcome.behind()
+                else:
+                    background.start_soon(_run_in, place.pop_all(), outcome.behind)
         if outcome.durable is not None:
             self._note_stored(disk_takes=outcome.durable)
+        return outcome
 
     async def expect(self, tenant: Tenant, labels: tuple[str, ...]) -> None:
         """A turn of the session of these names is likely: have its KV brought to the device."""
@@ -138,3 +173,8 @@ class Port:
             sessions=self.sessions.statistics().nodes,
             stored_total=dict(self.stored_total),
         )
+
+
+async def _run_in(place: AsyncExitStack, work: Callable[[], Awaitable[None]]) -> None:
+    async with place:
+        await work()

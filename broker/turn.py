@@ -16,12 +16,16 @@ Laws
     `"homeport:stored": "memory"`, and the id answers until a restart.
     The KV of what a request names is asked for as soon as the name is read, before anything is rendered.
     If the caller goes away, so does the generation; what it computed stays cached.
+    What a warm-up of this connection is computing is waited for, not computed a second time, whatever names it.
+    A steered turn ends where its output can be cut: some of it said, none of it held back, no call begun.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import trio
@@ -30,7 +34,7 @@ from broker.divergence import Divergence, diverged_at, item_at
 from broker.errors import BadRequest, BrokerError, ContextTooLong, Overloaded
 from broker.foresight import expect
 from broker.recall import Manifests, Recall, Recalled, continued
-from broker.session import Node, Part, to_manifest
+from broker.session import Node, Part, WarmUp, to_manifest
 from broker.wire.items import (
     FunctionCall,
     FunctionCallOutput,
@@ -116,27 +120,36 @@ class Outcome:
     response: Mapping[str, Any]
     node: Node | None  # None: it failed, and cannot be continued
     durable: bool | None = None  # whether the disk took what was to be stored; None: nothing was
+    behind: Callable[[], Awaitable[None]] | None = None  # a warm-up's prefill, still to be run
 
 
 class Cancellation:
-    """The transport's handle on a turn: stop sampling, end in `response.incomplete`. Never waits."""
+    """The transport's handle on a turn. Never waits.
 
-    __slots__ = ("_requested", "_stop", "response_id")
+    request   stop sampling, end in `response.incomplete`
+    steer     the same, but where the output can be cut; a turn that cannot be cut any more goes on to its end
+    """
+
+    __slots__ = ("_stop", "requested", "response_id", "steered")
 
     def __init__(self) -> None:
         self.response_id: str | None = None  # known before the first event
-        self._requested = False
+        self.requested = False
+        self.steered = False
         self._stop: Callable[[], None] | None = None
 
     def request(self) -> None:
-        self._requested = True
+        self.requested = True
         if self._stop is not None:
             self._stop()
 
-    def bind(self, response_id: str, stop: Callable[[], None]) -> None:
-        self.response_id = response_id
+    def steer(self) -> None:
+        self.steered = True
+
+    def stops(self, stop: Callable[[], None]) -> None:
+        """From now on `request` does this; at once, if it was made before."""
         self._stop = stop
-        if self._requested:
+        if self.requested:
             stop()
 
 
@@ -170,11 +183,11 @@ async def run_turn(
     clock: Clock,
     new_id: Callable[[str], str],
     retention: Retention = _ANY_RETENTION,
-    background: trio.Nursery | None = None,
     cancellation: Cancellation | None = None,
 ) -> Outcome:
-    """Serve one request. `emit` is awaited for each event in turn; `background` outlives the turn (warm-ups).
+    """Serve one request. `emit` is awaited for each event in turn.
 
+    Whoever gets an outcome with something `behind` it runs that, once, or cancels it: others may wait for it.
     Raises BrokerError if nothing was emitted: the transport says it in its own way.
     """
     turn = _Turn(
@@ -187,8 +200,7 @@ async def run_turn(
         clock,
         new_id,
         retention,
-        background,
-        cancellation,
+        cancellation or Cancellation(),
     )
     try:
         outcome = await turn.run()
@@ -211,8 +223,7 @@ class _Turn:
     clock: Clock
     new_id: Callable[[str], str]
     retention: Retention
-    background: trio.Nursery | None
-    cancellation: Cancellation | None
+    cancellation: Cancellation
     started: bool = False  # the first event is out: from now on, errors are events
 
     async def run(self) -> Outcome:
@@ -225,6 +236,7 @@ class _Turn:
             new_id=self.new_id,
             ttl_s=self._keep_s,
         )
+        self.cancellation.response_id = stream.response_id
         if not self.request.generate:
             return await self._warm_up(resolved, stream)
         try:
@@ -288,9 +300,8 @@ class _Turn:
         divergence = self._divergence(resolved, prompt)
         if divergence is not None:
             stream.diverged(divergence.at, divergence.part)
-        if before is not None and before.response_id in self.connection.warming:
-            # The engine shares what is computed, not what is being computed.
-            await self._patiently(stream, self.connection.warming[before.response_id].wait)
+        for warm in self._being_computed(prompt):
+            await self._patiently(stream, partial(self._landed, warm))
         sampling = Sampling(
             max_tokens=min(request.max_output_tokens or room, room),
             temperature=request.temperature,
@@ -301,25 +312,29 @@ class _Turn:
         supersedes = None if before is None else before.lease
         submit = self._submit(resolved, stream.response_id, prompt, sampling, supersedes)
         speech = _Speech(request, stream, self.engine.text, self.new_id)
+        cut = False
         async with self.engine.generate(submit) as outputs:
+            self.cancellation.stops(lambda: self.engine.cancel(submit.request))
             output = await self._patiently(stream, outputs.receive)
             if isinstance(output, Refused):
                 raise _refusal(output, limit_tokens=self.engine.max_context, prompt=prompt)
             if before is not None:
                 before.lease = None  # the engine ends it with this turn; a fork from here must not end it again
-            if self.cancellation is not None:
-                self.cancellation.bind(
-                    stream.response_id, lambda: self.engine.cancel(submit.request)
-                )
             await self._start(stream)
             while not isinstance(output, Finished):
                 assert not isinstance(output, Refused), "refused after it began"
-                if isinstance(output, Sampled):
+                if isinstance(output, Sampled) and not cut:
                     await self._say(speech.feed(output.tokens))
                     if speech.stopped:
                         self.engine.cancel(submit.request)
+                    elif self.cancellation.steered and speech.can_be_cut:
+                        cut = True
+                        self.engine.cancel(submit.request)
                 output = await self._patiently(stream, outputs.receive)
-        return await self._finish(resolved, stream, speech, prompt, output, supersedes)
+        reason = None if speech.stopped else _INCOMPLETE[output.reason]
+        if cut:  # whatever else was sampled until the engine knew of it
+            reason = "cancelled" if self.cancellation.requested else "steered"
+        return await self._finish(resolved, stream, speech, prompt, output, supersedes, reason)
 
     async def _finish(
         self,
@@ -329,6 +344,7 @@ class _Turn:
         prompt: TokenIds,
         finished: Finished,
         superseded: LeaseId | None,
+        reason: str | None,
     ) -> Outcome:
         events = speech.finish()
         if finished.reason is FinishReason.FAILED:
@@ -336,7 +352,6 @@ class _Turn:
                 self.engine.reclass(finished.lease, SessionClass.CLOSED)
             await self._say([*events, *stream.fail("server_error", "The turn failed; try again.")])
             return Outcome(stream.response(), None)
-        reason = None if speech.stopped else _INCOMPLETE[finished.reason]
         events += stream.finish(
             "completed" if reason is None else "incomplete",
             reason,
@@ -347,7 +362,11 @@ class _Turn:
         if finished.lease is not None:
             self.engine.reclass(finished.lease, self._waits_for(node, finished))
             self.connection.leased(finished.lease, superseded)
-        if finished.reason is FinishReason.CANCELLED and not speech.stopped:
+        elif (
+            resolved.before is not None
+        ):  # cancelled before it held anything: nothing is superseded
+            resolved.before.lease = superseded
+        if reason == "cancelled":
             self.connection.remember_cut(self.request.stream_id, node)
         else:
             self.connection.remember(self.request.stream_id, node)
@@ -383,23 +402,27 @@ class _Turn:
         events += stream.finish("completed", None, usage=None, completed_at=int(self.clock.now()))
         node = self._node(resolved, stream, prefix, (), None)
         self.connection.remember(self.request.stream_id, node)
-        if prefix:
-            landed = trio.Event()
-            self.connection.warming[node.response_id] = landed
-            before = resolved.before
+        landed = trio.Event()
+        if (
+            prefix
+        ):  # named before the answer, begun after it: a step of the engine would hold the answer up
+            self.connection.warming[node.response_id] = WarmUp(prefix, landed)
+        outcome = await self._end(stream, node, events)
+        if not prefix:
+            return outcome
+        return replace(outcome, behind=partial(self._prefill, resolved, node, landed))
+
+    async def _prefill(self, resolved: Resolved, node: Node, landed: trio.Event) -> None:
+        warming, before = self.connection.warming, resolved.before
+        try:
+            for earlier in self._being_computed(node.tokens, before=node.response_id):
+                await earlier.landed.wait()
             supersedes = None if before is None else before.lease
             if before is not None:
                 before.lease = None
-            sampling = Sampling(max_tokens=0)
-            submit = self._submit(resolved, node.response_id, prefix, sampling, supersedes)
-            if self.background is None:
-                await self._prefill(submit, node, landed)
-            else:
-                self.background.start_soon(self._prefill, submit, node, landed)
-        return await self._end(stream, node, events)
-
-    async def _prefill(self, submit: Submit, node: Node, landed: trio.Event) -> None:
-        try:
+            submit = self._submit(
+                resolved, node.response_id, node.tokens, Sampling(max_tokens=0), supersedes
+            )
             async with self.engine.generate(submit) as outputs:
                 async for output in outputs:
                     if isinstance(output, Finished) and output.lease is not None:
@@ -407,7 +430,19 @@ class _Turn:
                         self.connection.leased(output.lease, submit.supersedes)
         finally:
             landed.set()
-            self.connection.warming.pop(node.response_id, None)
+            warming.pop(node.response_id, None)
+
+    def _being_computed(self, prompt: TokenIds, *, before: str | None = None) -> list[WarmUp]:
+        """The prefills under way that bring most of their tokens to this prompt; only those older than `before`."""
+        warming = self.connection.warming.items()
+        older = itertools.takewhile(lambda named: named[0] != before, warming)
+        return [warm for _, warm in older if 2 * _shared(warm.tokens, prompt) > len(warm.tokens)]
+
+    async def _landed(self, warm: WarmUp) -> None:
+        """Wait for a prefill, or for the turn's own cancellation."""
+        with trio.CancelScope() as waiting:
+            self.cancellation.stops(waiting.cancel)
+            await warm.landed.wait()
 
     def _submit(
         self,
@@ -534,6 +569,7 @@ _INCOMPLETE = {
     FinishReason.STOP: None,
     FinishReason.LENGTH: "max_output_tokens",
     FinishReason.CANCELLED: "cancelled",
+    FinishReason.FAILED: None,  # its response fails
 }
 
 
@@ -551,6 +587,15 @@ class _Speech:
         self._stops = StopStrings(request.stop)
         calls = bool(request.tools) and request.tool_choice.mode != "none"
         self._splitter = ToolCallSplitter() if calls else None
+        self._called = False
+        self._undecided = 0  # characters that may be markup, or the beginning of a stop string
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether something was said, nothing of it is held back, no call has begun, and it is not over anyway."""
+        held = self._undecided or self._detokenizer.holds
+        going_on = bool(self.sampled) and self.sampled[-1] not in self._stop_ids
+        return going_on and not held and not self._called
 
     @property
     def stopped(self) -> bool:
@@ -564,7 +609,9 @@ class _Speech:
                 break
             self.sampled.append(token)
             if token not in self._stop_ids:
-                events += self._text(self._stops.feed(self._detokenizer.feed((token,))))
+                text = self._detokenizer.feed((token,))
+                self._undecided += len(text)
+                events += self._text(self._stops.feed(text))
         return events
 
     def finish(self) -> list[dict[str, Any]]:
@@ -577,6 +624,7 @@ class _Speech:
         if not text:
             return []
         if self._splitter is None:
+            self._undecided -= len(text)
             return self._stream.text(text)
         return self._pieces(self._splitter.feed(text))
 
@@ -587,8 +635,10 @@ class _Speech:
         for piece in pieces:
             match piece:
                 case Said():
+                    self._undecided -= len(piece.text)
                     events += self._stream.text(piece.text)
                 case CallStart():
+                    self._called = True
                     events += self._stream.call_start(piece.name, self._new_id("call"))
                 case CallArguments():
                     events += self._stream.call_arguments(piece.delta)
@@ -640,6 +690,12 @@ def _messages(items: tuple[Item, ...], names: Mapping[str, str]) -> list[ChatMes
     if spoken or calls:
         out.append(ChatMessage("assistant", "".join(spoken), tuple(calls)))
     return out
+
+
+def _shared(one: TokenIds, other: TokenIds) -> int:
+    """How many tokens both begin with."""
+    at = diverged_at(one, other)
+    return min(len(one), len(other)) if at is None else at
 
 
 def _tool_json(tool: ToolSpec) -> dict[str, Any]:
