@@ -587,15 +587,14 @@ class _Speech:
         self._stops = StopStrings(request.stop)
         calls = bool(request.tools) and request.tool_choice.mode != "none"
         self._splitter = ToolCallSplitter() if calls else None
-        self._called = False
-        self._undecided = 0  # characters that may be markup, or the beginning of a stop string
+        self._undecided = 0  # characters that are a call's, or may be, or may begin a stop string
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether something was said, nothing of it is held back, no call has begun, and it is not over anyway."""
+        """Whether something was said, all of it is out as text (no call has begun), and it is not over anyway."""
         held = self._undecided or self._detokenizer.holds
         going_on = bool(self.sampled) and self.sampled[-1] not in self._stop_ids
-        return going_on and not held and not self._called
+        return going_on and not held
 
     @property
     def stopped(self) -> bool:
@@ -638,7 +637,6 @@ class _Speech:
                     self._undecided -= len(piece.text)
                     events += self._stream.text(piece.text)
                 case CallStart():
-                    self._called = True
                     events += self._stream.call_start(piece.name, self._new_id("call"))
                 case CallArguments():
                     events += self._stream.call_arguments(piece.delta)

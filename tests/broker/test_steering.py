@@ -288,12 +288,15 @@ async def test_a_warm_up_is_complete_and_the_articles_dialect_cannot_be_steered(
         await client.until("response.done")
 
 
-async def test_a_steer_is_not_cut_in_the_middle_of_a_character():
+async def test_a_steer_is_not_cut_in_the_middle_of_a_character(autojump_clock):
     """The rocket has four bytes, which are four tokens here."""
     async with open_rig(reply=saying("🚀" * 100, "Right.")) as rig, rig.websocket() as client:
+        rig.engine.hold()
         await client.create()
-        head = await client.until("response.output_text.delta")
+        head = await client.until("response.in_progress")
         await steer(client, head[0]["response"]["id"])
+        await wait_all_tasks_blocked()
+        rig.engine.go()
         streams, _ = await split(client, until=ended(2), events=head)
         cut = check_events(next(iter(streams.values())))
         assert cut["incomplete_details"] == {"reason": "steered"}
