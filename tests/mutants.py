@@ -646,7 +646,7 @@ MUTANTS = (
         SESSION,
         "self._lanes[lane] = (*self._lanes.get(lane, ())[:1], node)",
         "self._lanes[lane] = (node,)",
-        (IDS,),
+        (IDS, "tests/broker/test_turn.py"),
     ),
     Mutant(
         "socket: a failed continuation leaves its parent",

@@ -256,16 +256,17 @@ class World:
 ASK = st.builds(
     Ask,
     parent=st.sampled_from([None, 0, 0, 1, 1, 1, 2, 3, 5, 9]),
-    store=st.booleans(),
+    store=st.sampled_from([False, False, True]),
     how=st.sampled_from(
         ["completes"] * 4 + ["fails", "refused", "cancelled", "cancelled", "warms"]
     ),
 )
 TENANT = st.sampled_from(TENANTS[:1] * 3 + TENANTS[1:])
-NUMBER = st.integers(0, SOCKETS - 1)
+NUMBER = st.sampled_from([0, 0, 0, *range(SOCKETS)])
+LANE = st.sampled_from([None, None, None, *LANES])
 STEPS = st.lists(
     st.one_of(
-        *[st.tuples(st.just("lane"), TENANT, NUMBER, st.sampled_from(LANES), ASK)] * 5,
+        *[st.tuples(st.just("lane"), TENANT, NUMBER, LANE, ASK)] * 6,
         st.tuples(
             st.just("lanes"),
             TENANT,
@@ -276,8 +277,8 @@ STEPS = st.lists(
         st.tuples(st.just("reconnect"), TENANT, NUMBER),
         st.tuples(st.just("delete"), TENANT, st.integers(0, 30)),
     ),
-    min_size=3,
-    max_size=16,
+    min_size=8,
+    max_size=24,
 )
 
 
