@@ -136,6 +136,14 @@ def _parser() -> argparse.ArgumentParser:
 
     tiers_bench.add_arguments(moves)
     moves.set_defaults(run=tiers_bench.main)
+
+    events = benchmarks.add_parser(
+        "events", help="from a sampled token to its event's bytes on the socket"
+    )
+    from broker.bench import events as events_bench
+
+    events_bench.add_arguments(events)
+    events.set_defaults(run=events_bench.main)
     return parser
 
 

@@ -154,6 +154,7 @@ class WebSocket:
     enabled: bool = True
     max_message: Annotated[Bytes, Within(KIB, GIB)] = Bytes(32 * MIB)
     max_fragments: Annotated[int, Within(1)] = 1024
+    message_timeout: Annotated[Seconds, Within(1)] = Seconds(60.0)
     ping_interval: Annotated[Seconds, Within(1)] = Seconds(20.0)
     ping_timeout: Annotated[Seconds, Within(1)] = Seconds(20.0)
     max_lifetime: Annotated[Seconds, Within(1)] = Seconds(3600.0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,7 +20,7 @@ import trio
 
 from broker.background import Background
 from broker.conversations import Conversations
-from broker.errors import ContextTooLong, NotFound, Overloaded
+from broker.errors import BrokerError, ContextTooLong, NotFound, Overloaded
 from broker.foresight import expect
 from broker.metrics import EdgeReport
 from broker.recall import Recall
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from broker.admission import Admission
     from broker.config import Config
     from broker.session import ConnectionScope, Sessions
-    from broker.turn import Cancellation, Clock
+    from broker.turn import Cancellation, Clock, Outcome
     from broker.wire.requests import TurnRequest
     from broker.wire.responses_out import ResponseStream
     from engine.api import EngineReport
@@ -97,14 +98,43 @@ class Port:
     ) -> Outcome:
         """Run one turn to its terminal event. Raises BrokerError if it is refused before its first event.
 
+        A warm-up's prefill goes on in `background`, in the place that the turn was given; without one it is waited for.
         `queued` is the stream of a response that exists already; such a turn waits for its place however long.
         """
+        try:
+            return await self._turn(
+                request,
+                transport=transport,
+                tenant=tenant,
+                scope=scope,
+                emit=emit,
+                background=background,
+                cancellation=cancellation,
+                queued=queued,
+            )
+        except BrokerError:
+            scope.failed(request.stream_id, request.previous_response_id)
+            raise
+
+    async def _turn(
+        self,
+        request: TurnRequest,
+        *,
+        transport: str,
+        tenant: Tenant,
+        scope: ConnectionScope,
+        emit: Emit,
+        background: trio.Nursery | None,
+        cancellation: Cancellation | None,
+        queued: ResponseStream | None,
+    ) -> Outcome:
         self.check_open()
         self.check_model(request.model)
-        async with (
-            self.admission.place(patient=queued is not None),
-            self.conversations.turn(tenant, request, emit) as (request, emit),
-        ):
+        async with AsyncExitStack() as place:
+            await place.enter_async_context(self.admission.place(patient=queued is not None))
+            request, emit = await place.enter_async_context(
+                self.conversations.turn(tenant, request, emit)
+            )
             self.turns_total[transport] += 1
             outcome = await run_turn(
                 request,
@@ -116,10 +146,14 @@ class Port:
                 clock=self.clock,
                 new_id=self.new_id,
                 retention=self._retention,
-                background=background,
                 cancellation=cancellation,
                 queued=queued,
             )
+            if outcome.behind is not None:
+                if background is None:
+                    await outcome.behind()
+                else:
+                    background.start_soon(_run_in, place.pop_all(), outcome.behind)
         if outcome.durable is not None:
             self._note_stored(disk_takes=outcome.durable)
         return outcome
@@ -216,3 +250,8 @@ class Port:
             stored_total=dict(self.stored_total),
             background=self.background.running,
         )
+
+
+async def _run_in(place: AsyncExitStack, work: Callable[[], Awaitable[None]]) -> None:
+    async with place:
+        await work()

@@ -209,6 +209,14 @@ class Landing(Protocol):
     async def wait(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """A prefill under way."""
+
+    tokens: TokenIds
+    landed: Landing
+
+
 class Reclasser(Protocol):
     def reclass(self, lease: LeaseId, to: SessionClass) -> None: ...
 
@@ -224,9 +232,9 @@ class ConnectionScope:
     socket: bool = (
         False  # whether its end will be seen: only then is an open one known to be in a burst
     )
-    warming: dict[str, Landing] = field(
+    warming: dict[str, WarmUp] = field(
         default_factory=dict
-    )  # {warm-up's response id: its prefill}
+    )  # {warm-up's response id: its prefill}, oldest first
     _lanes: dict[str | None, tuple[Node, ...]] = field(
         default_factory=dict
     )  # {lane: latest and, if cut, the one before}

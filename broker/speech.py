@@ -68,6 +68,17 @@ class Speech:
         self._calls = splitter(text.tool_syntax) if callable_tools(request) else None
         self._input: InputReader | None = None  # of the open call, if it is a custom tool's
         self._logprobs: list[Event] = []  # of tokens whose text is not said yet
+        self._unstopped = 0  # characters that may begin a stop string
+        self._undecided = 0  # characters that are a call's, or may be
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether something was said, all of it is out as text (no thought or call has begun), and it is not over anyway."""
+        thoughts = self._thoughts
+        thinking = thoughts is not None and (thoughts.thinking or thoughts.holds)
+        held = self._undecided or self._unstopped or self._detokenizer.holds or thinking
+        going_on = bool(self.sampled) and self.sampled[-1] not in self._stop_ids
+        return going_on and not held
 
     @property
     def stopped(self) -> bool:
@@ -90,7 +101,10 @@ class Speech:
             if sampled.likelihoods:
                 self._logprobs.append(self._logprob(token, sampled.likelihoods[at]))
             thinking = self._thoughts is not None and self._thoughts.thinking
-            events += self._text(self._stops.feed(self._detokenizer.feed((token,))))
+            text = self._detokenizer.feed((token,))
+            clear = self._stops.feed(text)
+            self._unstopped += len(text) - len(clear)
+            events += self._text(clear)
             if thinking or (self._thoughts is not None and self._thoughts.thinking):
                 self.reasoning_tokens += 1
         return events
@@ -128,6 +142,7 @@ class Speech:
         return events
 
     def _rest(self, text: str) -> list[Event]:
+        self._undecided += len(text)
         if self._raw is None:
             return self._unraw(text)
         return self._raw_pieces(self._raw.feed(text))
@@ -177,6 +192,7 @@ class Speech:
 
     def _say(self, text: str) -> list[Event]:
         """The text and its tokens: the last ones, as many as spell it. Those before were markup."""
+        self._undecided -= len(text)
         waiting, self._logprobs = self._logprobs, []
         spelled, first = 0, len(waiting)
         while first and spelled < len(text.encode()):

@@ -19,13 +19,16 @@ Laws
     `"homeport:stored": "memory"`, and the id answers until a restart.
     The KV of what a request names is asked for as soon as the name is read, before anything is rendered.
     If the caller goes away, so does the generation; what it computed stays cached.
+    What a warm-up of this connection is computing is waited for, not computed a second time, whatever names it.
+    A steered turn ends where its output can be cut: some of it said, none of it held back, no call begun.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -39,7 +42,7 @@ from broker.errors import BadRequest, BrokerError, ContextTooLong, Overloaded, T
 from broker.foresight import expect
 from broker.forms import Markup, form_of
 from broker.recall import Manifests, Recall, Recalled, continued
-from broker.session import Node, Part, to_manifest
+from broker.session import Node, Part, WarmUp, to_manifest
 from broker.speech import Speech
 from broker.truncation import Truncated, truncate
 from broker.wire.item_json import item_json, item_prefix
@@ -136,28 +139,37 @@ class Outcome:
     response: Mapping[str, Any]
     node: Node | None  # None: it failed, and cannot be continued
     durable: bool | None = None  # whether the disk took what was to be stored; None: nothing was
+    behind: Callable[[], Awaitable[None]] | None = None  # a warm-up's prefill, still to be run
 
 
 class Cancellation:
-    """The transport's handle on a turn: stop sampling, end in `response.incomplete`. Never waits."""
+    """The transport's handle on a turn. Never waits.
 
-    __slots__ = ("_requested", "_stop", "reason", "response_id")
+    request   stop sampling, end in `response.incomplete`
+    steer     the same, but where the output can be cut; a turn that cannot be cut any more goes on to its end
+    """
+
+    __slots__ = ("_stop", "reason", "requested", "response_id", "steered")
 
     def __init__(self) -> None:
         self.response_id: str | None = None  # known before the first event
         self.reason = "cancelled"  # in the response's `incomplete_details`
-        self._requested = False
+        self.requested = False
+        self.steered = False
         self._stop: Callable[[], None] | None = None
 
     def request(self) -> None:
-        self._requested = True
+        self.requested = True
         if self._stop is not None:
             self._stop()
 
-    def bind(self, response_id: str, stop: Callable[[], None]) -> None:
-        self.response_id = response_id
+    def steer(self) -> None:
+        self.steered = True
+
+    def stops(self, stop: Callable[[], None]) -> None:
+        """From now on `request` does this; at once, if it was made before."""
         self._stop = stop
-        if self._requested:
+        if self.requested:
             stop()
 
 
@@ -196,14 +208,13 @@ async def run_turn(
     clock: Clock,
     new_id: Callable[[str], str],
     retention: Retention = _ANY_RETENTION,
-    background: trio.Nursery | None = None,
     cancellation: Cancellation | None = None,
     queued: ResponseStream | None = None,
 ) -> Outcome:
-    """Serve one request. `emit` is awaited for each event in turn; `background` outlives the turn (warm-ups).
+    """Serve one request. `emit` is awaited for each event in turn.
 
     `queued` is the response's stream, where its first events have been said already.
-
+    Whoever gets an outcome with something `behind` it runs that, once, or cancels it: others may wait for it.
     Raises BrokerError if nothing was emitted: the transport says it in its own way.
     """
     turn = _Turn(
@@ -216,8 +227,7 @@ async def run_turn(
         clock,
         new_id,
         retention,
-        background,
-        cancellation,
+        cancellation or Cancellation(),
         queued,
     )
     try:
@@ -294,8 +304,7 @@ class _Turn:
     clock: Clock
     new_id: Callable[[str], str]
     retention: Retention = _ANY_RETENTION
-    background: trio.Nursery | None = None
-    cancellation: Cancellation | None = None
+    cancellation: Cancellation = field(default_factory=Cancellation)
     queued: ResponseStream | None = None
     started: bool = False  # the first event is out: from now on, errors are events
 
@@ -305,6 +314,7 @@ class _Turn:
             self.request, self.engine, self.clock, self.new_id, self.retention
         )
         stream.resolved(resolved.request)
+        self.cancellation.response_id = stream.response_id
         if not self.request.generate:
             return await self._warm_up(resolved, stream)
         try:
@@ -426,9 +436,8 @@ class _Turn:
         divergence = self._divergence(resolved, prompt)
         if divergence is not None:
             stream.diverged(divergence.at, divergence.part)
-        if before is not None and before.response_id in self.connection.warming:
-            # The engine shares what is computed, not what is being computed.
-            await self._patiently(stream, self.connection.warming[before.response_id].wait)
+        for warm in self._being_computed(prompt):
+            await self._patiently(stream, partial(self._landed, warm))
         most = room if request.max_output_tokens is None else request.max_output_tokens
         text = self.engine.text
         thinking = text.thinks_after(prompt)
@@ -454,28 +463,34 @@ class _Turn:
             token_bytes=self.engine.token_bytes,
             thinking=thinking,
         )
+        cut = False
         async with self._generating(submit) as outputs:
+            self.cancellation.stops(lambda: self.engine.cancel(submit.request))
             cuts = self._cuts(resolved, prompt)  # while the engine is at work
             output = await self._patiently(stream, outputs.receive)
             if isinstance(output, Refused):
                 raise _refusal(output, limit_tokens=self.engine.max_context, prompt=prompt)
             if before is not None:
                 before.lease = None  # the engine ends it with this turn; a fork from here must not end it again
-            if self.cancellation is not None:
-                self.cancellation.bind(
-                    stream.response_id, lambda: self.engine.cancel(submit.request)
-                )
             assert isinstance(output, Began), "a request begins before anything else"
             stream.prompt_known(len(prompt), output.cached, cuts)
             await (self.emit(stream.keepalive()) if self.started else self._start(stream))
             while not isinstance(output, Finished):
                 assert not isinstance(output, Refused), "refused after it began"
-                if isinstance(output, Sampled):
+                if isinstance(output, Sampled) and not cut:
                     await self._say(speech.feed(output))
                     if speech.stopped:
                         self.engine.cancel(submit.request)
+                    elif self.cancellation.steered and speech.can_be_cut:
+                        cut = True
+                        self.engine.cancel(submit.request)
                 output = await self._patiently(stream, outputs.receive)
-        return await self._finish(resolved, stream, speech, prompt, output, supersedes)
+        reason = None if speech.stopped else _INCOMPLETE[output.reason]
+        if cut:  # whatever else was sampled until the engine knew of it
+            reason = "cancelled" if self.cancellation.requested else "steered"
+        if reason == "cancelled":
+            reason = self.cancellation.reason
+        return await self._finish(resolved, stream, speech, prompt, output, supersedes, reason)
 
     @asynccontextmanager
     async def _generating(self, submit: Submit) -> AsyncIterator[trio.MemoryReceiveChannel[Output]]:
@@ -495,6 +510,7 @@ class _Turn:
         prompt: TokenIds,
         finished: Finished,
         superseded: LeaseId | None,
+        reason: str | None,
     ) -> Outcome:
         events = speech.finish()
         self._diagnose(resolved, stream, prompt, finished.usage)
@@ -505,9 +521,6 @@ class _Turn:
             return Outcome(stream.response(), None)
         if speech.stop_sequence is not None:
             stream.stopped_at(speech.stop_sequence)
-        reason = None if speech.stopped else _INCOMPLETE[finished.reason]
-        if reason == "cancelled" and self.cancellation is not None:
-            reason = self.cancellation.reason
         events += stream.finish(
             "completed" if reason is None else "incomplete",
             reason,
@@ -519,7 +532,11 @@ class _Turn:
         if finished.lease is not None:
             self.engine.reclass(finished.lease, self._waits_for(node, finished))
             self.connection.leased(finished.lease, superseded)
-        if finished.reason is FinishReason.CANCELLED and not speech.stopped:
+        elif (
+            resolved.before is not None
+        ):  # cancelled before it held anything: nothing is superseded
+            resolved.before.lease = superseded
+        if reason == "cancelled":
             self.connection.remember_cut(self.request.stream_id, node)
         else:
             self.connection.remember(self.request.stream_id, node)
@@ -627,9 +644,8 @@ class _Turn:
         submit = self._submit(resolved, self.new_id("cmp"), prompt, sampling, None)
         sampled: list[int] = []
         async with self.engine.generate(submit) as outputs:
-            if self.cancellation is not None and stream is not None:
-                stop = partial(self.engine.cancel, submit.request)
-                self.cancellation.bind(stream.response_id, stop)
+            if stream is not None:
+                self.cancellation.stops(partial(self.engine.cancel, submit.request))
             while True:
                 wait = outputs.receive
                 output = await (wait() if stream is None else self._patiently(stream, wait))
@@ -685,23 +701,27 @@ class _Turn:
         events += stream.finish("completed", None, usage=None, completed_at=int(self.clock.now()))
         node = self._node(resolved, stream, prefix, (), None)
         self.connection.remember(self.request.stream_id, node)
-        if prefix:
-            landed = trio.Event()
-            self.connection.warming[node.response_id] = landed
-            before = resolved.before
+        landed = trio.Event()
+        if (
+            prefix
+        ):  # named before the answer, begun after it: a step of the engine would hold the answer up
+            self.connection.warming[node.response_id] = WarmUp(prefix, landed)
+        outcome = await self._end(stream, node, events)
+        if not prefix:
+            return outcome
+        return replace(outcome, behind=partial(self._prefill, resolved, node, landed))
+
+    async def _prefill(self, resolved: Resolved, node: Node, landed: trio.Event) -> None:
+        warming, before = self.connection.warming, resolved.before
+        try:
+            for earlier in self._being_computed(node.tokens, before=node.response_id):
+                await earlier.landed.wait()
             supersedes = None if before is None else before.lease
             if before is not None:
                 before.lease = None
-            sampling = Sampling(max_tokens=0)
-            submit = self._submit(resolved, node.response_id, prefix, sampling, supersedes)
-            if self.background is None:
-                await self._prefill(submit, node, landed)
-            else:
-                self.background.start_soon(self._prefill, submit, node, landed)
-        return await self._end(stream, node, events)
-
-    async def _prefill(self, submit: Submit, node: Node, landed: trio.Event) -> None:
-        try:
+            submit = self._submit(
+                resolved, node.response_id, node.tokens, Sampling(max_tokens=0), supersedes
+            )
             async with self.engine.generate(submit) as outputs:
                 async for output in outputs:
                     if isinstance(output, Finished) and output.lease is not None:
@@ -709,7 +729,19 @@ class _Turn:
                         self.connection.leased(output.lease, submit.supersedes)
         finally:
             landed.set()
-            self.connection.warming.pop(node.response_id, None)
+            warming.pop(node.response_id, None)
+
+    def _being_computed(self, prompt: TokenIds, *, before: str | None = None) -> list[WarmUp]:
+        """The prefills under way that bring most of their tokens to this prompt; only those older than `before`."""
+        warming = self.connection.warming.items()
+        older = itertools.takewhile(lambda named: named[0] != before, warming)
+        return [warm for _, warm in older if 2 * _shared(warm.tokens, prompt) > len(warm.tokens)]
+
+    async def _landed(self, warm: WarmUp) -> None:
+        """Wait for a prefill, or for the turn's own cancellation."""
+        with trio.CancelScope() as waiting:
+            self.cancellation.stops(waiting.cancel)
+            await warm.landed.wait()
 
     def _submit(
         self,
@@ -852,6 +884,7 @@ _INCOMPLETE = {
     FinishReason.STOP: None,
     FinishReason.LENGTH: "max_output_tokens",
     FinishReason.CANCELLED: "cancelled",
+    FinishReason.FAILED: None,  # its response fails
 }
 
 
@@ -928,6 +961,12 @@ def same_tools(some: tuple[ToolSpec, ...], others: tuple[ToolSpec, ...]) -> bool
 def _as_before(tools: tuple[ToolSpec, ...], before: Node | None) -> tuple[ToolSpec, ...]:
     """The tools as the turn before had them, if they are the same: in another order they would be another prompt."""
     return before.tools if before is not None and same_tools(tools, before.tools) else tools
+
+
+def _shared(one: TokenIds, other: TokenIds) -> int:
+    """How many tokens both begin with."""
+    at = diverged_at(one, other)
+    return min(len(one), len(other)) if at is None else at
 
 
 def _tool_json(tool: ToolSpec) -> dict[str, Any]:

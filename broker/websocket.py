@@ -1,27 +1,36 @@
 """The WebSocket side: Responses events as JSON text frames, on lanes.
 
-    reader     the only task that receives; parses, starts and cancels turns, and waits for nothing but the socket
+    reader     the only task that receives; parses, starts, steers and cancels turns, and waits for nothing but the
+               socket, and a thread that parses a large frame
     writer     the only task that sends messages, outside every turn's cancel scope: a cancelled send tears its frame
     lane ...   one task per lane: its turns one after the other, each with its events into the outbox
+    lifetime   hosts the lanes, and ends them when the connection is as old as it may get
     pinger     a ping with a deadline; a missing pong is death, silence is not
-    lifetime   the oldest a connection may get
     drain      on shutdown: the running turns' grace, then close 1012, on which clients reconnect by themselves
 
 Laws
     Host, Origin and key are checked before the upgrade, and refusals are plain HTTP with a proper status.
-    Every queue has a bound and an answer: the lanes share `max_queued` creates (then an error event), the outbox has
-    room for `_EVENTS` events of lanes (then the lane waits) and `_REPLIES` of the reader (then the connection ends:
-    a peer that sends and never reads).
-    A create is answered on its lane, in its lane's order, by a terminal event or an error event; never both.
+    Every queue has a bound and an answer: the lanes share `max_queued` creates (then an error event, `_REFUSALS` of
+    which may wait before the connection is closed), the outbox has room for `_EVENTS` events of lanes (then the lane
+    waits) and `_REPLIES` of the reader (then the connection ends: a peer that sends and never reads).
+    A create is answered on its lane, in its lane's order, by a terminal event or an error event; never both. That
+    holds to the end of the connection's lifetime: what runs or waits then is answered by the error that says so.
     When the connection goes, so do its turns and its `store: false` ids. What they computed stays cached.
     Unknown client events are ignored: a late error would be read as the answer to the next request.
+
+Close codes, which decide whether clients come back by themselves (they do after 1011, 1012 and 1013):
+    1000 the lifetime is over   1002, 1007 a broken frame, no UTF-8   1003 a binary frame   1008 fragments without end
+    1009 a message over `max_message`   1011 a fault of ours   1012 we restart   1013 a flood of requests
+    A peer's own code is sent back to it. One that is gone, or does not read, gets none.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 import trio
 from trio_websocket import ConnectionClosed, wrap_server_stream
@@ -34,6 +43,7 @@ from broker.turn import Cancellation
 from broker.wire.article import Dialogue, done_event
 from broker.wire.responses_out import TERMINAL_EVENTS
 from broker.wire.sse import json_text
+from broker.wire.steering import Steer, Steering, unknown_target
 from broker.wire.ws_frames import (
     ArticleItem,
     ArticleOpening,
@@ -41,13 +51,11 @@ from broker.wire.ws_frames import (
     Create,
     Ignored,
     Refused,
-    Steer,
     parse_frame,
-    steer_failed,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from trio_websocket import WebSocketConnection
 
@@ -55,7 +63,10 @@ if TYPE_CHECKING:
     from broker.config import WebSocket
     from broker.listen import Arrival
     from broker.port import Emit, Port
+    from broker.turn import Outcome
     from broker.wire.requests import TurnRequest
+    from broker.wire.responses_out import Event
+    from broker.wire.ws_frames import Frame
 
     Asked = Create | ArticleOpening | ArticleItem | Refused  # what waits in a lane
 
@@ -66,6 +77,12 @@ ECHO_PATH = "/echo"
 
 _EVENTS = 16
 _REPLIES = 32
+_REFUSALS = 64  # creates over the bound that wait to be refused, each in its lane's order (guessed)
+_LARGE_FRAME = (
+    1 << 16
+)  # characters; parsing takes up to 0.4 s a MiB (measured), and until then the loop stands
+_LAST_WORD_S = 1.0
+_CLOSE_FRAME = 0x88  # a final frame with the opcode of a close
 _RECEIVE_BYTES = 4096  # loop lag under a flood of empty fragments: 18 ms, against 586 ms at 64 KiB
 
 
@@ -116,6 +133,11 @@ class Fragments:
         self._skip = 0  # payload bytes still to come
         self._frames = 0  # of the message that is not finished
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether a message, or a frame of one, has begun and not ended."""
+        return bool(self._header or self._skip or self._frames)
+
     def exceeded_by(self, data: bytes) -> bool:
         """Whether a message has more frames than allowed, `data` included."""
         at = 0
@@ -152,27 +174,45 @@ class Fragments:
 
 
 class Metered(trio.abc.Stream):
-    """The client's stream with `Fragments` on what comes after the handshake's head."""
+    """The client's stream with limits on what comes after the handshake's head: how many frames a message has, and how
+    long it takes. Whoever passes one is reported to `abused`, with the limit's name; from then on he is read and dropped.
+    """
 
-    def __init__(self, arrival: Arrival, max_fragments: int, flooded: Callable[[], None]) -> None:
+    def __init__(
+        self, arrival: Arrival, settings: WebSocket, abused: Callable[[str], None]
+    ) -> None:
         self._stream = arrival.stream
         self._head_bytes = arrival.head_bytes
-        self._fragments = Fragments(max_fragments)
-        self._flooded = flooded
+        self._fragments = Fragments(settings.max_fragments)
+        self._timeout_s = settings.message_timeout
+        self._due = math.inf  # when the message that has begun must be there
+        self._abused = abused
+        self.close_sent = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """As of the stream. A flood is reported, and from then on read and dropped."""
-        data = await self._stream.receive_some(max_bytes)
+        """As of the stream."""
+        data = b""
+        with trio.move_on_at(self._due) as in_time:
+            data = await self._stream.receive_some(max_bytes)
         head = min(self._head_bytes, len(data))
         self._head_bytes -= head
-        if not self._fragments.exceeded_by(data[head:]):
+        if in_time.cancelled_caught:
+            self._abused(f"A message took longer than {self._timeout_s:g} s.")
+        elif self._fragments.exceeded_by(data[head:]):
+            self._abused("Too many fragments.")
+        else:
+            if not self._fragments.unfinished:
+                self._due = math.inf
+            elif self._due == math.inf:
+                self._due = trio.current_time() + self._timeout_s
             return data
-        self._flooded()
-        while data:
-            data = await self._stream.receive_some(max_bytes)
-        return data
+        while await self._stream.receive_some(max_bytes):
+            pass
+        return b""
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """A whole frame at a time, as the library does."""
+        self.close_sent = self.close_sent or data[0] == _CLOSE_FRAME
         await self._stream.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
@@ -198,6 +238,8 @@ class Lane:
 
     name: str | None
     asked: trio.MemorySendChannel[Asked]
+    steering: Steering
+    waiting: int = 0  # frames that wait or are served
     running: Cancellation | None = None
 
 
@@ -210,13 +252,21 @@ class Connection:
     scope: ConnectionScope
     dialogue: Dialogue = field(default_factory=Dialogue)
     lanes: dict[str | None, Lane] = field(default_factory=dict)
-    asked: int = 0  # creates that wait in lanes or run
     quiet: trio.Event = field(default_factory=trio.Event)  # set when we stop and nothing runs
+    closed: trio.Event = field(default_factory=trio.Event)  # nothing is sent any more
+    expired: bool = False
+    stream: Metered = field(init=False)
     ws: WebSocketConnection = field(init=False)
     nursery: trio.Nursery = field(init=False)
+    turns: trio.Nursery = field(init=False)
     outbox: trio.MemorySendChannel[Text | Close] = field(init=False)
     places: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(_EVENTS))
     in_flight: trio.Semaphore = field(init=False)
+
+    @property
+    def asked(self) -> int:
+        """Creates that wait in lanes or run."""
+        return sum(lane.waiting for lane in self.lanes.values())
 
     async def run(self, arrival: Arrival) -> None:
         """Serve the client. Returns when either side has ended it, whatever the reason."""
@@ -226,12 +276,12 @@ class Connection:
         try:
             async with trio.open_nursery() as self.nursery:
                 self.nursery.start_soon(self.port.expect, self.tenant, self.scope.labels)
-                metered = Metered(arrival, settings.max_fragments, self._flooded)
-                self.ws = await _upgrade(self.nursery, metered, settings)
+                self.stream = Metered(arrival, settings, self._abused)
+                self.ws = await _upgrade(self.nursery, self.stream, settings)
                 self.nursery.start_soon(self._write, outgoing)
                 self.nursery.start_soon(self._ping)
-                self.nursery.start_soon(self._expire)
                 self.nursery.start_soon(self._drain)
+                await self.nursery.start(self._live)
                 await self._read()
         finally:
             self.scope.close(self.port.engine)
@@ -242,46 +292,76 @@ class Connection:
         while True:
             try:
                 message = await self.ws.get_message()
-            except ConnectionClosed:
+            except ConnectionClosed as ended:
+                await self._answer_violation(ended.reason.code)
                 break
             if isinstance(message, bytes):
                 self._close(1003, "Text frames only.")
+            elif len(message) < _LARGE_FRAME:
+                self._take(parse_frame(message))
             else:
-                self._take(message)
+                self._take(
+                    await trio.to_thread.run_sync(parse_frame, message, abandon_on_cancel=True)
+                )
         self.nursery.cancel_scope.cancel()
 
-    def _take(self, text: str) -> None:
+    async def _answer_violation(self, code: int) -> None:
+        """The library ends a connection that broke the protocol without a word: say why."""
+        if code not in (1002, 1007) or self.stream.close_sent:
+            return
+        self._close(code, "")  # ends the writer: what it has begun to send is whole
+        with trio.move_on_after(_LAST_WORD_S, shield=True):
+            await self.closed.wait()
+            await self.stream.send_all(struct.pack("!BBH", _CLOSE_FRAME, 2, code))
+
+    def _take(self, frame: Frame) -> None:
         """One frame: started, queued or answered, without waiting."""
-        frame = parse_frame(text)
+        if self.expired:
+            return
         match frame:
             case Create():
-                self._ask(frame, frame.request.stream_id)
+                self._ask(frame, frame.request.stream_id, frame.request.previous_response_id)
             case Refused():
-                self._ask(frame, frame.stream_id)
+                self._ask(frame, frame.stream_id, frame.previous_response_id)
             case ArticleOpening() | ArticleItem():
-                self._ask(frame, None)
+                self._ask(frame, None, None)
             case Cancel():
                 for lane in self.lanes.values():
-                    if lane.running and frame.response_id in (None, lane.running.response_id):
+                    if lane.running and frame.means(lane.name, lane.running.response_id):
                         lane.running.request()
             case Steer():
-                self._reply(steer_failed(frame))
+                self._steer(frame)
             case Ignored():
                 log.debug("ignored a client event of type %s", frame.type[:64])
             case _:
                 assert_never(frame)
 
-    def _ask(self, frame: Asked, name: str | None) -> None:
-        """Put a create in its lane, or answer why not."""
+    def _steer(self, steer: Steer) -> None:
+        for lane in self.lanes.values():
+            if lane.steering.knows(steer.previous_response_id):
+                answer = lane.steering.offer(steer)
+                self._reply(answer)
+                if answer["type"] == "response.steer.accepted" and lane.running:
+                    lane.running.steer()
+                return
+        self._reply(unknown_target(steer))
+
+    def _ask(self, frame: Asked, name: str | None, parent: str | None) -> None:
+        """Put a create in its lane. One too many is refused there, in its turn."""
         settings = self.port.config.websocket
         try:
             lane = self.lanes.get(name) or self._new_lane(name, settings)
-            if self.asked >= settings.max_queued + settings.max_in_flight:
-                raise Overloaded("Too many requests wait on this connection.", retry_after_s=1.0)
-        except BrokerError as error:
+        except BadRequest as error:
             self._reply(error_event(error, stream_id=name))
             return
-        self.asked += 1
+        over = self.asked - settings.max_queued - settings.max_in_flight
+        if over >= _REFUSALS:
+            self._close(1013, "Too many requests.")
+            return
+        if over >= 0:
+            late = Overloaded("Too many requests wait on this connection.", retry_after_s=1.0)
+            frame = Refused(late, name, parent)
+        lane.waiting += 1
         lane.asked.send_nowait(frame)
 
     def _new_lane(self, name: str | None, settings: WebSocket) -> Lane:
@@ -292,10 +372,10 @@ class Connection:
                 code="websocket_stream_limit_reached",
                 param="stream_id",
             )
-        bound = settings.max_queued + settings.max_in_flight
+        bound = settings.max_queued + settings.max_in_flight + _REFUSALS
         send, receive = trio.open_memory_channel["Asked"](bound)
-        lane = self.lanes[name] = Lane(name, send)
-        self.nursery.start_soon(self._serve_lane, lane, receive)
+        lane = self.lanes[name] = Lane(name, send, Steering(name, self.port.new_id))
+        self.turns.start_soon(self._serve_lane, lane, receive)
         return lane
 
     # lanes
@@ -303,65 +383,102 @@ class Connection:
     async def _serve_lane(self, lane: Lane, asked: trio.MemoryReceiveChannel[Asked]) -> None:
         async for frame in asked:
             try:
-                async with self.in_flight:
-                    await self._serve(lane, frame)
+                await self._serve(lane, frame)
             except BrokerError as error:
                 await self._say(error_event(error, stream_id=lane.name))
-            self.asked -= 1
-            if not self.asked and self.port.stopping.is_set():
+            except Exception:
+                await self._apologise()
+                raise
+            lane.waiting -= 1
+            if self.port.stopping.is_set() and not self.asked:
                 self.quiet.set()
 
     async def _serve(self, lane: Lane, frame: Asked) -> None:
         """One create, to its terminal event. Raises BrokerError for what becomes an error event."""
-        match frame:
-            case Create():
-                await self._turn(lane, frame.request)
-            case ArticleOpening():
-                await self._article_turn(lane, self.dialogue.open(frame.request))
-            case ArticleItem():
-                await self._article_turn(lane, self.dialogue.proceed(frame.item))
-            case Refused():
-                self.scope.failed(lane.name, frame.previous_response_id)
-                raise frame.error
-            case _:
-                assert_never(frame)
+        if isinstance(frame, Refused):
+            self.scope.failed(lane.name, frame.previous_response_id)
+            raise frame.error
+        async with self.in_flight:
+            match frame:
+                case Create():
+                    await self._turns(lane, frame.request, self._say, steerable=True)
+                case ArticleOpening():
+                    await self._article_turn(lane, self.dialogue.open(frame.request))
+                case ArticleItem():
+                    await self._article_turn(lane, self.dialogue.proceed(frame.item))
+                case _:
+                    assert_never(frame)
 
-    async def _turn(self, lane: Lane, request: TurnRequest) -> None:
-        await self._run_turn(lane, request, self._say)
+    async def _turns(
+        self, lane: Lane, request: TurnRequest, emit: Emit, *, steerable: bool
+    ) -> None:
+        """A client's request, and the successors that its steers make."""
+
+        async def say(event: Event) -> None:
+            after = lane.steering.told(event, steerable=steerable)
+            await emit(event)
+            await self._say_all(after)
+
+        request, left_behind = lane.steering.join(request)
+        await self._say_all(left_behind)
+        try:
+            outcome = await self._run_turn(lane, request, say)
+        except BrokerError as error:
+            await self._say_all(lane.steering.refused(error.message))
+            raise
+        while (following := lane.steering.successor(request)) is not None:
+            steered = outcome.node
+            try:
+                outcome = await self._run_turn(lane, following, say)
+            except BrokerError as error:
+                await self._say_all(lane.steering.refused(error.message))
+                assert steered is not None, "a failed response has no successor"
+                self.scope.remember(lane.name, steered)  # the client may still go on from it
+                break
 
     async def _article_turn(self, lane: Lane, request: TurnRequest) -> None:
-        async def say_and_be_done(event: dict[str, Any]) -> None:
+        async def say_and_be_done(event: Event) -> None:
             await self._say(event)
             if event["type"] in TERMINAL_EVENTS:
                 self.dialogue.answered(event["response"])
                 await self._say(done_event(event))
 
-        await self._run_turn(lane, request, say_and_be_done)
+        await self._turns(lane, request, say_and_be_done, steerable=False)
 
-    async def _run_turn(self, lane: Lane, request: TurnRequest, emit: Emit) -> None:
+    async def _run_turn(self, lane: Lane, request: TurnRequest, emit: Emit) -> Outcome:
         lane.running = Cancellation()
         try:
-            await self.port.turn(
+            return await self.port.turn(
                 request,
                 transport="websocket",
                 tenant=self.tenant,
                 scope=self.scope,
                 emit=emit,
-                background=self.nursery,
+                background=self.turns,
                 cancellation=lane.running,
             )
         finally:
             lane.running = None
 
+    async def _apologise(self) -> None:
+        """Say that the fault is ours before it ends the connection: clients come back after this code."""
+        self._close(1011, "Internal error.")
+        with trio.CancelScope(shield=True):
+            await self.closed.wait()
+
     # outbox
 
-    async def _say(self, event: dict[str, Any]) -> None:
+    async def _say_all(self, events: Iterable[Event]) -> None:
+        for event in events:
+            await self._say(event)
+
+    async def _say(self, event: Event) -> None:
         """A lane's event. Waits for a place in the outbox."""
         text = json_text(event)
         await self.places.acquire()
         self._post(Text(text, from_lane=True))
 
-    def _reply(self, event: dict[str, Any]) -> None:
+    def _reply(self, event: Event) -> None:
         """The reader's answer. Never waits."""
         self._post(Text(json_text(event), from_lane=False))
 
@@ -384,10 +501,8 @@ class Connection:
             async for item in outgoing:
                 with trio.fail_after(send_timeout_s):
                     if isinstance(item, Close):
-                        await self.ws.aclose(
-                            item.code, item.reason
-                        )  # wakes the reader, who ends it all
-                        break
+                        await self.ws.aclose(item.code, item.reason)
+                        break  # the reader is awake, too
                     await self.ws.send_message(item.text)
                 if item.from_lane:
                     self.places.release()
@@ -397,6 +512,8 @@ class Connection:
             log.info(
                 "a WebSocket client read nothing for %g s: its connection ends", send_timeout_s
             )
+        finally:
+            self.closed.set()
         self.nursery.cancel_scope.cancel()
 
     # what ends a connection
@@ -414,15 +531,24 @@ class Connection:
                 log.info("no pong for %g s: the connection ends", settings.ping_timeout)
                 self.nursery.cancel_scope.cancel()
 
-    async def _expire(self) -> None:
+    async def _live(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """The lanes' life: the connection's, but for the oldest that one may get. Turns that run then are cut, and what
+        they computed stays cached."""
         lifetime_s = self.port.config.websocket.max_lifetime
-        await trio.sleep(lifetime_s)
+        with trio.move_on_after(lifetime_s):
+            async with trio.open_nursery() as self.turns:
+                task_status.started()
+                await trio.sleep_forever()
+        self.expired = True
         error = BadRequest(
             f"Responses websocket connection limit reached ({lifetime_s / 60:g} minutes)."
             " Create a new websocket connection to continue.",
             code="websocket_connection_limit_reached",
         )
-        self._reply(error_event(error))
+        for lane in self.lanes.values():
+            if lane.waiting and lane.name is not None:
+                await self._say(error_event(error, stream_id=lane.name))
+        await self._say(error_event(error))
         self._close(1000, "connection limit reached")
 
     async def _drain(self) -> None:
@@ -432,8 +558,8 @@ class Connection:
                 await self.quiet.wait()
         self._close(1012, "restarting")
 
-    def _flooded(self) -> None:
-        self._close(1008, "Too many fragments.")
+    def _abused(self, limit: str) -> None:
+        self._close(1008, limit)
 
 
 async def _upgrade(
@@ -452,11 +578,11 @@ async def _upgrade(
 async def _echo(arrival: Arrival, settings: WebSocket) -> None:
     """Every message back, text or binary: the same transport, for conformance suites."""
 
-    def flooded() -> None:
+    def abused(limit: str) -> None:
         nursery.cancel_scope.cancel()
 
     async with trio.open_nursery() as nursery:
-        ws = await _upgrade(nursery, Metered(arrival, settings.max_fragments, flooded), settings)
+        ws = await _upgrade(nursery, Metered(arrival, settings, abused), settings)
         try:
             while True:
                 await ws.send_message(await ws.get_message())

@@ -462,6 +462,11 @@ class Detokenizer:
         self._context: list[int] = []  # given out already
         self._held: list[int] = []
 
+    @property
+    def holds(self) -> bool:
+        """Whether a character is unfinished."""
+        return bool(self._held)
+
     def feed(self, tokens: Iterable[int]) -> str:
         out: list[str] = []
         for token in tokens:

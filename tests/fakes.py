@@ -203,6 +203,7 @@ class FakeService:
             matcher = Matcher(byte_grammars().compile(submit.sampling.constraint))
         send, receive = trio.open_memory_channel[Any](submit.sampling.max_tokens + 4)
         self.submitted.append(submit)
+        self._running[submit.request] = trio.CancelScope()
         self.nursery.start_soon(self._run, submit, send, matcher)
         try:
             yield receive
@@ -223,14 +224,16 @@ class FakeService:
         request, sampling, prompt = submit.request, submit.sampling, submit.prompt
         with send:
             if (refusal := self._refusal(submit)) is not None:
+                del self._running[request]
                 send.send_nowait(refusal)
                 return
             cached = self._cached(submit)
             said: list[int] = []
             reason = FinishReason.STOP
-            with trio.CancelScope() as scope:
-                self._running[request] = scope
+            began = False
+            with self._running[request] as scope:
                 await self._gate.wait()
+                began = True
                 _offer(send, Began(request, cached))
                 answer = self.reply(prompt)[: sampling.max_tokens] if sampling.max_tokens else ()
                 answer = answer if matcher is None else _allowed(answer, matcher)
@@ -251,10 +254,14 @@ class FakeService:
                 reason = FinishReason.CANCELLED
                 self.cancelled.append(request)
             del self._running[request]
-            lease = LeaseId(int(request) + 1000)
-            self.leases.pop(submit.supersedes, None)  # type: ignore[arg-type]
-            self.leases[lease] = None
-            self.fed.append((submit.salt, prompt + tuple(said)))
+            lease: LeaseId | None = None
+            if began:
+                lease = LeaseId(int(request) + 1000)
+                self.leases.pop(submit.supersedes, None)  # type: ignore[arg-type]
+                self.leases[lease] = None
+                self.fed.append((submit.salt, prompt + tuple(said)))
+            else:
+                _offer(send, Began(request, cached))
             computed = len(prompt) - cached.total
             usage = Usage(len(prompt), cached, computed, len(said), recomputed=_reasons(computed))
             self.finished.append(Finished(request, reason, usage, lease, (b"k" * 32,)))

@@ -59,6 +59,14 @@ SAYING = ("tests/broker/wire/test_messages_out.py",)
 PLACES = ("tests/broker/test_cuts.py",)
 OVER_HTTP = ("tests/broker/test_messages.py",)
 
+SOCKET, SESSION, TURN, STEERING = (
+    "broker/websocket.py", "broker/session.py", "broker/turn.py", "broker/wire/steering.py"
+)  # fmt: skip
+LANES, STEERS, IDS = (
+    f"tests/broker/test_{name}.py" for name in ("websocket", "steering", "id_rules")
+)
+STEERS_PURE = "tests/broker/wire/test_steering.py"
+
 MUTANTS = (
     # slots
     Mutant(
@@ -913,6 +921,91 @@ MUTANTS = (
         "self._stream.text(text, waiting[first:])",
         "self._stream.text(text, waiting)",
         ("tests/broker/test_speech.py",),
+    ),
+    # sockets: lanes, ids, warm-ups, steers
+    Mutant(
+        "socket: a cancel forgets the response before it",
+        SESSION,
+        "self._lanes[lane] = (*self._lanes.get(lane, ())[:1], node)",
+        "self._lanes[lane] = (node,)",
+        (IDS, "tests/broker/test_turn.py"),
+    ),
+    Mutant(
+        "socket: a failed continuation leaves its parent",
+        SESSION,
+        "for n in self._lanes.get(lane, ()) if n.response_id != response_id)",
+        "for n in self._lanes.get(lane, ()))",
+        (IDS,),
+    ),
+    Mutant(
+        "socket: a lane refuses out of its turn",
+        SOCKET,
+        "            frame = Refused(late, name, parent)\n",
+        "            self._reply(error_event(late, stream_id=name))\n            return\n",
+        (LANES,),
+    ),
+    Mutant(
+        "socket: the end of the lifetime tells one lane only",
+        SOCKET,
+        "if lane.waiting and lane.name is not None:",
+        "if False:",
+        (LANES,),
+    ),
+    Mutant(
+        "socket: a message may take for ever",
+        SOCKET,
+        "self._due = trio.current_time() + self._timeout_s",
+        "self._due = math.inf",
+        (LANES,),
+    ),
+    Mutant(
+        "socket: a warm-up is waited for by its id only",
+        TURN,
+        "2 * _shared(warm.tokens, prompt) > len(warm.tokens)",
+        "self.request.previous_response_id == _",
+        (LANES,),
+    ),
+    Mutant(
+        "socket: every warm-up is waited for",
+        TURN,
+        "2 * _shared(warm.tokens, prompt) > len(warm.tokens)",
+        "True",
+        (LANES,),
+    ),
+    Mutant(
+        "socket: a steer cuts inside a character or a tag",
+        "broker/speech.py",
+        "return going_on and not held\n",
+        "return going_on\n",
+        (STEERS,),
+    ),
+    Mutant(
+        "socket: what the engine sampled after a cut is said",
+        TURN,
+        "if isinstance(output, Sampled) and not cut:",
+        "if isinstance(output, Sampled):",
+        (STEERS,),
+    ),
+    Mutant(
+        "socket: a successor that failed takes the steered response along",
+        SOCKET,
+        "self.scope.remember(lane.name, steered)  # the client may still go on from it",
+        "pass",
+        (STEERS,),
+    ),
+    Mutant(
+        "socket: steers of a cancelled response are dropped",
+        STEERING,
+        'return self._returned(queued, "response_not_active", f"The response was {why}.")',
+        "return []",
+        (STEERS_PURE, STEERS),
+    ),
+    Mutant(
+        "socket: steers are used twice",
+        STEERING,
+        "self._handed, self._queued = self._queued, []\n        return replace(",
+        "self._handed = self._queued\n        return replace(",
+        (STEERS_PURE, STEERS),
     ),
 )
 

@@ -20,7 +20,7 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from broker.bench.workload import Item
 
@@ -126,17 +126,24 @@ class Socket:
         self._connection = connection
 
     @classmethod
-    async def open(cls, nursery: trio.Nursery, url: str, key: str | None = None) -> Socket:
+    async def open(
+        cls,
+        nursery: trio.Nursery,
+        url: str,
+        key: str | None = None,
+        headers: Mapping[bytes, bytes] | None = None,
+    ) -> Socket:
         """`url` is the daemon's http address. Raises OSError, or trio_websocket's handshake errors."""
         host, port = _address(url)
         stream = await trio.open_tcp_stream(host, port)
         nursery.start_soon(_hold, stream)
+        fields = [(b"Authorization", f"Bearer {key}".encode())] if key else []
         connection = await wrap_client_stream(
             nursery,
             stream,
             f"{host}:{port}",
             "/v1/responses",
-            extra_headers=[(b"Authorization", f"Bearer {key}".encode())] if key else None,
+            extra_headers=[*fields, *(headers or {}).items()],
             message_queue_size=256,
             max_message_size=MESSAGE_BYTES,
         )

@@ -33,9 +33,14 @@ class Daemon:
     """`homeport serve --port 0` on `state_dir`; its log is `<state_dir>.log`, appended to by restarts."""
 
     def __init__(
-        self, state_dir: Path, *, settings: Sequence[str] = (), models: Path | None = None
+        self,
+        state_dir: Path,
+        *,
+        settings: Sequence[str] = (),
+        models: Path | None = None,
+        program: Sequence[str] = (sys.executable, "-m", "broker"),
     ) -> None:
-        """`settings` are `key.path=value`; `models` is a folder of converted models to share."""
+        """`settings` are `key.path=value`; `models` is a folder of converted models to share; `program` is `homeport`."""
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if models is not None and not (state_dir / "models").exists():
             models.mkdir(parents=True, exist_ok=True)
@@ -43,6 +48,7 @@ class Daemon:
         self.state_dir = state_dir
         self.log = state_dir.with_name(state_dir.name + ".log")
         self._settings = tuple(settings)
+        self._program = tuple(program)
         self._process: subprocess.Popen[bytes] | None = None
         self._url = ""
 
@@ -55,7 +61,7 @@ class Daemon:
     def start(self) -> float:
         """Start and wait for the ready line; seconds that took. Raises `DidNotStart`."""
         assert self._process is None, "already running"
-        command = [sys.executable, "-m", "broker", "serve", "--port", "0"]
+        command = [*self._program, "serve", "--port", "0"]
         command += ["--state-dir", str(self.state_dir)]
         for setting in self._settings:
             command += ["--set", setting]

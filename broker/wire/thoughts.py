@@ -45,6 +45,11 @@ class ThoughtSplitter:
         """Whether the text so far ends in thoughts."""
         return self._state in (_State.OPENED, _State.INSIDE)
 
+    @property
+    def holds(self) -> bool:
+        """Whether some of the text is not decided yet."""
+        return bool(self._held)
+
     def feed(self, text: str) -> list[Thought | Text]:
         self._held += text
         pieces: list[Thought | Text] = []

@@ -5,18 +5,20 @@ Laws
     like the response it would have been. An error out of turn would be read as the end of the one before it.
     A type that nobody knows is ignored without an answer: clients read only while they wait for a response,
     so a stray error would end their next turn.
+    A steer is never refused as a frame: it has answers of its own (`steering.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from broker.errors import BadRequest, ClientError
+from broker.errors import BadRequest, BrokerError, ClientError
 from broker.wire import article
-from broker.wire.fields import missing, optional_name, required_name
+from broker.wire.fields import missing, optional_name
 from broker.wire.json_in import parse_object
 from broker.wire.requests import Transport, parse_create, parse_stream_id
+from broker.wire.steering import Steer, parse_steer
 
 if TYPE_CHECKING:
     from broker.wire.fields import Json
@@ -33,17 +35,19 @@ class Create:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """`response.cancel`: the named response, or whatever runs. An id that nothing has is no error."""
+    """`response.cancel`: the named response, else what runs on the named lane, else whatever runs.
+
+    An id that nothing has is no error.
+    """
 
     response_id: str | None
+    stream_id: str | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class Steer:
-    """`response.steer`. `input` is given back as it came."""
-
-    previous_response_id: str
-    input: Json
+    def means(self, lane: str | None, response_id: str | None) -> bool:
+        """Whether it is about this response of this lane."""
+        if self.response_id is not None:
+            return self.response_id == response_id
+        return self.stream_id in (None, lane)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +67,9 @@ class Ignored:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A frame at fault. What it tried to continue is evicted, as after any failed continuation."""
+    """A frame that is not served. What it tried to continue is evicted, as after any failed continuation."""
 
-    error: ClientError
+    error: BrokerError
     stream_id: str | None = None
     previous_response_id: str | None = None
 
@@ -82,21 +86,7 @@ def parse_frame(text: str) -> Frame:
     try:
         return _parse(frame)
     except ClientError as error:
-        return Refused(error, _lane(frame), _parent(frame))
-
-
-def steer_failed(steer: Steer) -> dict[str, Any]:
-    """The answer to every steer: responses are not steered here. It belongs to no response's numbering."""
-    return {
-        "type": "response.steer.failed",
-        "sequence_number": 0,
-        "error": {
-            "type": "invalid_request_error",
-            "code": "steering_not_supported",
-            "message": "Responses of this model cannot be steered while they run.",
-        },
-        "steer": {"input": steer.input, "previous_response_id": steer.previous_response_id},
-    }
+        return _refused(frame, error)
 
 
 def _parse(frame: dict[str, Json]) -> Frame:
@@ -109,9 +99,9 @@ def _parse(frame: dict[str, Json]) -> Frame:
         case "response.create":
             return Create(parse_create(frame, transport=Transport.WEBSOCKET))
         case "response.cancel":
-            return Cancel(optional_name(frame, "response_id"))
+            return Cancel(optional_name(frame, "response_id"), parse_stream_id(frame))
         case "response.steer":
-            return Steer(required_name(frame, "previous_response_id"), frame.get("input"))
+            return parse_steer(frame)
         case "conversation.item.create":
             return ArticleItem(article.parse_item(frame))
         case str():
@@ -120,14 +110,11 @@ def _parse(frame: dict[str, Json]) -> Frame:
             raise BadRequest("A frame's 'type' is a string.", code="invalid_type", param="type")
 
 
-def _lane(frame: dict[str, Json]) -> str | None:
-    """The lane that a refusal is about; a lane that cannot be named is the default lane."""
+def _refused(frame: dict[str, Json], error: ClientError) -> Refused:
+    """The refusal of a frame, in its lane. One whose lane cannot be named is told on the default lane and evicts nothing."""
     try:
-        return parse_stream_id(frame)
+        lane = parse_stream_id(frame)
     except ClientError:
-        return None
-
-
-def _parent(frame: dict[str, Json]) -> str | None:
+        return Refused(error)
     parent = frame.get("previous_response_id")
-    return parent if isinstance(parent, str) else None
+    return Refused(error, lane, parent if isinstance(parent, str) else None)

@@ -86,9 +86,13 @@ class Desk:
             clock=self.clock,
             new_id=lambda prefix: f"{prefix}_{next(self.ids):032x}",
             retention=self.retention,
-            background=self.background,
             cancellation=cancellation,
         )
+        if outcome.behind is not None:
+            if self.background is None:
+                await outcome.behind()
+            else:
+                self.background.start_soon(outcome.behind)
         kinds = [e["type"] for e in events]
         assert [e["sequence_number"] for e in events] == list(range(len(events)))
         assert kinds[:2] == ["response.created", "response.in_progress"]

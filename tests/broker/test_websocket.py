@@ -14,7 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from broker.websocket import Fragments
 from tests.broker.rig import open_rig
-from tests.broker.wire.grammar import check_events
+from tests.broker.wire.grammar import TERMINALS, check_events
 from tests.fakes import saying
 from tiers.policy import SessionClass
 
@@ -146,20 +146,60 @@ async def test_the_number_of_lane_names_is_bounded_and_known_names_go_on():
         check_events(await client.turn())
 
 
-async def test_more_creates_than_may_queue_get_an_error_event_and_the_others_are_served():
+async def test_more_creates_than_may_queue_get_an_error_event_in_their_turn():
     async with open_rig("websocket.max_in_flight=1", "websocket.max_queued=2") as rig:
         async with rig.websocket() as client:
             rig.engine.hold()
             for _ in range(4):
                 await client.create()
-            error = await client.event()
-            assert (error["type"], error["status"]) == ("error", 429)
-            assert error["headers"]["retry-after"]
+            await wait_all_tasks_blocked()
             rig.engine.go()
             for _ in range(3):
                 check_events(await client.until("response.completed"))
+            error = await client.event()
+            assert (error["type"], error["status"]) == ("error", 429)
+            assert error["headers"]["retry-after"]
             for _ in range(4):
                 check_events(await client.turn())
+
+
+async def test_a_flood_of_creates_closes_with_1013():
+    async with open_rig("websocket.max_in_flight=1", "websocket.max_queued=2") as rig:
+        async with rig.websocket() as client:
+            rig.engine.hold()
+            for _ in range(3 + 64):
+                await client.create()
+            await wait_all_tasks_blocked()
+            assert rig.port.websockets == 1
+            await client.create()
+            assert await client.closed() == 1013
+
+
+async def test_forty_creates_on_one_lane_and_seventeen_other_lanes_are_all_served_in_order():
+    """The acceptance's load: order kept, at most 16 running, none refused, every event tagged rightly."""
+    async with open_rig(reply=saying("Yes.")) as rig, rig.websocket() as client:
+        rig.engine.hold()
+        for number in range(40):
+            await client.create(stream_id="busy", metadata={"n": str(number)})
+        for number in range(17):
+            await client.create(stream_id=f"lane-{number}", metadata={"n": "0"})
+        await wait_all_tasks_blocked()
+        assert len(rig.engine.submitted) == len(rig.engine._running) == 16
+        rig.engine.go()
+        served, most = {}, 0
+        while sum(len(turns) for turns in served.values()) < 57 or not all(
+            turn[-1]["type"] == "response.completed" for turns in served.values() for turn in turns
+        ):
+            event = await client.event()
+            most = max(most, len(rig.engine._running))
+            turns = served.setdefault(event["stream_id"], [])
+            if event["type"] == "response.created":
+                turns.append([])
+            turns[-1].append(event)
+        assert most <= 16
+        for lane, turns in served.items():
+            numbers = [check_events(turn, stream_id=lane)["metadata"]["n"] for turn in turns]
+            assert numbers == [str(number) for number in range(40 if lane == "busy" else 1)]
 
 
 @pytest.mark.parametrize(
@@ -194,17 +234,6 @@ async def test_unknown_client_events_are_ignored_without_an_answer():
             check_events(await client.turn())
 
 
-async def test_steering_is_answered_with_its_failure():
-    async with open_rig() as rig, rig.websocket() as client:
-        await client.send(
-            {"type": "response.steer", "previous_response_id": "resp_x", "input": "left"}
-        )
-        event = await client.event()
-        assert event["type"] == "response.steer.failed"
-        assert event["error"]["code"] == "steering_not_supported"
-        assert event["steer"] == {"input": "left", "previous_response_id": "resp_x"}
-
-
 @pytest.mark.parametrize("named", [True, False])
 async def test_cancel_ends_the_running_response_incomplete_and_the_lane_goes_on(named):
     async with open_rig(reply=saying("x" * 500)) as rig, rig.websocket() as client:
@@ -218,6 +247,35 @@ async def test_cancel_ends_the_running_response_incomplete_and_the_lane_goes_on(
         response = check_events(events)
         assert response["incomplete_details"] == {"reason": "cancelled"}
         assert rig.engine.cancelled
+
+
+async def test_a_response_can_be_cancelled_by_its_id_before_the_engine_has_begun_it(
+    autojump_clock,
+):
+    """It was announced after half a second, so the client may name it."""
+    async with open_rig() as rig, rig.websocket() as client:
+        rig.engine.hold()
+        await client.create()
+        events = await client.until("response.in_progress")
+        await client.send({"type": "response.cancel", "response_id": events[0]["response"]["id"]})
+        events += await client.until("response.incomplete", "response.completed")
+        assert check_events(events)["incomplete_details"] == {"reason": "cancelled"}
+        rig.engine.go()
+        check_events(await client.turn())
+
+
+async def test_a_cancel_that_names_a_lane_stops_no_other():
+    async with open_rig(reply=saying("x" * 50)) as rig, rig.websocket() as client:
+        rig.engine.hold()
+        for lane in ("a", "b"):
+            await client.create(stream_id=lane)
+        await wait_all_tasks_blocked()
+        await client.send({"type": "response.cancel", "stream_id": "a"})
+        events = await client.until("response.incomplete", "response.completed")
+        assert check_events(events, stream_id="a")["status"] == "incomplete"
+        rig.engine.go()
+        events = await client.until("response.incomplete", "response.completed")
+        assert check_events(events, stream_id="b")["status"] == "completed"
 
 
 async def test_a_cancel_of_another_response_stops_nothing():
@@ -241,6 +299,78 @@ async def test_a_bad_continuation_takes_its_lanes_parent_with_it_and_a_fork_keep
         (error,) = await client.turn(previous_response_id=parent, temperature=9)
         assert error["error"]["param"] == "temperature"
         (error,) = await client.turn("more", previous_response_id=parent, store=False)
+        assert error["error"]["code"] == NOT_FOUND
+
+
+@pytest.mark.parametrize("fault", [{"model": "other"}, {"temperature": 9}, {"input": 3}])
+async def test_whatever_makes_a_continuation_fail_takes_its_lanes_parent_along(fault):
+    async with open_rig() as rig, rig.websocket() as client:
+        parent = response_id(await client.turn(store=False))
+        ask = {"type": "response.create", "input": "more", "previous_response_id": parent}
+        await client.send(ask | fault)
+        assert (await client.event())["type"] == "error"
+        (error,) = await client.turn("more", previous_response_id=parent, store=False)
+        assert error["error"]["code"] == NOT_FOUND
+
+
+async def test_a_continuation_that_breaks_after_it_began_takes_its_parent_along_and_a_fork_does_not():
+    async with open_rig() as rig, rig.websocket() as client:
+        parent = response_id(await client.turn(store=False))
+        ask = {"previous_response_id": parent, "store": False}
+        rig.engine.faults.fail_after = 2
+        assert (await client.turn(stream_id="fork", **ask))[-1]["type"] == "response.failed"
+        rig.engine.faults.fail_after = None
+        check_events(await client.turn(stream_id="fork", **ask), stream_id="fork")
+        rig.engine.faults.fail_after = 2
+        assert (await client.turn(**ask))[-1]["type"] == "response.failed"
+        rig.engine.faults.fail_after = None
+        (error,) = await client.turn(**ask)
+        assert error["error"]["code"] == NOT_FOUND
+
+
+async def test_a_frame_with_a_lane_that_cannot_be_evicts_nothing():
+    async with open_rig() as rig, rig.websocket() as client:
+        parent = response_id(await client.turn(store=False))
+        (error,) = await client.turn(stream_id="no good", previous_response_id=parent)
+        assert error["error"]["code"] == "invalid_stream_id"
+        assert "stream_id" not in error
+        check_events(await client.turn(previous_response_id=parent, store=False))
+
+
+async def test_a_fork_has_its_parent_from_in_progress_on_whatever_the_source_lane_does(
+    autojump_clock,
+):
+    """The barrier that clients are told to wait for, with nothing stored and the engine busy."""
+    async with open_rig() as rig, rig.websocket() as client:
+        parent = response_id(await client.turn("one", store=False, stream_id="source"))
+        rig.engine.hold()
+        ask = {"previous_response_id": parent, "store": False}
+        await client.create("fork", stream_id="fork", **ask)
+        forked = await client.until("response.in_progress")
+        await client.create("two", stream_id="source", **ask)
+        await client.until("response.in_progress")
+        rig.engine.go()
+        ended = {}
+        while len(ended) < 2:
+            event = await client.event()
+            forked += [event] if event["stream_id"] == "fork" else []
+            if event["type"] == "response.completed":
+                ended[event["stream_id"]] = event["response"]
+        forks = check_events(forked, stream_id="fork")
+        assert forks["previous_response_id"] == parent
+        source, fork = (bytes(t for t in s.prompt if t < 256) for s in rig.engine.submitted[-2:])
+        assert b"one" in source
+        assert b"one" in fork
+        (error,) = await client.turn(stream_id="late", **ask)  # the source lane has gone on
+        assert error["error"]["code"] == NOT_FOUND
+
+
+async def test_a_lane_that_is_used_again_without_a_parent_starts_afresh():
+    async with open_rig() as rig, rig.websocket() as client:
+        first = response_id(await client.turn("one", store=False, stream_id="a"))
+        check_events(await client.turn("two", store=False, stream_id="a"), stream_id="a")
+        assert b"one" not in bytes(t for t in rig.engine.submitted[-1].prompt if t < 256)
+        (error,) = await client.turn(previous_response_id=first, store=False, stream_id="a")
         assert error["error"]["code"] == NOT_FOUND
 
 
@@ -276,6 +406,85 @@ async def test_generate_false_is_acknowledged_before_its_prefill():
         check_events(
             await client.turn("more", previous_response_id=response_id(events), store=False)
         )
+
+
+@pytest.mark.parametrize("lane", [None, "other"])
+@pytest.mark.parametrize("by_id", [True, False])
+async def test_what_a_warm_up_computes_is_waited_for_by_id_or_replay_and_not_computed_again(
+    by_id, lane, autojump_clock
+):
+    async with open_rig() as rig, rig.websocket() as client:
+        rig.engine.hold()
+        warm = await client.turn("x" * 500, generate=False, store=False)
+        more = {"role": "user", "content": "Go."}
+        if by_id:
+            ask = {"input": [more], "previous_response_id": response_id(warm)}
+        else:
+            ask = {"input": [{"role": "user", "content": "x" * 500}, more]}
+        where = {} if lane is None else {"stream_id": lane}
+        await client.send({"type": "response.create", "store": False, **where, **ask})
+        events = await client.until("response.in_progress")
+        await trio.sleep(25)
+        assert len(rig.engine.submitted) == 1
+        rig.engine.go()
+        events += await client.until("response.completed")
+        usage = check_events(events, stream_id=lane)["usage"]
+        warmed = len(rig.engine.submitted[0].prompt)
+        assert usage["input_tokens_details"]["cached_tokens"] == warmed > 500
+
+
+async def test_a_lane_does_not_wait_for_another_lanes_warm_up(autojump_clock):
+    async with open_rig() as rig, rig.websocket() as client:
+        rig.engine.hold()
+        await client.turn("x" * 500, generate=False, store=False, stream_id="warm")
+        await client.create("y" * 500, stream_id="other")
+        await wait_all_tasks_blocked()
+        assert [submit.sampling.max_tokens > 0 for submit in rig.engine.submitted] == [False, True]
+        rig.engine.go()
+        check_events(await client.until("response.completed"), stream_id="other")
+
+
+async def test_two_warm_ups_of_the_same_are_computed_once():
+    async with open_rig() as rig, rig.websocket() as client:
+        rig.engine.hold()
+        for lane in ("a", "b"):
+            await client.turn("x" * 500, generate=False, store=False, stream_id=lane)
+        await wait_all_tasks_blocked()
+        assert len(rig.engine.submitted) == 1
+        rig.engine.go()
+        await wait_all_tasks_blocked()
+        first, second = rig.engine.finished
+        assert first.usage.computed_tokens > 500
+        assert second.usage.computed_tokens == 1
+
+
+async def test_a_warm_up_goes_with_its_socket_and_leaves_no_place_taken():
+    async with open_rig() as rig:
+        async with rig.websocket() as client:
+            rig.engine.hold()
+            await client.turn("x" * 500, generate=False, store=False)
+            await wait_all_tasks_blocked()
+            assert rig.port.admission.statistics().admitted == 1  # a prefill is work like any other
+        await wait_all_tasks_blocked()
+        assert rig.engine.cancelled == [submit.request for submit in rig.engine.submitted]
+        assert rig.port.admission.statistics().admitted == 0
+
+
+async def test_a_turn_that_waits_for_a_warm_up_can_be_cancelled(autojump_clock):
+    async with open_rig() as rig, rig.websocket() as client:
+        rig.engine.hold()
+        warm = response_id(await client.turn("x" * 500, generate=False, store=False))
+        await client.create(previous_response_id=warm, store=False)
+        events = await client.until("response.in_progress")
+        await client.send({"type": "response.cancel", "response_id": events[0]["response"]["id"]})
+        events += await client.until("response.incomplete", "response.completed")
+        assert check_events(events)["incomplete_details"] == {"reason": "cancelled"}
+
+
+async def test_a_warm_up_with_a_single_place_for_turns_blocks_nobody_for_good():
+    async with open_rig("admission.max_turns=1") as rig, rig.websocket() as client:
+        warm = response_id(await client.turn("x" * 500, generate=False, store=False))
+        check_events(await client.turn(previous_response_id=warm, store=False))
 
 
 async def test_the_article_dialect_gets_response_done_and_goes_on_with_a_tools_result():
@@ -340,6 +549,49 @@ async def test_a_binary_frame_closes_with_1003():
         assert await client.closed() == 1003
 
 
+@pytest.mark.parametrize("busy", [True, False])
+@pytest.mark.parametrize(
+    ("bad", "code"), [(b"\xff\xfe", 1007), (b"\xf9\x80\x00\x00\x00\x00", 1002)]
+)
+async def test_what_breaks_the_protocol_is_told_so(bad, code, busy):
+    async with open_rig(reply=saying("x" * 500)) as rig, rig.websocket() as client:
+        if busy:
+            await client.create()
+            await client.until("response.output_text.delta")
+        await client.stream.send_all(frame(bad) if code == 1007 else bad)
+        assert await client.closed() == code
+    await wait_all_tasks_blocked()
+    assert not rig.engine._running
+
+
+@pytest.mark.parametrize("code", [1000, 1001])
+async def test_a_close_code_is_sent_back(code):
+    async with open_rig() as rig, rig.websocket() as client:
+        await client.turn()
+        await client.connection.aclose(code)
+        assert client.connection.closed.code == code
+        await wait_all_tasks_blocked()
+        assert rig.port.websockets == 0
+
+
+async def test_a_large_frame_is_parsed_beside_the_loop_and_in_its_order():
+    async with open_rig(reply=saying("Yes.")) as rig, rig.websocket() as client:
+        rig.engine.max_context = 1 << 20
+        items = [{"role": "user", "content": "word " * 80}] * 400
+        await client.send({"type": "response.create", "input": items, "metadata": {"n": "0"}})
+        await client.create("small", metadata={"n": "1"})
+        for number in "01":
+            response = check_events(await client.until("response.completed"))
+            assert response["metadata"] == {"n": number}
+
+
+async def test_a_large_frame_at_fault_is_refused_in_its_lane():
+    async with open_rig() as rig, rig.websocket() as client:
+        await client.send('{"type":"response.create","input":[' + "{}," * 40_000 + "1]}")
+        assert (await client.event())["error"]["param"] == "input[0].type"
+        check_events(await client.turn())
+
+
 async def test_a_message_over_the_limit_closes_with_1009(autojump_clock):
     async with open_rig("websocket.max_message=4KiB") as rig, rig.websocket() as client:
         check_events(await client.turn("x" * 3000))
@@ -370,6 +622,37 @@ async def test_a_flood_of_fragments_closes_with_1008(autojump_clock):
         await client.stream.send_all(frame(b"", fin=False) + frame(b"", opcode=0, fin=False) * 8)
         assert await client.closed() == 1008
         assert trio.current_time() < 5
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"\x81",  # half a header
+        frame(b"{" + b" " * 200)[:50],  # part of a frame
+        frame(b"{", fin=False),  # a fragment
+        frame(b"{", fin=False) + frame(b"", opcode=9) * 3,  # pings do not complete it
+    ],
+)
+async def test_a_message_that_does_not_end_closes_with_1008(beginning, autojump_clock):
+    quiet = "websocket.ping_interval=1h"  # a pong would be taken for the rest of it
+    async with open_rig("websocket.message_timeout=60s", quiet) as rig, rig.websocket() as client:
+        await trio.sleep(100)
+        check_events(await client.turn())  # an idle connection is no slow one
+        began = trio.current_time()
+        await client.stream.send_all(beginning)
+        assert await client.closed() == 1008
+        assert trio.current_time() - began == pytest.approx(60, abs=2)
+
+
+async def test_a_slow_message_may_take_its_time(autojump_clock):
+    quiet = "websocket.ping_interval=1h"
+    async with open_rig("websocket.message_timeout=60s", quiet) as rig, rig.websocket() as client:
+        whole = frame(b'{"type":"response.create","input":"Hi."}')
+        for _ in range(3):
+            for at in range(0, len(whole), 8):
+                await client.stream.send_all(whole[at : at + 8])
+                await trio.sleep(8)
+            check_events(await client.until("response.completed"))
 
 
 @given(
@@ -433,6 +716,46 @@ async def test_the_connection_limit_is_an_error_event_and_then_a_close(autojump_
         )
         assert "(60 minutes)" in error["error"]["message"]
         assert await client.closed() == 1000
+
+
+async def test_the_connection_limit_ends_what_runs_and_waits_by_an_error_on_each_lane(
+    autojump_clock,
+):
+    async with open_rig("websocket.max_lifetime=60m", "websocket.max_in_flight=2") as rig:
+        async with rig.websocket() as client:
+            check_events(await client.turn(stream_id="idle"), stream_id="idle")
+            rig.engine.hold()
+            await client.create()
+            await client.create(stream_id="runs")
+            await client.create(stream_id="waits")
+            last = {}
+            while not (last.keys() >= {None, "runs", "waits"}) or last[None]["type"] != "error":
+                event = await client.event()
+                assert last.get(event.get("stream_id"), {}).get("type") != "error", "after the end"
+                last[event.get("stream_id")] = event
+            assert last.keys() == {None, "runs", "waits"}
+            for event in last.values():
+                assert (event["type"], event["status"]) == ("error", 400)
+                assert event["error"]["code"] == "websocket_connection_limit_reached"
+            assert trio.current_time() == pytest.approx(3600)
+            assert await client.closed() == 1000
+        await wait_all_tasks_blocked()
+        assert not rig.engine._running
+        assert len(rig.engine.cancelled) == 2
+        assert rig.port.admission.statistics().admitted == 0
+
+
+async def test_the_connection_limit_in_the_middle_of_a_text_tears_no_event(autojump_clock):
+    async with open_rig("websocket.max_lifetime=60m", reply=saying("x" * 500)) as rig:
+        async with rig.websocket() as client:
+            await client.create()
+            events = await client.until("response.output_text.delta")
+            rig.engine.hold()
+            events += await client.until("error")
+            numbers = [event["sequence_number"] for event in events[:-1]]
+            assert numbers == list(range(len(numbers)))
+            assert not {event["type"] for event in events} & set(TERMINALS)
+            assert await client.closed() == 1000
 
 
 async def test_a_peer_that_reads_nothing_is_dropped_after_the_send_timeout(autojump_clock):
@@ -615,7 +938,7 @@ async def test_a_fault_of_ours_ends_one_connection_and_leaves_the_others(caplog)
         async with rig.websocket() as client:
             good_reply, rig.engine.text = rig.engine.text, None
             await client.create()
-            assert await client.closed() == 1006
+            assert await client.closed() == 1011
             rig.engine.text = good_reply
         assert "by our fault" in caplog.text
         check_events(await good.turn())

@@ -24,10 +24,12 @@ from broker.bench.session import Agent, History
 from broker.bench.workload import Workload
 from broker.config import Server
 from tests.e2e.crowd import Crowd
+from tests.e2e.warm_up import warm_up
 
 AGENT = Workload(nonce=7)  # 1,500 tokens of system prompt and tools, 200 per result, 24 of output
 TURNS = 20
 SESSIONS, SESSION_TURNS = 8, 10
+WARM_TOKENS = 6000
 
 
 class Verdicts:
@@ -113,6 +115,33 @@ async def crowd(verdicts: Verdicts, roomy: Daemon, crowded: Daemon) -> None:
             verdicts.check(not any(held.values()), f"held at the end: {held} (all 0)")
 
 
+async def warm(verdicts: Verdicts, url: str) -> None:
+    part(
+        f"Real clients 5. A warm-up of {WARM_TOKENS} tokens, and the turn that continues it at once"
+    )
+    async with trio.open_nursery() as nursery:
+        for number, (by_replay, store) in enumerate(((False, False), (False, True), (True, False))):
+            done = await warm_up(
+                nursery,
+                url,
+                WARM_TOKENS,
+                by_replay=by_replay,
+                store=store,
+                label=f"warm {number}",
+            )
+            how = f"{'by replay' if by_replay else 'by id'}, store {store}"
+            verdicts.check(
+                done.acknowledged_s <= 1.0,
+                f"{how}: acknowledged in {done.acknowledged_s:.3f} s (at most 1)",
+            )
+            verdicts.check(
+                done.twice == 0,
+                f"{how}: {done.twice} tokens computed twice (0); of {done.turn.prompt_tokens} the turn"
+                f" reused {done.turn.cached_tokens} and computed {done.turn.recomputed}",
+            )
+        nursery.cancel_scope.cancel()
+
+
 def _crowd() -> Crowd:
     return Crowd(SESSIONS, SESSION_TURNS, Workload(nonce=100))
 
@@ -128,6 +157,8 @@ def main() -> int:
         quick = ("tiers.host.after=5s", "tiers.disk.after=40s")
         with Daemon(Path(folder) / "idle", settings=quick, models=args.models) as daemon:
             trio.run(idle, verdicts, daemon.url)
+        with Daemon(Path(folder) / "warm", models=args.models) as daemon:
+            trio.run(warm, verdicts, daemon.url)
         half = f"tiers.device.capacity={_crowd().half()}"
         crowded = Daemon(Path(folder) / "crowded", settings=(half,), models=args.models)
         roomy = Daemon(Path(folder) / "roomy", models=args.models)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from broker.errors import ClientError
 from broker.wire.article import ToolResult
 from broker.wire.items import Message
+from broker.wire.steering import Steer
 from broker.wire.ws_frames import (
     ArticleItem,
     ArticleOpening,
@@ -17,9 +18,7 @@ from broker.wire.ws_frames import (
     Frame,
     Ignored,
     Refused,
-    Steer,
     parse_frame,
-    steer_failed,
 )
 
 
@@ -49,9 +48,10 @@ def test_a_frame_without_a_type_opens_the_articles_dialect():
     [
         ({"type": "response.cancel", "response_id": "resp_1"}, Cancel("resp_1")),
         ({"type": "response.cancel"}, Cancel(None)),
+        ({"type": "response.cancel", "stream_id": "main"}, Cancel(None, "main")),
         (
-            {"type": "response.steer", "previous_response_id": "resp_1", "input": [1]},
-            Steer("resp_1", [1]),
+            {"type": "response.steer", "previous_response_id": "resp_1", "input": "left"},
+            Steer("resp_1", "left", (Message(None, "user", "left"),)),
         ),
         ({"type": "response.processed", "response_id": "resp_1"}, Ignored("response.processed")),
         ({"type": "session.update", "input": {}}, Ignored("session.update")),
@@ -71,7 +71,6 @@ def test_the_other_frames(sent, frame):
         ('{"type": 3}', "invalid_type", "type"),
         ('{"type": "response.create", "input": 3}', "invalid_type", "input"),
         ('{"input": 3}', "invalid_type", "input"),
-        ('{"type": "response.steer"}', "missing_required_parameter", "previous_response_id"),
         ('{"type": "response.cancel", "response_id": 3}', "invalid_type", "response_id"),
         ('{"type": "conversation.item.create"}', "missing_required_parameter", "item"),
     ],
@@ -87,7 +86,7 @@ def test_a_bad_frame_is_refused_and_not_raised(text, code, param):
     ("more", "lane", "parent"),
     [
         ({"stream_id": "main", "previous_response_id": "resp_1"}, "main", "resp_1"),
-        ({"stream_id": "no good"}, None, None),
+        ({"stream_id": "no good", "previous_response_id": "resp_1"}, None, None),
         ({"previous_response_id": 5}, None, None),
     ],
 )
@@ -97,11 +96,20 @@ def test_a_refusal_knows_its_lane_and_what_it_tried_to_continue(more, lane, pare
     assert (frame.stream_id, frame.previous_response_id) == (lane, parent)
 
 
-def test_a_steer_fails_in_the_documented_way():
-    event = steer_failed(Steer("resp_1", "go left"))
-    assert event["type"] == "response.steer.failed"
-    assert event["error"]["code"] == "steering_not_supported"
-    assert event["steer"] == {"input": "go left", "previous_response_id": "resp_1"}
+@pytest.mark.parametrize(
+    ("frame", "lane", "response", "meant"),
+    [
+        (Cancel(None), "a", "resp_1", True),
+        (Cancel("resp_1"), "a", "resp_1", True),
+        (Cancel("resp_1", "b"), "a", "resp_1", True),  # the id decides
+        (Cancel("resp_1"), "a", "resp_2", False),
+        (Cancel("resp_1"), "a", None, False),
+        (Cancel(None, "a"), "a", None, True),
+        (Cancel(None, "a"), None, "resp_1", False),
+    ],
+)
+def test_what_a_cancel_means(frame, lane, response, meant):
+    assert frame.means(lane, response) is meant
 
 
 @given(st.text() | st.dictionaries(st.text(max_size=3), st.none() | st.text()).map(json.dumps))
