@@ -401,7 +401,10 @@ class Connection:
         async with self.in_flight:
             match frame:
                 case Create():
-                    await self._turns(lane, frame.request, self._say, steerable=True)
+                    request = frame.request
+                    # A successor would have to wait for what a conversation appends, or for another compaction.
+                    steerable = request.conversation is None and request.compaction is None
+                    await self._turns(lane, request, self._say, steerable=steerable)
                 case ArticleOpening():
                     await self._article_turn(lane, self.dialogue.open(frame.request))
                 case ArticleItem():

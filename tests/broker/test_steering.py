@@ -288,6 +288,18 @@ async def test_a_warm_up_is_complete_and_the_articles_dialect_cannot_be_steered(
         await client.until("response.done")
 
 
+async def test_a_turn_of_a_conversation_cannot_be_steered():
+    """Its successor would have to wait for what the conversation appends."""
+    async with open_rig(reply=saying("abcdefgh" * 50)) as rig, rig.websocket() as client:
+        made = (await rig.browser().request("POST", "/v1/conversations", {})).json
+        await client.create("Go.", conversation=made["id"])
+        head = await client.until("response.output_text.delta")
+        await steer(client, head[0]["response"]["id"])
+        failed = await client.until("response.steer.failed", "response.completed")
+        assert failed[-1]["error"]["code"] == "steering_not_supported"
+        await client.until("response.completed")
+
+
 async def test_a_steer_is_not_cut_in_the_middle_of_a_character(autojump_clock):
     """The rocket has four bytes, which are four tokens here."""
     async with open_rig(reply=saying("🚀" * 100, "Right.")) as rig, rig.websocket() as client:
