@@ -8,7 +8,8 @@ would be a wrong answer, because the model's answer depends on every id.
     unstored    answers on its socket, while it is its lane's latest; a cancelled one keeps the one before it, too
     failed      a continuation that fails takes its own lane's parent along; a fork's failure takes nothing
 
-A dialect is a way to ask: `Socket` and `Http` here. Another one joins by having the same two methods.
+    replayed    Messages and Chat name nothing: what they repeat leads to the same tokens, whoever heard them first, and
+                what they were answered can be continued by its id like any other response
 """
 
 import dataclasses
@@ -47,6 +48,8 @@ class Said:
     tenant: str
     stored: bool
     tokens: tuple[int, ...]
+    talk: tuple[tuple[str, str], ...] = ()  # (user's words, answer) of every turn
+    replayable: bool = True  # every turn has words and an answer
 
 
 @dataclass
@@ -140,6 +143,70 @@ class Http:
         return {lane: {"type": f"response.{found['status']}", "response": found}}
 
 
+class Replay:
+    """Asks over an API without ids, by repeating everything. `parent` is what it repeats."""
+
+    where = None
+    parent = None
+
+    def __init__(self, rig, tenant):
+        self.rig, self.tenant = rig, tenant
+        self.answer = None
+
+    async def ask(self, lane, body, how):
+        talk = () if self.parent is None else self.parent.talk
+        messages = []
+        for words, answer in talk:
+            messages += [
+                {"role": "user", "content": words},
+                {"role": "assistant", "content": answer},
+            ]
+        messages.append({"role": "user", "content": body["input"]})
+        more = {"temperature": 9} if how == "refused" else {}
+        self.answer = await self.rig.browser().request(
+            "POST",
+            self.path,
+            {"model": "smollm2-135m-instruct", "messages": messages, **self.fields(body), **more},
+            authorization=f"Bearer {self.tenant}",
+        )
+
+    async def answers(self, lanes):
+        (lane,) = lanes
+        if self.answer.status == 400:  # each API has its own words for it; only one field was wrong
+            return {lane: {"type": "error", "error": {"code": "decimal_above_max_value"}}}
+        if self.answer.status != 200:
+            assert self.answer.status == 500
+            return {lane: {"type": "response.failed", "response": None}}
+        said, text = self.read(self.answer.json)
+        named = "resp_" + said.partition(self.prefix)[2]
+        response = {
+            "id": named,
+            "status": "completed",
+            "output": [{"content": [{"text": text}]}],
+        }
+        return {lane: {"type": "response.completed", "response": response}}
+
+
+class Messages(Replay):
+    path, prefix = "/v1/messages", "msg_"
+
+    def fields(self, body):
+        return {"max_tokens": 1000}
+
+    def read(self, message):
+        return message["id"], "".join(block["text"] for block in message["content"])
+
+
+class Chat(Replay):
+    path, prefix = "/v1/chat/completions", "chatcmpl-"
+
+    def fields(self, body):
+        return {"store": body["store"]}
+
+    def read(self, completion):
+        return completion["id"], completion["choices"][0]["message"]["content"]
+
+
 def after(tokens, text):
     """The prompt that goes on from a chain with a user's words."""
     opened = byte_text().encode(f"<|start|>user\n{text}<|end|>\n<|start|>assistant\n")
@@ -200,7 +267,11 @@ class World:
             made = self.model.made
             parent = None if ask.parent is None or not made else made[-1 - ask.parent % len(made)]
             text = f"word {next(self.words)}"
-            found = parent is None or self.model.finds(dialect.tenant, dialect.where, parent)
+            if isinstance(dialect, Replay):
+                parent = parent if parent is not None and parent.replayable else None
+                dialect.parent, found = parent, True
+            else:
+                found = parent is None or self.model.finds(dialect.tenant, dialect.where, parent)
             plans[lane] = (ask, parent, text, found)
             if ask.how == "refused" or not found:  # that ends it before the next is asked
                 self.model.ended(dialect.where, lane, None, parent, "failed")
@@ -208,7 +279,7 @@ class World:
         before = len(engine.submitted)
         for lane, (ask, parent, text, _) in plans.items():
             body = {"input": text, "store": ask.store}
-            if parent is not None:
+            if parent is not None and not isinstance(dialect, Replay):
                 body["previous_response_id"] = parent.id
             await dialect.ask(lane, body, ask.how)
             await wait_all_tasks_blocked()
@@ -247,7 +318,15 @@ class World:
             sampled = (*sampled, END)
             assert sampled == echoing_sum(prompt)
         chain = prompt + sampled if sampled else bare
-        said = Said(response["id"], dialect.tenant, ask.store, chain)
+        talk = () if parent is None else parent.talk
+        said = Said(
+            response["id"],
+            dialect.tenant,
+            ask.store and not isinstance(dialect, Messages),
+            chain,
+            (*talk, (text, spoken)),
+            replayable=bool(spoken) and (parent is None or parent.replayable),
+        )
         self.model.made.append(said)
         cut = response["status"] == "incomplete"
         self.model.ended(dialect.where, lane, said, parent, "cut" if cut else "done")
@@ -274,6 +353,7 @@ STEPS = st.lists(
             st.dictionaries(st.sampled_from(LANES), ASK, min_size=2),
         ),
         st.tuples(st.just("http"), TENANT, ASK),
+        *[st.tuples(st.sampled_from([Messages, Chat]), TENANT, ASK)] * 2,
         st.tuples(st.just("reconnect"), TENANT, NUMBER),
         st.tuples(st.just("delete"), TENANT, st.integers(0, 30)),
     ),
@@ -305,6 +385,10 @@ async def test_ids_are_worth_what_the_rules_say(steps):
                             if ask.how in ("cancelled", "warms"):
                                 ask = dataclasses.replace(ask, how="completes")
                             await world.turns(Http(rig, tenant), {None: ask})
+                        case (api, tenant, Ask() as ask):
+                            if ask.how in ("cancelled", "warms"):
+                                ask = dataclasses.replace(ask, how="completes")
+                            await world.turns(api(rig, tenant), {None: ask})
                         case ("reconnect", tenant, number):
                             await world.reconnect(tenant, number)
                         case ("delete", tenant, index):
