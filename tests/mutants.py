@@ -922,6 +922,57 @@ MUTANTS = (
         "self._stream.text(text, waiting)",
         ("tests/broker/test_speech.py",),
     ),
+    # one session over any API
+    Mutant(
+        "a call's id leads nowhere",
+        "broker/recall.py",
+        "if node is None and isinstance(item, FunctionCall):",
+        "if False:",
+        ("tests/broker/test_turn.py",),
+    ),
+    Mutant(
+        "what stands beside a call is the client's own",
+        "broker/recall.py",
+        "return _united([(node, tuple(run)) for node, run in runs])",
+        "return [(node, tuple(run)) for node, run in runs]",
+        ("tests/broker/test_turn.py",),
+    ),
+    Mutant(
+        "a stranger's words before a call are the model's",
+        "broker/recall.py",
+        "            if content_digest(whole) == node.content:\n                return left, right",
+        "            return left, right",
+        ("tests/broker/test_turn.py",),
+    ),
+    Mutant(
+        "tools that are sorted anew are other tools",
+        "broker/turn.py",
+        "return len(some) == len(others) and seen(some) == seen(others)",
+        "return False",
+        ("tests/broker/test_turn.py",),
+    ),
+    # restoring, and computing on the CPU
+    Mutant(
+        "what is on its way is there already",
+        "engine/restore.py",
+        "waits |= part.tier is Tier.DISK or part.arriving",
+        "waits |= part.tier is Tier.DISK",
+        ("tests/engine/test_restore.py",),
+    ),
+    Mutant(
+        "weights are packed nearly as they were",
+        "engine/packed_cpu.py",
+        "    if not torch.equal(codes * scale + least, shares):\n        return None\n",
+        "",
+        ("tests/engine/test_packed_cpu.py",),
+    ),
+    Mutant(
+        "a bias is left out",
+        "engine/kernels_cpu.py",
+        "mixed[t, i] += net.biases[layer, i]",
+        "mixed[t, i] += 0",
+        ("tests/engine/test_fused_cpu.py",),
+    ),
     # sockets: lanes, ids, warm-ups, steers
     Mutant(
         "socket: a cancel forgets the response before it",
