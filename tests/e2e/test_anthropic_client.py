@@ -85,6 +85,27 @@ def test_a_conversation_with_a_tool_reads_from_the_cache_what_it_wrote(client):
     assert counted.input_tokens == total
 
 
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "read_file"}])
+def test_a_forced_call_is_one_and_its_result_continues_it(client, choice):
+    path = {"type": "string", "maxLength": 12}
+    schema = {"type": "object", "properties": {"path": path}, "required": ["path"]}
+    asked = {**QUIET, "max_tokens": 64, "system": INSTRUCTIONS, "cache_control": MARK}
+    asked["tools"] = [{**LS, "input_schema": {**schema, "additionalProperties": False}}]
+    messages = [{"role": "user", "content": f"Read a file, by {choice['type']}."}]
+    first = client.messages.create(
+        messages=messages, tool_choice={**choice, "disable_parallel_tool_use": True}, **asked
+    )
+    assert first.stop_reason == "tool_use"
+    (use,) = [block for block in first.content if block.type == "tool_use"]
+    assert use.name == "read_file"
+    assert use.input.keys() == {"path"}
+    result = {"type": "tool_result", "tool_use_id": use.id, "content": "It is empty."}
+    messages += [first.to_param(), {"role": "user", "content": [result]}]
+    second = client.messages.create(messages=messages, **asked)
+    said = first.usage.cache_read_input_tokens + first.usage.cache_creation_input_tokens
+    assert second.usage.cache_read_input_tokens >= said > 1024
+
+
 def test_a_prewarm_computes_and_says_nothing(client):
     system = [{"type": "text", "text": "Prewarmed. " + INSTRUCTIONS, "cache_control": MARK}]
     messages = [{"role": "user", "content": "Hi."}]
