@@ -122,9 +122,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _decisions(place: Path, args: argparse.Namespace) -> str:
-    from broker.bench.regret import measure
+    from broker.bench.regret import measure, rounds
 
-    steps = len(args.lengths) * args.rounds
+    steps = sum(rounds(tokens, args.rounds) for tokens in args.lengths)
     with tqdm(total=steps, file=sys.stderr, unit="prompt", desc="deciding") as bar:
         run = functools.partial(measure, place, args.models, args.lengths, args.rounds, bar.update)
         found = trio.run(run)
@@ -136,13 +136,13 @@ def _decisions(place: Path, args: argparse.Namespace) -> str:
             str(one.tokens),
             *(f"{s * 1e3:.1f}" for s in (one.recompute_s, one.restored_s, one.chosen_s)),
             str(one.chosen_cached),
-            f"{one.regret:.2f}",
+            f"{one.regret:.3f}",
         )
         for one in found
     ]
     worst = max(one.regret for one in found)
     verdict = _verdict(
-        f"regret, at worst: {worst:.2f}", f"at most {_MOST_REGRET}", good=worst <= _MOST_REGRET
+        f"regret, at worst: {worst:.3f}", f"at most {_MOST_REGRET}", good=worst <= _MOST_REGRET
     )
     return "\n".join(("", *_aligned(lines), "", verdict))
 
