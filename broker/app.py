@@ -194,6 +194,7 @@ async def open_model_engine(config: Config) -> AsyncIterator[Service]:
         block_tokens=config.engine.block_tokens,
         step_tokens=config.engine.step_tokens,
         mixed_tokens=config.engine.mixed_tokens,
+        draft_tokens=config.engine.draft_tokens,
         max_running=config.engine.max_running,
         max_waiting=config.engine.max_waiting,
         device_bytes=tiers.device.capacity,

@@ -101,6 +101,12 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
     )
     put("output_tokens_total", "counter", "Tokens sampled.", one(engine.output_tokens_total))
     put(
+        "draft_tokens_total",
+        "counter",
+        "Tokens guessed ahead of what was said, by whether they were right.",
+        by("outcome", engine.drafts_total, ("right", "wrong")),
+    )
+    put(
         "evictions_total",
         "counter",
         "Blocks that left a tier to make room.",

@@ -340,3 +340,4 @@ class EngineReport:
     rates: dict[str, float] = field(
         default_factory=dict
     )  # {what: estimate}, as `engine.restore` has them now
+    drafts_total: dict[str, int] = field(default_factory=dict)  # {right|wrong: tokens}

@@ -6,7 +6,8 @@
                 table: device slots in chain order; token i of the sequence lives in
                 slot table[i // block_tokens], row i % block_tokens
 
-A decode is a segment with one token; a chunk of a prefill is one with many. Nothing else tells them apart.
+A decode is a segment with one token, and those drafted behind it; a chunk of a prefill is one with many. A decode wants
+the logits of each of its tokens, a prefill at most those of its last.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Segment:
     count: int
     context: int
     table: Sequence[Slot]  # may be longer than the context needs
-    sample: bool  # its last token's logits are wanted
+    logits: int  # of so many of its tokens, the last ones, the logits are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +39,13 @@ class Batch:
     tokens: Sequence[int]
     positions: Sequence[int]
     segments: Sequence[Segment]
+
+    @property
+    def wanted(self) -> list[int]:
+        """Which of the tokens' logits are wanted, segment after segment."""
+        return [
+            at
+            for segment in self.segments
+            for end in (segment.start + segment.count,)
+            for at in range(end - segment.logits, end)
+        ]

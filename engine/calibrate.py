@@ -1,7 +1,8 @@
-"""Measuring a machine for `engine.restore`, at start: how fast blocks are copied and read, and a prompt is computed.
+"""Measuring a machine for `engine.restore` and `engine.draft`, at start: how fast blocks are copied and read, a prompt is
+computed, and a drafted token checked.
 
 Copies and reads are measured at every start, within `BUDGET_S` each, the way that they are made later: with whatever
-checks and decoding belong to them; reads beside the engine, which does not wait for the disk to be ready. A prefill takes
+checks and decoding belong to them; reads beside the engine, which does not wait for the disk to be ready. The model takes
 too long for that: it is measured when this model has not run on this device before, and remembered in the state directory
 with what the run taught. Losing that file loses seconds.
 """
@@ -39,6 +40,8 @@ SHORT, LONG = (
     128,
 )  # tokens of the measured prefills: the difference is tokens, the rest is the step
 DEPTH = 1024  # tokens before the deep one, as far as they fit
+DRAFTED = 7  # tokens behind the one of a measured decode
+_STEPS = 5  # of each kind of decode; the fastest counts
 KEPT = 16  # calibrations in the file, newest last
 _FILE = "calibration.json"
 _LEAST = 1e-15  # seconds: rates are positive, whatever a clock says
@@ -132,9 +135,34 @@ def measure_prefill(runner: Runner, *, slots: int, block_tokens: int, rates: Rat
     )
 
 
-def _prefill(runner: Runner, block_tokens: int, begin: int, count: int) -> float:
+def measure_decode(runner: Runner, *, slots: int, block_tokens: int, rates: Rates) -> Rates:
+    """Steps of one token, and of some drafted behind it, on what `measure_prefill` wrote."""
+    depth = max(0, min(DEPTH, slots * block_tokens - 1 - DRAFTED))
+    drafted = min(DRAFTED, slots * block_tokens - 1)
+    times = range(_STEPS)
+    plain = min(_prefill(runner, block_tokens, depth, 1) for _ in times)
+    if not drafted:
+        return replace(rates, decode_s=max(_LEAST, plain))
+    more = min(_prefill(runner, block_tokens, depth, 1 + drafted, every=True) for _ in times)
+    return replace(
+        rates,
+        decode_s=max(_LEAST, plain),
+        draft_s=max(_LEAST, (more - plain) / drafted),
+    )
+
+
+def _prefill(
+    runner: Runner, block_tokens: int, begin: int, count: int, *, every: bool = False
+) -> float:
+    """Seconds; with the logits of the last token, or of `every` one."""
     table = [Slot(at) for at in range(-(-(begin + count) // block_tokens))]
-    segment = Segment(start=0, count=count, context=begin + count, table=table, sample=True)
+    segment = Segment(
+        start=0,
+        count=count,
+        context=begin + count,
+        table=table,
+        logits=count if every else 1,
+    )
     batch = Batch([0] * count, list(range(begin, begin + count)), [segment])
     began = time.perf_counter()
     runner.run(batch).sum().item()  # waits for a GPU
@@ -144,8 +172,8 @@ def _prefill(runner: Runner, block_tokens: int, begin: int, count: int) -> float
 def recall(directory: Path, machine: str) -> Rates | None:
     """What is remembered of a model on a device; None where there is nothing that can be used."""
     found = _load(directory / _FILE).get(machine)
-    if not isinstance(found, dict):
-        return None
+    if not isinstance(found, dict) or found.keys() != Rates().as_dict().keys():
+        return None  # none, or from before there were all of them
     try:
         rates = Rates(**{name: float(value) for name, value in found.items()})
     except (TypeError, ValueError):

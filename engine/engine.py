@@ -56,6 +56,7 @@ from engine.api import (
 )
 from engine.batch import Batch, Segment
 from engine.canary import Canaries, Canary
+from engine.draft import Drafts
 from engine.prefetch import Prefetches
 from engine.reads import Reads
 from engine.restore import Part, ReadsMeasured
@@ -119,6 +120,7 @@ class Counters:
     cached_host: int = 0
     cached_disk: int = 0
     output: int = 0
+    drafts: Counter[str] = dataclasses.field(default_factory=Counter)  # {right|wrong: tokens}
     spills: int = 0
     spill_failures: int = 0
     fetches: int = 0
@@ -142,6 +144,7 @@ class Engine:
         writer: DiskWriter,
         reader: DiskReader,
         costs: RestoreCosts,
+        draft_tokens: int,
         restore: RestoreLimits,
         canaries: Canaries,
         records: int,
@@ -170,6 +173,13 @@ class Engine:
         self._stored_bytes = stored_bytes  # of a block on disk: compact ones are smaller
         self._root = root
         self._max_context = min(max_context, scheduler.context_limit)
+        rates = costs.rates
+        self._drafts = Drafts(
+            most=draft_tokens,
+            extra=rates.draft_s / rates.decode_s,
+            block_tokens=cache.block_tokens,
+            max_context=self._max_context,
+        )
         self._vocab_size = vocab_size
         self._clock = clock
         self._inbox = inbox
@@ -228,6 +238,7 @@ class Engine:
         self._begin_loaded(now)
         if chunks := self._make_place(self._scheduler.plan(), now):
             began = self._clock()
+            chunks = self._drafts.lengthen(chunks)
             logits = self._runner.run(_batch_of(chunks))
             self._advance(chunks, logits, began)
         elif not self._scheduler.idle:
@@ -741,10 +752,13 @@ class Engine:
 
     def _advance(self, chunks: list[Chunk], logits: torch.Tensor, began: float) -> None:
         """Commit what was computed, then append what was sampled; finish those that are done."""
-        samplers = [chunk.sequence for chunk in chunks if chunk.samples]
-        sampled = (
-            self._sampler.sample(logits, [_sampling_state(s) for s in samplers]) if samplers else []
-        )
+        samplers = [chunk for chunk in chunks if chunk.samples]
+        states = [state for chunk in samplers for state in _sampling_states(chunk)]
+        choices = iter(self._sampler.sample(logits, states) if states else ())
+        said = {
+            chunk.sequence: _agreed(chunk, list(itertools.islice(choices, 1 + len(chunk.draft))))
+            for chunk in samplers
+        }
         now = self._last_step = self._clock()
         self._costs.observe_step(
             [(chunk.begin, chunk.end) for chunk in chunks], began, now, settled=bool(samplers)
@@ -752,27 +766,35 @@ class Engine:
         for chunk in chunks:
             sequence = chunk.sequence
             assert sequence.hold is not None
-            self._cache.commit(sequence.hold, tuple(sequence.tokens[chunk.begin : chunk.end]), now)
-            self._counters.computed += chunk.count
+            right = len(said[sequence]) - 1 if chunk.samples else 0
+            fed = (*sequence.tokens[chunk.begin : chunk.end], *chunk.draft[:right])
+            self._cache.commit(sequence.hold, fed, now)
+            self._counters.computed += len(fed)
             sequence.advance(chunk.end)
+            if chunk.decodes:
+                sequence.draft.judge(len(chunk.draft), right)
+                self._counters.drafts["right"] += right
+                self._counters.drafts["wrong"] += len(chunk.draft) - right
             if sequence.prefill_only and sequence.pending == 0:
                 self._finish(sequence, FinishReason.LENGTH, now)
-        for sequence, choice in zip(samplers, sampled, strict=True):
-            self._append(sequence, choice, now)
+        for sequence, chosen in said.items():
+            self._append(sequence, chosen, now)
 
-    def _append(self, sequence: Sequence, choice: Choice, now: float) -> None:
-        token, likelihood = choice.token, choice.likelihood
+    def _append(self, sequence: Sequence, chosen: list[Choice], now: float) -> None:
+        """What it says in this step. Only the newest can be the end: drafts stop before one."""
+        tokens = tuple(choice.token for choice in chosen)
+        token = tokens[-1]
         matcher = sequence.submit.matcher
         if matcher is not None and not matcher.accept(token):
             log.error("request %d leaves its grammar: %s", sequence.request, matcher.fault)
             self._finish(sequence, FinishReason.FAILED, now)
             return
-        sequence.tokens.append(token)
-        self._counters.output += 1
+        sequence.say(tokens)
+        self._counters.output += len(tokens)
         if sequence.first_sampled is None:
             sequence.first_sampled = now
-        likelihoods = () if likelihood is None else (likelihood,)
-        self._outputs.append(Sampled(sequence.request, (token,), likelihoods))
+        likelihoods = tuple(c.likelihood for c in chosen if c.likelihood is not None)
+        self._outputs.append(Sampled(sequence.request, tokens, likelihoods))
         sampling = sequence.submit.sampling
         if token in sampling.stop_ids or (matcher is not None and matcher.complete):
             self._finish(sequence, FinishReason.STOP, now)
@@ -819,7 +841,7 @@ class Engine:
         loaded = self._cache.load(hold, now) == []
         if loaded and self._cache.ready(hold) and self._cache.lend(hold, len(tokens) + 1, now):
             *table, found, spare = hold.table
-            segment = Segment(0, size, len(tokens), (*table, spare), sample=False)
+            segment = Segment(0, size, len(tokens), (*table, spare), logits=0)
             positions = range(len(tokens) - size, len(tokens))
             self._runner.run(Batch(tokens[-size:], positions, [segment]))
             self._cache.release(hold, now)
@@ -883,6 +905,7 @@ class Engine:
                 for (_, session), (until, blocks) in self._cache.pins(now).items()
             ),
             rates=self._costs.rates.as_dict(),
+            drafts_total=dict(counters.drafts),
         )
 
     def _disk_report(self, tier: TierStatistics) -> DiskReport:
@@ -953,14 +976,28 @@ def _batch_of(chunks: list[Chunk]) -> Batch:
             Segment(
                 start=len(tokens),
                 count=chunk.count,
-                context=chunk.end,
+                context=chunk.begin + chunk.count,
                 table=sequence.hold.table,
-                sample=chunk.samples,
+                logits=1 + len(chunk.draft) if chunk.samples else 0,
             )
         )
-        tokens += sequence.tokens[chunk.begin : chunk.end]
-        positions += range(chunk.begin, chunk.end)
+        tokens += (*sequence.tokens[chunk.begin : chunk.end], *chunk.draft)
+        positions += range(chunk.begin, chunk.begin + chunk.count)
     return Batch(tokens, positions, segments)
+
+
+def _agreed(chunk: Chunk, choices: list[Choice]) -> list[Choice]:
+    """Of a chunk's tokens: those that were sampled as they were drafted, and the first that was not, or was not drafted."""
+    right = 0
+    while right < len(chunk.draft) and choices[right].token == chunk.draft[right]:
+        right += 1
+    return choices[: right + 1]
+
+
+def _sampling_states(chunk: Chunk) -> list[SamplingState]:
+    """Of the next token, and of each that would follow if the draft before it were right."""
+    state = _sampling_state(chunk.sequence)
+    return [dataclasses.replace(state, step=state.step + at) for at in range(1 + len(chunk.draft))]
 
 
 def _sampling_state(sequence: Sequence) -> SamplingState:

@@ -129,7 +129,7 @@ class FusedModel:
             for segment in batch.segments
             for position in range(segment.context - segment.count, segment.context)
         ]
-        sampled = [s.start + s.count - 1 for s in batch.segments if s.sample]
+        sampled = batch.wanted
         positions = np.array(batch.positions, np.int64)
         width = -(-self.vocabulary // LANES) * LANES
         logits = np.empty((len(sampled), width), np.float32)

@@ -220,7 +220,7 @@ def compare(loaded: LoadedModel) -> None:
     tokens = [7919 * (i + 1) % loaded.vocab_size for i in range(ends[-1])]
     paged = []
     for start, end in zip((0, *ends), ends, strict=False):
-        segment = Segment(start=0, count=end - start, context=end, table=table, sample=True)
+        segment = Segment(start=0, count=end - start, context=end, table=table, logits=1)
         paged.append(runner.run(Batch(tokens[start:end], range(start, end), (segment,))))
     model = loaded.model
     model.set_attn_implementation("eager")

@@ -19,7 +19,7 @@ Laws
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.estimate import Estimate
@@ -54,6 +54,8 @@ class Rates:
     step_s: float = 5e-3  # of a forward pass
     token_s: float = 1e-3  # per token of a prefill
     depth_s: float = 1e-8  # per token of a prefill and token before it
+    decode_s: float = 2e-2  # of a step of one token: see engine/draft.py
+    draft_s: float = 6e-3  # per token drafted behind it
 
     def as_dict(self) -> dict[str, float]:
         return {each.name: getattr(self, each.name) for each in fields(self)}
@@ -84,6 +86,7 @@ class RestoreCosts:
     def __init__(
         self, calibrated: Rates, *, block_bytes: int, block_tokens: int, step_tokens: int
     ) -> None:
+        self._calibrated = calibrated
         self._copies = Estimate((calibrated.copy_s,))
         self._reads = Estimate((calibrated.latency_s, calibrated.read_s))
         self._prefill = Estimate((calibrated.step_s, calibrated.token_s, calibrated.depth_s))
@@ -99,7 +102,15 @@ class RestoreCosts:
         (copy_s,) = self._copies.rates
         latency_s, read_s = self._reads.rates
         step_s, token_s, depth_s = self._prefill.rates
-        return Rates(copy_s, latency_s, read_s, step_s, token_s, depth_s)
+        return replace(
+            self._calibrated,
+            copy_s=copy_s,
+            latency_s=latency_s,
+            read_s=read_s,
+            step_s=step_s,
+            token_s=token_s,
+            depth_s=depth_s,
+        )
 
     # -- predicting ---------------------------------------------------------------------------------------------------
 

@@ -32,17 +32,16 @@ class Runner:
         self._arena = arena
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """Logits [segments with `sample`, vocabulary] in float32, in the order of the segments."""
+        """Logits [`batch.wanted`, vocabulary] in float32."""
         if self._fused is not None and len(batch.tokens) <= fused_cpu.MAX_TOKENS:
             return self._fused.run(batch, self._arena)
         device = self._arena.device
-        wanted = [s.start + s.count - 1 for s in batch.segments if s.sample]
         with torch.inference_mode():
             output = self._model(
                 input_ids=torch.tensor([batch.tokens], device=device),
                 position_ids=torch.tensor([batch.positions], device=device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=device),
+                logits_to_keep=torch.tensor(batch.wanted, dtype=torch.long, device=device),
                 paged=PagedForward(batch, self._arena),
             )
             logits: torch.Tensor = output.logits[0].float()

@@ -28,15 +28,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Feed tokens [begin, end) of `sequence`: the first of its next range."""
+    """Feed tokens [begin, end) of `sequence`: the first of its next range. Behind a decode's, what it may say next."""
 
     sequence: Sequence
     begin: int
     end: int
+    draft: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
-        return self.end - self.begin
+        """Tokens that the model is fed."""
+        return self.end - self.begin + len(self.draft)
+
+    @property
+    def decodes(self) -> bool:
+        """One token whose KV is missing, and then the next one."""
+        return self.samples and self.end - self.begin == 1
 
     @property
     def samples(self) -> bool:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.api import CachedTokens, Usage
+from engine.draft import Draft
 
 if TYPE_CHECKING:
     from engine.api import RequestId, Submit
@@ -61,6 +62,7 @@ class Sequence:
     load_started: float | None = None
     prefill_started: float | None = None
     first_sampled: float | None = None
+    draft: Draft = field(default_factory=Draft)
 
     @classmethod
     def of(cls, submit: Submit, now: float) -> Sequence:
@@ -98,6 +100,11 @@ class Sequence:
             self.holes.pop(0)
         else:
             self.holes[0] = (end, until)
+
+    def say(self, tokens: tuple[int, ...]) -> None:
+        """Sampled in one step: all but the newest were drafted, and so have KV."""
+        self.tokens += tokens
+        self.computed += len(tokens) - 1
 
     @property
     def prefill_only(self) -> bool:

@@ -94,6 +94,7 @@ class EngineSettings:
     block_tokens: int
     step_tokens: int
     mixed_tokens: int
+    draft_tokens: int
     max_running: int
     max_waiting: int
     device_bytes: int
@@ -492,6 +493,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         writer=writer,
         reader=readers[0],
         costs=costs,
+        draft_tokens=settings.draft_tokens,
         restore=settings.restore,
         canaries=Canaries(settings.canary, random.random),
         records=store.statistics().blocks,
@@ -551,6 +553,9 @@ def _calibrate(
     if rates is None:
         rates = calibrate.measure_prefill(
             runner, slots=slots[Tier.DEVICE], block_tokens=settings.block_tokens, rates=Rates()
+        )
+        rates = calibrate.measure_decode(
+            runner, slots=slots[Tier.DEVICE], block_tokens=settings.block_tokens, rates=rates
         )
     if slots[Tier.HOST]:
         rates = calibrate.measure_copies(memory, rates)

@@ -58,6 +58,7 @@ READING = ("tests/broker/wire/test_messages_in.py",)
 SAYING = ("tests/broker/wire/test_messages_out.py",)
 PLACES = ("tests/broker/test_cuts.py",)
 OVER_HTTP = ("tests/broker/test_messages.py",)
+DRAFTING = ("tests/engine/test_engine.py",)
 
 SOCKET, SESSION, TURN, STEERING = (
     "broker/websocket.py", "broker/session.py", "broker/turn.py", "broker/wire/steering.py"
@@ -857,6 +858,62 @@ MUTANTS = (
         "masked_fill(forbidden, -torch.inf)",
         "masked_fill(forbidden, 0.0)",
         ("tests/engine/test_sampler.py",),
+    ),
+    Mutant(
+        "drafts are believed",
+        "engine/engine.py",
+        "choices[right].token == chunk.draft[right]:",
+        "choices[right].token:",
+        DRAFTING,
+    ),
+    Mutant(
+        "the kv of wrong drafts is kept",
+        "engine/engine.py",
+        "fed = (*sequence.tokens[chunk.begin : chunk.end], *chunk.draft[:right])",
+        "fed = (*sequence.tokens[chunk.begin : chunk.end], *chunk.draft)",
+        DRAFTING,
+    ),
+    Mutant(
+        "a draft crosses into a block that is not there",
+        "engine/draft.py",
+        "            -chunk.end % self.block_tokens,\n",
+        "",
+        DRAFTING,
+    ),
+    Mutant(
+        "a draft passes the end",
+        "engine/draft.py",
+        "return draft[: next(ends, len(draft))]",
+        "return draft",
+        DRAFTING,
+    ),
+    Mutant(
+        "drafted tokens are sampled at one step",
+        "engine/engine.py",
+        "dataclasses.replace(state, step=state.step + at)",
+        "dataclasses.replace(state, step=state.step)",
+        DRAFTING,
+    ),
+    Mutant(
+        "a grammar is drafted past",
+        "engine/draft.py",
+        "    return not penalised and drafted.submit.matcher is None",
+        "    return not penalised",
+        ("tests/engine/test_grammar.py",),
+    ),
+    Mutant(
+        "what never pays is drafted for ever",
+        "engine/draft.py",
+        "for correct in (1,) * right + (0,) * (right < drafted):",
+        "for correct in (1,) * right:",
+        ("tests/engine/test_draft.py",),
+    ),
+    Mutant(
+        "a token may begin in the middle of another",
+        "engine/draft.py",
+        "            if at % 4 == 0:\n",
+        "            if True:\n",
+        ("tests/engine/test_draft.py",),
     ),
     Mutant(
         "a fulfilled grammar ends nothing",

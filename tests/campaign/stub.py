@@ -74,7 +74,7 @@ class Runner:
         self._rows = arena.blocks.numpy()  # [slots, layers, 2, kv_heads, block_tokens, head_dim]
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """Logits [segments with `sample`, vocabulary]."""
+        """Logits [`batch.wanted`, vocabulary]."""
         wanted = []
         for segment in batch.segments:
             table = np.array(segment.table)
@@ -87,10 +87,10 @@ class Runner:
             slots, rows = table[at // self._block_tokens], at % self._block_tokens
             new = chain.rows(link, tokens)
             self._rows[slots, :, :, :, rows, :] = new.reshape(-1, *self._shape)
-            if segment.sample:
+            for last in range(end - segment.logits, end):
                 logits = torch.zeros(chain.VOCABULARY)
-                known = self._read(table, 0, end)
-                logits[chain.next_id(chain.total(known.view(np.uint32)), tokens[-1])] = 1.0
+                known = chain.total(self._read(table, 0, last + 1).view(np.uint32))
+                logits[chain.next_id(known, batch.tokens[segment.start + last - begin])] = 1.0
                 wanted.append(logits)
         return torch.stack(wanted) if wanted else torch.empty(0, chain.VOCABULARY)
 

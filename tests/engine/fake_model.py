@@ -83,8 +83,8 @@ class FakeRunner:
                 self.arena.blocks[slot, 0, :, 0, position % self.block_tokens, 0] = mix(
                     state, token
                 )
-            if segment.sample:
-                rows = [self._row(segment.table, i) for i in range(segment.context)]
+            for context in range(segment.context - segment.logits + 1, segment.context + 1):
+                rows = [self._row(segment.table, i) for i in range(context)]
                 logits = torch.zeros(VOCAB)
                 logits[next_id(rows)] = 1.0
                 wanted.append(logits)

@@ -120,7 +120,7 @@ def prefill(loaded: LoadedModel, arena: Arena, tokens: list[int]) -> None:
 
 def batch_of(loaded: LoadedModel, tokens: list[int], begin: int, end: int) -> Batch:
     table = [Slot(slot) for slot in range(-(-end // loaded.geometry.block_tokens))]
-    segment = Segment(start=0, count=end - begin, context=end, table=table, sample=True)
+    segment = Segment(start=0, count=end - begin, context=end, table=table, logits=1)
     return Batch(tokens[begin:end], range(begin, end), (segment,))
 
 

@@ -39,7 +39,7 @@ class World:
                 row = self.arena.blocks[table[token // SIZE], :, :, :, token % SIZE]
                 row.copy_(kv[:, :, :, token])
             self.kv.append(kv)
-            segments.append(Segment(start, count, context, table, sample=True))
+            segments.append(Segment(start, count, context, table, logits=1))
             positions += range(past, context)
             start += count
         self.batch = Batch([0] * start, positions, segments)
@@ -115,7 +115,7 @@ def test_what_is_alone_and_what_is_batched_are_the_same_bits():
         alone = Batch(
             together.batch.tokens[run],
             together.batch.positions[run],
-            [Segment(0, segment.count, segment.context, segment.table, sample=True)],
+            [Segment(0, segment.count, segment.context, segment.table, logits=1)],
         )
         one = PagedForward(alone, together.arena).attend(
             0, together.query[:, run], key[:, run], value[:, run], 0.5
@@ -137,7 +137,7 @@ def test_padded_tables_give_what_in_place_reading_gives(contexts):
 
 
 def test_a_plan_asks_for_no_more_threads_than_torch_has():
-    plan = paged_cpu.plan([Segment(0, 1, 5, [7, 3, 9], sample=True)], 4)
+    plan = paged_cpu.plan([Segment(0, 1, 5, [7, 3, 9], logits=1)], 4)
     assert numba.get_num_threads() == torch.get_num_threads() == 1
     assert plan.tables.tolist() == [[7, 3]]
     assert plan.contexts.dtype == np.int64

@@ -17,7 +17,7 @@ SIZE = 4
 
 
 def run(runner, tokens, begin, end, table):
-    segment = Segment(0, end - begin, end, table, sample=False)
+    segment = Segment(0, end - begin, end, table, logits=0)
     runner.run(Batch(tokens[begin:end], range(begin, end), [segment]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import queue
 from collections import defaultdict
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -33,9 +34,11 @@ from engine.api import (
     Unpin,
 )
 from engine.canary import Canaries
+from engine.draft import Draft
 from engine.engine import Engine
 from engine.memory import Memory
 from engine.restore import Rates, RestoreCosts, RestoreLimits
+from engine.sampler import Choice
 from engine.scheduler import Scheduler
 from tests.engine.fake_model import VOCAB, FakeDisk, FakeRunner, FakeSampler, oracle
 from tiers.arena import Arena, Geometry
@@ -72,6 +75,7 @@ class Bench:
         rates: Rates = RATES,
         index_unread: bool = False,
         canary: float = 0.0,
+        draft_tokens: int = 15,
     ) -> None:
         self.now = 0.0
         self.checks = True  # the tables, after every turn; a walk over all of them
@@ -122,6 +126,7 @@ class Bench:
                 block_tokens=BLOCK,
                 step_tokens=step_tokens,
             ),
+            draft_tokens=draft_tokens,
             restore=restore,
             canaries=Canaries(canary, lambda: 0.5),
             records=self.store.statistics().blocks,
@@ -235,8 +240,80 @@ def manifest_of(response_id, tokens, keys) -> Manifest:
     )
 
 
+def guesses(right: int):
+    """Stands for `Draft.propose`: so many tokens as the model will say them, and then one that it will not."""
+
+    def propose(self, tokens, most, price):
+        coming = oracle(tuple(tokens), right + 1)
+        return (*coming[:right], (coming[right] + 1) % VOCAB)[:most]
+
+    return patch.object(Draft, "propose", propose)
+
+
 def prompt_of(length: int, salt: int = 0) -> tuple[int, ...]:
     return tuple((i * 37 + salt * 11 + 5) % VOCAB for i in range(length))
+
+
+@pytest.mark.parametrize("right", range(5))
+def test_drafts_change_how_many_steps_are_run_and_nothing_that_is_said(right):
+    plain = Bench(draft_tokens=0)
+    plain.run(prompt_of(7), 30)
+    bench = Bench()
+    with guesses(right):
+        first = bench.run(prompt_of(7), 30)
+    assert first == oracle(prompt_of(7), 30)
+    usage = bench.finished(1).usage
+    assert (usage.output_tokens, usage.computed_tokens) == (30, 7)
+    assert bench.report().tokens_total == plain.report().tokens_total
+    steps, alone = len(bench.runner.batches), len(plain.runner.batches)
+    # A draft stays inside its block of 4 tokens.
+    assert steps == alone if right == 0 else steps <= alone * 2 / 3
+    prompt = prompt_of(7) + first + (7, 8, 9)
+    assert bench.run(prompt, 5) == oracle(prompt, 5), (
+        "the KV that was kept is that of what was said"
+    )
+    assert bench.finished(2).usage.cached.device == 36, "a drafted token's is kept too"
+
+
+def test_a_draft_ends_before_a_stop_id_and_before_the_last_token():
+    said = oracle(prompt_of(8), 12)
+    bench = Bench()
+    with guesses(3):
+        stopped = bench.run(prompt_of(8), 12, stop={said[2]})
+        assert stopped == said[: said.index(said[2]) + 1]
+        assert bench.finished(1).reason is FinishReason.STOP
+        for most in range(1, 6):
+            assert bench.run(prompt_of(8), most) == said[:most]
+    report = bench.report()
+    assert report.drafts_total["right"] > 0
+
+
+def test_drafts_of_several_sessions_share_a_step_and_are_told_apart():
+    bench = Bench(device=32)
+    with guesses(2):
+        requests = [
+            bench.submit(prompt_of(6, salt=each), 12, session=f"{each}") for each in range(3)
+        ]
+        bench.until_quiet()
+    for each, request in enumerate(requests):
+        assert bench.ids(request) == oracle(prompt_of(6, salt=each), 12)
+    assert any(len(batch.segments) == 3 and len(batch.tokens) > 6 for batch in bench.runner.batches)
+
+
+def cycle_of(length: int) -> tuple[int, ...]:
+    return tuple(1 + at % 7 for at in range(length))
+
+
+def test_the_prompt_is_looked_up_for_what_comes_next():
+    """A model that repeats a cycle: every step but the first few says several tokens."""
+    bench = Bench()
+
+    def repeat(logits, requests):
+        return [Choice(1 + (r.step % 7)) for r in requests]
+
+    with patch.object(bench.engine._sampler, "sample", repeat):
+        assert bench.run(cycle_of(21), 32) == cycle_of(32)
+    assert len(bench.runner.batches) < 2 + 32 / 2.5
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 23])
@@ -1072,10 +1149,16 @@ SCENARIO = st.lists(
     host=st.integers(0, 6),
     disk=st.integers(0, 20),
     failures=st.integers(0, 3),
+    right=st.integers(0, 3),
 )
 def test_any_mixture_of_turns_forks_cancels_and_demotions_gives_oracle_ids(
-    steps, device, host, disk, failures
+    steps, device, host, disk, failures, right
 ):
+    with guesses(right):
+        any_mixture(steps, device, host, disk, failures)
+
+
+def any_mixture(steps, device, host, disk, failures):
     bench = Bench(device=device, host=host, disk=disk, host_after_s=20, disk_after_s=60)
     bench.disk.fail_fetches = failures
     prompts: dict[RequestId, tuple[tuple[int, ...], int]] = {}

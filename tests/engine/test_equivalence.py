@@ -48,10 +48,10 @@ class Engine:
         self.free = list(range(slots))
         random.Random(seed).shuffle(self.free)
 
-    def segment(self, start: int, table: list[int], past: int, count: int, sample: bool) -> Segment:
+    def segment(self, start: int, table: list[int], past: int, count: int, logits: int) -> Segment:
         while len(table) * self.size < past + count:
             table.append(self.free.pop())
-        return Segment(start, count, past + count, table, sample)
+        return Segment(start, count, past + count, table, logits)
 
     def generate(self, prompts: list[list[int]], chunk: int, new: int = NEW) -> list[list[int]]:
         tokens = [list(prompt) for prompt in prompts]
@@ -64,7 +64,7 @@ class Engine:
                 done = past + count == len(sequence)
                 if done and len(sequence) == len(prompts[i]) + new:
                     continue
-                segments.append(self.segment(len(flat), tables[i], past, count, done))
+                segments.append(self.segment(len(flat), tables[i], past, count, int(done)))
                 flat += sequence[past : past + count]
                 positions += range(past, past + count)
                 computed[i] += count
@@ -79,7 +79,7 @@ class Engine:
 
     def extend(self, table: list[int], tokens: list[int], past: int) -> torch.Tensor:
         """Logits after `tokens`, which follow `past` others."""
-        segment = self.segment(0, table, past, len(tokens), sample=True)
+        segment = self.segment(0, table, past, len(tokens), logits=1)
         positions = range(past, past + len(tokens))
         return self.runner.run(Batch(tokens, positions, [segment]))[0]
 
@@ -120,7 +120,7 @@ def test_sequences_share_the_blocks_of_a_common_prefix(pair):
     before = engine.arena.blocks[shared].clone()
     flat, positions, segments = [], [], []
     for tail in tails:
-        segments.append(engine.segment(len(flat), list(shared), len(head), len(tail), sample=True))
+        segments.append(engine.segment(len(flat), list(shared), len(head), len(tail), logits=1))
         flat += tail
         positions += range(len(head), len(head) + len(tail))
     logits = engine.runner.run(Batch(flat, positions, segments))
@@ -154,9 +154,7 @@ def test_kv_that_went_away_and_came_back_goes_on_identically(pair, length):
 def test_a_batch_without_samples_only_writes(pair):
     loaded, _ = pair
     engine = Engine(loaded, 4)
-    logits = engine.runner.run(
-        Batch([5, 6, 7], range(3), [engine.segment(0, [], 0, 3, sample=False)])
-    )
+    logits = engine.runner.run(Batch([5, 6, 7], range(3), [engine.segment(0, [], 0, 3, logits=0)]))
     assert logits.shape == (0, loaded.vocab_size)
     written = engine.arena.blocks.isfinite().sum() * engine.arena.geometry.dtype.itemsize
     assert written == 3 * loaded.geometry.token_bytes

@@ -43,7 +43,7 @@ def logits(loaded, batches):
     for batch in batches:
         tokens, positions, segments = [], [], []
         for table, past, new in batch:
-            segments.append(Segment(len(tokens), len(new), past + len(new), table, sample=True))
+            segments.append(Segment(len(tokens), len(new), past + len(new), table, logits=1))
             tokens += new
             positions += range(past, past + len(new))
         out.append(runner.run(Batch(tokens, positions, segments)))
@@ -81,7 +81,7 @@ def test_a_token_s_logits_are_the_same_to_the_bit_whoever_it_is_computed_with(lo
 
 def test_a_step_that_samples_nothing_gives_no_logits(loaded):
     arena = Arena(loaded.geometry, slots=4)
-    segment = Segment(0, 2, 2, (1,), sample=False)
+    segment = Segment(0, 2, 2, (1,), logits=0)
     found = Runner(loaded, arena).run(Batch([5, 6], [0, 1], [segment]))
     assert found.shape == (0, loaded.vocab_size)
 
