@@ -113,23 +113,39 @@ def _constrained(logits: torch.Tensor, requests: Sequence[SamplingState]) -> tor
 
 
 def _draw(logits: torch.Tensor, requests: Sequence[SamplingState]) -> torch.Tensor:
-    """Ids [rows] for `logits` [rows, vocabulary]. In float64: no token of the vocabulary is rounded away."""
+    """Ids [rows] for `logits` [rows, vocabulary]. In float64: no token of the vocabulary is rounded away.
+
+    A distribution is inverted in the order of the ids, or where its tail is cut off in the order of likelihood: sorting
+    49,000 numbers takes 10 ms, which few ask for.
+    """
     device = logits.device
-    temperature = torch.tensor(
-        [r.temperature for r in requests], dtype=torch.float64, device=device
-    )
-    top_p = torch.tensor([r.top_p for r in requests], dtype=torch.float64, device=device)
+    scale = torch.tensor([r.temperature for r in requests], dtype=torch.float64, device=device)
     uniform = torch.tensor([_uniform(r.seed, r.step) for r in requests], dtype=torch.float64)
-    ranked, ids = logits.double().sort(dim=-1, descending=True, stable=True)
     # Subtracting the highest first keeps a tiny temperature from overflowing.
-    likelihood = ((ranked - ranked[:, :1]) / temperature[:, None]).softmax(-1)
+    highest = logits.amax(-1, keepdim=True)
+    likelihood = ((logits.double() - highest) / scale[:, None]).softmax(-1)
+    ids = torch.empty(len(requests), dtype=torch.long, device=device)
+    whole = [row for row, request in enumerate(requests) if request.top_p >= 1]
+    cut = [row for row, request in enumerate(requests) if request.top_p < 1]
+    if whole:
+        ids[whole] = _inverted(likelihood[whole], uniform[whole].to(device))
+    if cut:
+        ranked, order = likelihood[cut].sort(dim=-1, descending=True, stable=True)
+        top_p = torch.tensor([requests[row].top_p for row in cut], dtype=torch.float64)
+        before = ranked.cumsum(-1) - ranked
+        kept = ranked.masked_fill(before >= top_p.to(device)[:, None], 0.0)
+        rank = _inverted(kept, uniform[cut].to(device))
+        ids[cut] = order.gather(-1, rank[:, None])[:, 0]
+    return ids
+
+
+def _inverted(likelihood: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Where each row's cumulative sum passes that share of the whole. Never at a likelihood of 0."""
     reached = likelihood.cumsum(-1)
-    before = reached - likelihood
-    kept = ((before < top_p[:, None]) & (likelihood > 0)).sum(-1, keepdim=True).clamp(min=1)
-    mass = reached.gather(-1, kept - 1)
-    target = uniform.to(device)[:, None] * mass
-    rank = torch.searchsorted(reached, target, right=True).minimum(kept - 1)
-    return ids.gather(-1, rank)[:, 0]
+    mass = reached[:, -1:].contiguous()
+    at = torch.searchsorted(reached, uniform[:, None] * mass, right=True)
+    # The share may be rounded up to the whole: then it is the first that reaches it.
+    return at.minimum(torch.searchsorted(reached, mass))[:, 0]
 
 
 def _uniform(seed: int, step: int) -> float:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from engine.api import RequestId, Step, Submit
     from engine.service import EngineService
     from engine.text import Text
+    from tiers.block import TokenIds
 
 _MEDIAN_MS = 2.0  # what is promised
 _DELTA = b'"response.output_text.delta"'
@@ -52,7 +53,7 @@ class Stamps:
     """What was seen of each stream, in order."""
 
     streams: dict[RequestId, str] = field(default_factory=dict)
-    sampled: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
+    sampled: dict[str, list[tuple[TokenIds, float]]] = field(default_factory=lambda: defaultdict(list))
     sent: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     steps: int = 0
 
@@ -67,7 +68,7 @@ class Stamps:
         for output in step.outputs:
             if isinstance(output, Sampled):
                 stream = self.streams[output.request]
-                self.sampled[stream] += [(token, now) for token in output.tokens]
+                self.sampled[stream].append((output.tokens, now))
 
     def written(self, stream: str, frame: bytes) -> None:
         if _DELTA in frame[:200]:
@@ -85,11 +86,11 @@ class Stamps:
         return [sent - sampled for sampled, sent in pairs if begin <= sampled <= end]
 
 
-def _audible(sampled: Iterable[tuple[int, float]], text: Text) -> list[float]:
-    """The times of the tokens that make a delta: a character may take several, and leading white space is held."""
+def _audible(sampled: Iterable[tuple[TokenIds, float]], text: Text) -> list[float]:
+    """The times of the steps that make a delta: a character may take several tokens, and leading white space is held."""
     detokenizer, said, times = text.detokenizer(), False, []
-    for token, at in sampled:
-        fresh = "" if token in text.stop_ids else detokenizer.feed((token,))
+    for tokens, at in sampled:
+        fresh = detokenizer.feed([token for token in tokens if token not in text.stop_ids])
         said = said or bool(fresh.strip())
         if fresh and said:
             times.append(at)

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from engine.constraint import (
     Token,
     Until,
 )
+from engine.draft import Draft
 from engine.grammar import Compiled, Grammars, Matcher
 from engine.sampler import Sampler, SamplingState
 from engine.service import Compiling
@@ -265,6 +267,15 @@ def test_preempted_sequences_go_on_where_their_grammar_stands():
     crowded.until_quiet()
     assert any(preempted), "nobody was preempted after it had said something"
     assert [crowded.ids(r) for r in said] == [alone.ids(r) for r in wanted]
+
+
+def test_nothing_is_drafted_for_a_sequence_with_a_grammar():
+    bench = Bench(device=200)
+    with patch.object(Draft, "propose", lambda *_: (ord('"'),)):
+        requests = [constrained(bench, SMALL, seed=seed) for seed in range(3)]
+        bench.until_quiet()
+    for request in requests:
+        assert re.fullmatch("[a-z]{3,40}", json.loads(bytes(bench.ids(request)))["a"])
 
 
 def test_a_grammar_that_fails_on_the_way_fails_its_turn_alone():
