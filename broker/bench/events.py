@@ -230,6 +230,7 @@ async def _one(url: str, name: str, tokens: int, bar: tqdm[None]) -> None:
                 "type": "response.create",
                 "input": f"Tell me story number {name}.",
                 "max_output_tokens": tokens,
+                "temperature": 0,
                 "store": False,
             }
         )
