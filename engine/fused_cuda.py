@@ -1,7 +1,8 @@
 """A forward pass on CUDA, where the model is of the Llama family: ten launches a layer instead of transformers' forty.
 
-Products are torch's (cuBLAS), a layer's queries, keys and values in one and its gate and up in another; the rest is a few
-kernels of engine/kernels_cuda.py. Nothing here waits for the device, and for few tokens nothing depends on the step but
+Products are torch's (cuBLAS), but those of one token, which are our own: they only read weights, and may do the next small
+thing on the way. A layer's queries, keys and values are one product, its gate and up another; the rest is a few kernels of
+engine/kernels_cuda.py. Nothing here waits for the device, and for few tokens nothing depends on the step but
 the contents of `Inputs`: such a pass can be recorded once and replayed (engine/graphs.py).
 
 Laws
@@ -148,7 +149,7 @@ class FusedCuda:
         delta: torch.Tensor | None = None
         for index, layer in enumerate(self.layers):
             normed = kernels.add_and_norm(hidden, delta, layer.before, self.epsilon)
-            fused = linear(normed, layer.projections, layer.biases)
+            fused = _product(normed, layer.projections, layer.biases)
             query = normed.new_empty(len(normed), self.query_heads, self.head_dim)
             kernels.place(
                 fused,
@@ -162,11 +163,32 @@ class FusedCuda:
                 epsilon=self.epsilon,
                 query=query,
             )
-            delta = linear(attend(index, query, self.scaling).flatten(1), layer.out)
+            delta = _product(attend(index, query, self.scaling).flatten(1), layer.out)
             normed = kernels.add_and_norm(hidden, delta, layer.after, self.epsilon)
-            delta = linear(kernels.gate(linear(normed, layer.gate_and_up)), layer.down)
+            delta = _product(_gated(normed, layer.gate_and_up), layer.down)
         normed = kernels.add_and_norm(hidden, delta, self.norm, self.epsilon)
-        return linear(normed if rows is None else normed[rows], self.head).float()
+        wanted = normed if rows is None else normed[rows]
+        if len(wanted) == 1:
+            return kernels.multiply_row(wanted, self.head, dtype=torch.float32)
+        return linear(wanted, self.head).float()
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    from engine import kernels_cuda as kernels
+
+    if len(x) == 1:
+        return kernels.multiply_row(x, weight, bias=bias)
+    return linear(x, weight, bias)
+
+
+def _gated(x: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Tensor:
+    from engine import kernels_cuda as kernels
+
+    if len(x) == 1:
+        return kernels.multiply_row(x, gate_and_up, gated=True)
+    return kernels.gate(linear(x, gate_and_up))
 
 
 def _together(model: Any, prefix: str, names: tuple[str, ...]) -> torch.Tensor:

@@ -250,6 +250,42 @@ def _gate(
     tl.store(out + token * width + at, result.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _multiply_row(
+    x,  # [inner]
+    weight,  # [rows, inner]; [2 * rows, inner] if GATED: gate, then up
+    bias,  # [rows], or anything where BIASED is false
+    out,  # [rows]
+    inner,
+    rows,
+    BIASED: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    base = row.to(tl.int64) * inner
+    acc = tl.zeros([ROWS, TILE], tl.float32)
+    up = tl.zeros([ROWS, TILE], tl.float32)
+    for first in range(0, inner, TILE):
+        at = first + tl.arange(0, TILE)
+        there = at < inner
+        mask = inside[:, None] & there[None, :]
+        some = tl.load(x + at, mask=there, other=0.0).to(tl.float32)[None, :]
+        place = weight + base[:, None] + at[None, :]
+        acc += some * tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            below = weight + (row + rows).to(tl.int64)[:, None] * inner + at[None, :]
+            up += some * tl.load(below, mask=mask, other=0.0).to(tl.float32)
+    result = tl.sum(acc, 1)
+    if GATED:
+        result = result / (1.0 + tl.exp(-result)) * tl.sum(up, 1)
+    if BIASED:
+        result += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row, result.to(out.dtype.element_ty), mask=inside)
+
+
 def shares(sequences: int, kv_heads: int, processors: int) -> int:
     """Into how many parts a context is split, so that every processor has two to four programs: a power of two."""
     wanted = max(1, 2 * processors // (sequences * kv_heads))
@@ -388,4 +424,33 @@ def gate(both: torch.Tensor) -> torch.Tensor:
     out = both.new_empty(tokens, width)
     tile = min(1024, triton.next_power_of_2(width))
     _gate[(tokens, triton.cdiv(width, tile))](both, out, width, TILE=tile)
+    return out
+
+
+def multiply_row(
+    x: torch.Tensor,  # [1, inner]
+    weight: torch.Tensor,  # [rows, inner]; [2 * rows, inner] if gated
+    *,
+    bias: torch.Tensor | None = None,
+    gated: bool = False,
+    dtype: torch.dtype | None = None,  # of the result; None: as `x`
+) -> torch.Tensor:
+    """One token's product with a matrix, at the rate that the matrix is read; gated as `gate` does. [1, rows]."""
+    inner = x.shape[1]
+    rows = len(weight) // (2 if gated else 1)
+    out = x.new_empty(1, rows, dtype=dtype)
+    at_once = 2 if gated else 4
+    _multiply_row[(triton.cdiv(rows, at_once),)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        out,
+        inner,
+        rows,
+        BIASED=bias is not None,
+        GATED=gated,
+        ROWS=at_once,
+        TILE=min(1024, triton.next_power_of_2(inner)),
+        num_warps=4,
+    )
     return out

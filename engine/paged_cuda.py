@@ -6,7 +6,10 @@ are gathered, and attended to by torch's flash attention (engine/attention.py): 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
+import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,11 +21,26 @@ if TYPE_CHECKING:
     from engine.batch import Segment
     from tiers.arena import Arena
 
+log = logging.getLogger(__name__)
+
 MAX_QUERIES = 16  # of one sequence; with a group of 4 they are the 64 rows that one product of the kernel takes
 
 
+@functools.cache
 def available() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is there and works: for its launches it needs a C compiler and Python's headers."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if not torch.cuda.is_available():  # interpreted, for tests
+        return True
+    from engine import kernels_cuda
+
+    try:
+        kernels_cuda.gate(torch.zeros(1, 2, device="cuda"))
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        log.warning("Triton does not work here, and attention is slower without it: %s", error)
+        return False
+    return True
 
 
 def queries_for(count: int) -> int:

@@ -124,30 +124,33 @@ class CudaMemory(Memory):
         self._arrival: Event | None = None  # of the last payload
 
     def copy(self, action: Copy) -> bool:
-        if action.source is Tier.HOST:
+        if Tier.HOST not in (action.source, action.target):
+            self.copy_now(action)
+        elif action.source is Tier.HOST:
             self._jobs.put(self._bring(action))
             return False
-        self.copy_now(action)
+        else:
+            self._jobs.put(self._send_down(action))
         return True
 
     def copy_now(self, action: Copy) -> None:
-        """One up is waited for, one down is not."""
+        """Waits for it, and needs no copier."""
         if action.source is Tier.HOST:
             _carry_out(self._bring(action), self._arenas, self._streams.up)
         elif action.target is Tier.HOST:
-            self._send_down(action)
+            _make_seal(self._send_down(action), self._arenas)
         else:
             self._fence([action.target_slot])
             super().copy_now(action)
 
-    def _send_down(self, action: Copy) -> None:
+    def _send_down(self, action: Copy) -> MakeSeal:
         source, target = self._arenas[Tier.DEVICE], self._arenas[Tier.HOST]
         down = self._streams.down
         down.wait(self._streams.compute.record())
         down.copy(source.blocks[action.source_slot], target.blocks[action.target_slot])
         arrived = self._leaving[action.source_slot] = down.record()
         sealing = self._sealing[action.target_slot] = Sealing(action.key, Future())
-        self._jobs.put(MakeSeal(action.target_slot, arrived, sealing))
+        return MakeSeal(action.target_slot, arrived, sealing)
 
     def _bring(self, action: Copy) -> Bring:
         slot = action.source_slot
@@ -248,9 +251,8 @@ class Copier:
     def take(self) -> bool:
         """Carry out one job, waiting for it; False: it was a stop."""
         match self._jobs.get():
-            case MakeSeal(slot, arrived, sealing):
-                arrived.wait()
-                sealing.digest.set_result(self._arenas[Tier.HOST].digest(slot))
+            case MakeSeal() as job:
+                _make_seal(job, self._arenas)
             case Bring() as bring:
                 try:
                     _carry_out(bring, self._arenas, self._up)
@@ -265,6 +267,11 @@ class Copier:
     def stop(self) -> None:
         """Everything queued before is carried out first, by whichever thread."""
         self._jobs.put(Stop())
+
+
+def _make_seal(job: MakeSeal, arenas: Mapping[Tier, Arena]) -> None:
+    job.arrived.wait()
+    job.sealing.digest.set_result(arenas[Tier.HOST].digest(job.slot))
 
 
 def _carry_out(bring: Bring, arenas: Mapping[Tier, Arena], up: Stream) -> None:

@@ -1163,8 +1163,8 @@ MUTANTS = (
     Mutant(
         "cuda: a seal is made before the bytes are there",
         TRANSFERS,
-        "                arrived.wait()\n                sealing",
-        "                sealing",
+        "    job.arrived.wait()\n",
+        "",
         MOVES,
     ),
     Mutant(

@@ -57,7 +57,7 @@ def test_batches_are_rounded_to_few_shapes(runs, shape):
 
 def test_padding_is_at_no_slot_and_has_no_context():
     batch = Batch(
-        [5, 6, 7], [9, 3, 4], [Segment(0, 1, 10, [2, 8, 1], True), Segment(1, 2, 5, [3, 4], True)]
+        [5, 6, 7], [9, 3, 4], [Segment(0, 1, 10, [2, 8, 1], 1), Segment(1, 2, 5, [3, 4], 1)]
     )
     tokens, positions, slots = [5, 6, 7, 0], [9, 3, 4, 0], [1, 3, 4, -1]
     starts, counts, contexts = [0, 1, 0, 0], [1, 2, 0, 0], [10, 5, 0, 0]

@@ -154,6 +154,18 @@ def test_a_sum_is_normed_and_kept():
     torch.testing.assert_close(hidden, sum_)
 
 
+@pytest.mark.parametrize(("rows", "inner"), [(3, 5), (10, 48), (8, 1500)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_row_is_multiplied(rows, inner, biased):
+    x, weight, bias = torch.randn(1, inner), torch.randn(rows, inner), torch.randn(rows)
+    out = kernels_cuda.multiply_row(x, weight, bias=bias if biased else None)
+    torch.testing.assert_close(out, x @ weight.T + bias * biased, atol=1e-4, rtol=1e-4)
+    both = torch.randn(2 * rows, inner) / inner
+    gate, up = (x @ both.T).chunk(2, dim=1)
+    out = kernels_cuda.multiply_row(x, both, gated=True)
+    torch.testing.assert_close(out, silu(gate) * up, atol=1e-4, rtol=1e-4)
+
+
 def test_the_gate_is_silu():
     both = torch.randn(3, 2 * 1500)
     gate, up = both.chunk(2, dim=1)

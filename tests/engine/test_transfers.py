@@ -246,6 +246,15 @@ def test_a_copy_up_is_answered_only_when_its_bytes_are_there():
     rig.finish()
 
 
+def test_copies_that_are_waited_for_need_no_copier():
+    rig = Rig()
+    rig.memory.copy_now(Copy(rig.key(1), Tier.DEVICE, 0, Tier.HOST, 1))
+    assert torch.equal(rig.host.blocks[1], rig.on_device[0])
+    rig.memory.copy_now(Copy(rig.key(1), Tier.HOST, 1, Tier.DEVICE, 2))
+    assert torch.equal(rig.device.blocks[2], rig.on_device[0])
+    assert rig.jobs.empty()
+
+
 def test_a_flipped_bit_is_refused_and_a_block_s_key_is_checked():
     rig = Rig()
     for slot in (0, 1):

@@ -8,8 +8,9 @@ from queue import SimpleQueue
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
-from engine import paged_cuda
+from engine import kernels_cuda, paged_cuda
 from engine.attention import PagedForward
 from engine.batch import Batch, Segment
 from engine.model import LoadSpec, compare, load
@@ -85,6 +86,21 @@ def test_paged_attention_equals_the_textbook(dtype, kv_heads, group, head, runs)
     expected = textbook(batch, kv, query, 1, head**-0.5)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "inner"), [(4096, 14336), (3072, 1024), (151936, 1024), (99, 80)])
+def test_one_row_is_multiplied(dtype, rows, inner):
+    x = torch.randn(1, inner, device="cuda", dtype=dtype)
+    weight = torch.randn(2 * rows, inner, device="cuda", dtype=dtype) / inner**0.5
+    gate, up = (x.float() @ weight.float().T).chunk(2, dim=1)
+    for out, expected in (
+        (kernels_cuda.multiply_row(x, weight[:rows]), gate),
+        (kernels_cuda.multiply_row(x, weight, gated=True), silu(gate) * up),
+    ):
+        torch.testing.assert_close(
+            out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+        )
 
 
 def test_a_segment_with_many_queries_on_a_past_uses_flash_attention():

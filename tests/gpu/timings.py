@@ -8,11 +8,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
 
+from engine import kernels_cuda
 from engine.runner import Runner
 from engine.transfers import Transfers
 from tests.gpu.shapes import (
@@ -132,6 +134,9 @@ class Rig:
             range(self.blocks + 1, 2 * self.blocks + 1)
         )  # of the one that is restored
 
+        starts = range(0, CONTEXT, CHUNK)
+        self.chunks = [batch_of([self.own], [(at, min(CHUNK, CONTEXT - at))]) for at in starts]
+
     def key(self, slot: int) -> BlockKey:
         return BlockKey(slot.to_bytes(32, "big"))
 
@@ -157,10 +162,8 @@ class Rig:
 
     def prefill(self) -> int:
         """Of the whole context; the id after it."""
-        logits = None
-        for begin in range(0, CONTEXT, CHUNK):
-            logits = self.runner.run(batch_of([self.own], [(begin, min(CHUNK, CONTEXT - begin))]))
-        assert logits is not None
+        for chunk in self.chunks:
+            logits = self.runner.run(chunk)
         return int(logits[0].argmax())
 
     def decode(self, past: int, table: list[int] | None = None) -> int:
@@ -195,6 +198,19 @@ def figures_of(name: str, loaded: LoadedModel, machine: Machine, repeats: int) -
             rate / machine.products,
             ">= 0.50",
             f"{machine.products / 1e12:.0f} TFLOP/s in bf16 products; {CONTEXT / cold:.0f} tokens/s",
+        )
+        x = torch.randn(1, loaded.model.config.hidden_size, device="cuda", dtype=loaded.dtype)
+        weight = loaded.model.get_output_embeddings().weight
+        ours, library = (
+            min(seconds(partial(product, x, weight), repeats))
+            for product in (kernels_cuda.multiply_row, torch.nn.functional.linear)
+        )
+        yield Figure(
+            name,
+            "head's product of one token, ours / cuBLAS's time",
+            ours / library,
+            "",
+            f"{1e6 * ours:.0f} us; {weight.nbytes / ours / 1e9:.0f} GB/s",
         )
         for depth in (256, CONTEXT - 1):
             step = statistics.median(seconds(lambda depth=depth: rig.decode(depth), repeats))
