@@ -196,7 +196,19 @@ class Rig:
 
 STEP = st.tuples(
     st.sampled_from(
-        ["write", "read", "down", "bring", "fetch", "spill", "private", "work", "out", "run"]
+        [
+            "write",
+            "read",
+            "down",
+            "bring",
+            "fetch",
+            "swap",
+            "spill",
+            "private",
+            "work",
+            "out",
+            "run",
+        ]
     ),
     st.integers(0, SLOTS - 1),
     st.integers(0, SLOTS - 1),
@@ -220,6 +232,9 @@ def test_in_whatever_order_streams_run_everybody_reads_what_was_meant(steps, see
                 if slot not in rig.busy_host():
                     rig.bring(slot, other)
             case "fetch" if free:
+                rig.fetch(slot)
+            case "swap" if free and other not in rig.busy_host():
+                rig.send_down(slot, other)
                 rig.fetch(slot)
             case "spill" if free:
                 rig.spill(slot)
