@@ -1,5 +1,9 @@
 """Triton's kernels against the textbook, interpreted on the CPU. Where there is a GPU, `make gpu` checks them compiled."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -164,6 +168,15 @@ def test_one_row_is_multiplied(rows, inner, biased):
     gate, up = (x @ both.T).chunk(2, dim=1)
     out = kernels_cuda.multiply_row(x, both, gated=True)
     torch.testing.assert_close(out, silu(gate) * up, atol=1e-4, rtol=1e-4)
+
+
+def test_every_kernel_compiles_for_a_gpu():
+    environment = {name: of for name, of in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run(
+        [sys.executable, "-m", "tests.engine.compiling"],
+        env=environment,
+        check=True,
+    )
 
 
 def test_the_gate_is_silu():

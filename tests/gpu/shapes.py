@@ -81,7 +81,7 @@ def batch_of(tables: list[list[int]], runs: list[tuple[int, int]]) -> Batch:
     segments = []
     for table, (past, count) in zip(tables, runs, strict=True):
         segments.append(Segment(len(tokens), count, past + count, table, logits=1))
-        tokens += [(7919 * at + 13) % 30_000 for at in range(past, past + count)]
+        tokens += [(7919 * at + 13) % 90 for at in range(past, past + count)]
         positions += range(past, past + count)
     return Batch(tokens, positions, segments)
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from engine.model import LoadedModel
 
+SHALLOW = 256
 CONTEXT = 8192
 CHUNK = 8192  # as config/large-gpu.toml
 
@@ -177,7 +178,8 @@ def running(rig: Rig) -> Iterator[Rig]:
     with ThreadPoolExecutor(len(workers)) as pool:
         jobs = [pool.submit(worker.run) for worker in workers]
         try:
-            jobs[-1].result()  # everything is pinned
+            if rig.transfers.pinner is not None:
+                jobs[-1].result()  # everything is pinned
             yield rig
         finally:
             for worker in workers:
@@ -199,7 +201,7 @@ def figures_of(name: str, loaded: LoadedModel, machine: Machine, repeats: int) -
             ">= 0.50",
             f"{machine.products / 1e12:.0f} TFLOP/s in bf16 products; {CONTEXT / cold:.0f} tokens/s",
         )
-        x = torch.randn(1, loaded.model.config.hidden_size, device="cuda", dtype=loaded.dtype)
+        x = torch.randn(1, loaded.model.config.hidden_size, device=loaded.device).to(loaded.dtype)
         weight = loaded.model.get_output_embeddings().weight
         ours, library = (
             min(seconds(partial(product, x, weight), repeats))
@@ -212,7 +214,7 @@ def figures_of(name: str, loaded: LoadedModel, machine: Machine, repeats: int) -
             "",
             f"{1e6 * ours:.0f} us; {weight.nbytes / ours / 1e9:.0f} GB/s",
         )
-        for depth in (256, CONTEXT - 1):
+        for depth in (SHALLOW, CONTEXT - 1):
             step = statistics.median(seconds(lambda depth=depth: rig.decode(depth), repeats))
             moved = (weights + (depth + 1) * geometry.token_bytes) / step
             yield Figure(
@@ -245,13 +247,13 @@ def figures_of(name: str, loaded: LoadedModel, machine: Machine, repeats: int) -
             "<= 0.10" if name.startswith("Llama") else "",
             f"{1e3 * cold:.0f} ms cold, {1e3 * again:.1f} ms restored",
         )
-        alone = [s for _ in range(2) for s in seconds(lambda: rig.decode(256), repeats)]
+        alone = [s for _ in range(2) for s in seconds(lambda: rig.decode(SHALLOW), repeats)]
         beside: list[float] = []
         while len(beside) < 2 * repeats:
             rig.start_restore()
             while rig.replies.qsize() < rig.blocks:
                 began = time.perf_counter()
-                rig.decode(256)
+                rig.decode(SHALLOW)
                 beside.append(time.perf_counter() - began)
             rig.end_restore()
         yield Figure(
