@@ -6,12 +6,15 @@ import random
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from engine.batch import Batch, Segment
 from engine.fused_cuda import FusedCuda
 from engine.graphs import MAX_TOKENS, Buffers, Graphs, Shape, numbers_of, shape_of
+from engine.model import LoadSpec, load
 from engine.paged_cuda import MAX_QUERIES
 from engine.runner import Runner, graphs
+from tests.engine.tiny import SHAPE, save_tiny
 from tiers.arena import Arena, Geometry
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu replays real ones")
@@ -93,14 +96,25 @@ class Counted:
     def __call__(self, run):
         self.recorded += 1
         run()
-        run()
         return run
 
 
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory):
+    """As `pair`: one layer of two heads, because interpreting is slow."""
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    directory = save_tiny(LlamaConfig(**SHAPE | small), tmp_path_factory.mktemp("small") / "model")
+    spec = LoadSpec(tmp_path_factory.mktemp("state"), str(directory), device="cpu", block_tokens=4)
+    return load(spec), AutoModelForCausalLM.from_pretrained(directory).eval()
+
+
 @pytest.fixture
-def both(pair):
+def both(smallest):
+    return over_arenas(*smallest)
+
+
+def over_arenas(loaded, plain):
     """The pass of CUDA and the CPU's own runner, each over an arena that is NaN."""
-    loaded, plain = pair
     fused = FusedCuda.of(plain)
     assert fused is not None
     arenas = [Arena(loaded.geometry, SLOTS) for _ in range(2)]
@@ -113,8 +127,8 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-4, equal_nan=True)
 
 
-def test_a_fused_pass_computes_what_transformers_does_and_writes_the_same_kv(both):
-    fused, arena, runner, its_arena = both
+def test_a_fused_pass_computes_what_transformers_does_and_writes_the_same_kv(pair):
+    fused, arena, runner, its_arena = over_arenas(*pair)
     runs = [[(0, 11), (0, 5)], [(11, 12), (5, 1)], [(23, 3), (6, 1)], [(26, 1)]]
     tables = [batch_of([(27, 1), (7, 1)]).segments[at].table for at in range(2)]
     for step in runs:
