@@ -60,7 +60,7 @@ quality: $(VENV)/.dev
 	@$(BIN)/python -m tests.engine.quality README.md LICENSE engine/engine.py tiers/cache.py $(ARGS)
 
 gpu: $(VENV)/.dev
-	$(BIN)/python -m pytest tests -m gpu $(ARGS)
+	@$(BIN)/python -m tests.gpu $(ARGS)
 
 size:
 	@wc -l broker/*.py broker/*/*.py engine/*.py tiers/*.py tests/*.py tests/*/*.py | sort -n

@@ -13,9 +13,12 @@ How it works
     The runner passes a `PagedForward`, made once per batch. Per layer it writes, then attends:
 
     which segments                  how
-    few query tokens                CPU: in place, engine/paged_cpu.py; else: padded tables, gathered
+    few query tokens                in place, engine/paged_cpu.py or engine/paged_cuda.py; without Triton: padded tables, gathered
     many, no past                   SDPA over the fresh keys and values; the arena is not read
-    many, on a past                 that layer's blocks gathered, SDPA with a lower-right causal mask
+    many, on a past                 that layer's blocks gathered, SDPA with a lower-right causal mask; on CUDA torch's flash
+                                    attention, which knows such a mask without being shown one
+
+    A forward pass of our own (engine/fused_cuda.py) writes KV itself, and asks for the second half alone: `read`.
 """
 
 from __future__ import annotations
@@ -24,10 +27,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from engine import paged_cpu
+from engine import paged_cpu, paged_cuda
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +61,10 @@ class UnknownAttention(Exception):
 
 def backend(device: torch.device) -> str:
     """Which of the kernels below compute, for who must tell their rounding apart."""
-    return "fused_cpu, paged_cpu, sdpa cpu" if device.type == "cpu" else f"sdpa {device.type}"
+    if device.type == "cpu":
+        return "fused_cpu, paged_cpu, sdpa cpu"
+    own = "fused_cuda, paged_cuda, " if paged_cuda.available() else ""
+    return f"{own}sdpa {device.type}"
 
 
 def register() -> None:
@@ -113,13 +120,15 @@ class Many:
     count: int
     context: int
     table: torch.Tensor  # [blocks]
-    mask: torch.Tensor | None  # [count, context] added to the scores; None without a past
+    mask: (
+        torch.Tensor | None
+    )  # [count, context] added to the scores, or its likeness; None without a past
 
 
 class PagedForward:
     """One batch's view of the arena: where its tokens' KV goes, and what each of them may see."""
 
-    __slots__ = ("_arena", "_few", "_many", "_padded", "_rows", "_slots")
+    __slots__ = ("_arena", "_few", "_many", "_padded", "_paged", "_rows", "_slots")
 
     def __init__(self, batch: Batch, arena: Arena) -> None:
         self._arena = arena
@@ -127,7 +136,10 @@ class PagedForward:
         on_cpu = arena.device.type == "cpu"
         few: list[Segment] = []
         many: list[Segment] = []
-        at_most = paged_cpu.MAX_QUERIES if on_cpu else 1
+        in_place = not on_cpu and paged_cuda.available()
+        at_most = 1
+        if on_cpu or in_place:
+            at_most = paged_cpu.MAX_QUERIES if on_cpu else paged_cuda.MAX_QUERIES
         slots: list[int] = []
         for segment in batch.segments:
             past = segment.context - segment.count
@@ -137,7 +149,8 @@ class PagedForward:
         self._slots = torch.tensor(slots, device=arena.device)  # [tokens]
         self._rows = torch.tensor(rows, device=arena.device)  # [tokens]
         self._few = paged_cpu.plan(few, size) if few and on_cpu else None
-        self._padded = pad(few, arena) if few and not on_cpu else None
+        self._paged = paged_cuda.plan(few, arena) if few and in_place else None
+        self._padded = pad(few, arena) if few and not on_cpu and not in_place else None
         self._many = [_many(segment, arena) for segment in many]
 
     def attend(
@@ -153,21 +166,34 @@ class PagedForward:
         fresh = torch.stack((key, value)).permute(2, 0, 1, 3)  # [tokens, 2, kv_heads, head_dim]
         here[self._slots, :, :, self._rows] = fresh
         tokens = query.transpose(0, 1).contiguous()  # [tokens, query_heads, head_dim]
+        return self.read(layer, tokens, scaling, fresh=(key, value))
+
+    def read(
+        self,
+        layer: int,
+        tokens: torch.Tensor,  # [tokens, query_heads, head_dim] contiguous
+        scaling: float,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,  # as `attend`'s keys and values
+    ) -> torch.Tensor:
+        """Attend, this layer's keys and values being written. Those without a past are taken from `fresh` if given."""
         out = torch.empty_like(tokens)
+        here = self._arena.blocks[:, layer]  # [slots, 2, kv_heads, block_tokens, head_dim]
         if self._few is not None:
             paged_cpu.attend(tokens, self._arena.blocks, layer, self._few, scaling, out)
+        if self._paged is not None:
+            paged_cuda.attend(tokens, self._arena, layer, self._paged, scaling, out)
         if self._padded is not None:
             out[self._padded.rows] = attend_padded(
                 tokens[self._padded.rows], here, self._padded, scaling
             )
         for many in self._many:
             run = slice(many.start, many.start + many.count)
-            if many.mask is None:
-                keys, values = key[:, run], value[:, run]
+            if many.mask is None and fresh is not None:
+                keys, values = fresh[0][:, run], fresh[1][:, run]
             else:
                 keys, values = _gather(here, many.table)[:, :, : many.context]
             attended = scaled_dot_product_attention(
-                query[None, :, run],
+                tokens[run].transpose(0, 1)[None],
                 keys[None],
                 values[None],
                 attn_mask=many.mask,
@@ -218,8 +244,10 @@ def attend_padded(
 
 def _many(segment: Segment, arena: Arena) -> Many:
     used = -(-segment.context // arena.geometry.block_tokens)
-    mask = None
-    if segment.context > segment.count:
+    mask: torch.Tensor | None = None
+    if segment.context > segment.count and arena.device.type != "cpu":
+        mask = causal_lower_right(segment.count, segment.context)
+    elif segment.context > segment.count:
         mask = torch.zeros(
             segment.count, segment.context, dtype=arena.blocks.dtype, device=arena.device
         )

@@ -10,7 +10,8 @@ Laws
     A load ends: landed, failed, or at its deadline. What did not come is computed, exactly that, and never waited for.
     An assertion that fails here escapes, ends the thread and so the daemon: wrong tables must not go on serving.
 
-Disk work is posted to the disk threads and answered through the inbox; copies between arenas are made at once.
+Disk work is posted to the disk threads and answered through the inbox; so are copies that a GPU makes beside the model,
+while others are made at once.
 This file knows neither trio nor transformers, and no tensor but the logits that it hands from runner to sampler.
 """
 
@@ -56,6 +57,7 @@ from engine.api import (
 )
 from engine.batch import Batch, Segment
 from engine.canary import Canaries, Canary
+from engine.copies import Copies
 from engine.draft import Drafts
 from engine.prefetch import Prefetches
 from engine.reads import Reads
@@ -169,6 +171,7 @@ class Engine:
             lambda fetch: reader.fetch(fetch, memory.buffer(fetch)),
             max(1, restore.reading_bytes // memory.block_bytes),
         )
+        self._copies = Copies()
         self._adoption = Adoption(records)
         self._stored_bytes = stored_bytes  # of a block on disk: compact ones are smaller
         self._root = root
@@ -188,7 +191,7 @@ class Engine:
         self._lookups: dict[int, Sequence | Prefetch] = {}  # {ticket: who waits for the answer}
         self._tickets = itertools.count(1)  # of lookups
         self._forgetting: dict[Drop, tuple[int, bool]] = {}  # {last drop: (ticket, answer)}
-        self._waiting_for_disk = 0  # asked of the disk and not yet answered
+        self._waiting_for_disk = 0  # asked of the disk, or of the copiers, and not yet answered
         self._next_lease = 1
         self._outputs: list[Output] = []
         self._answers: list[Answer] = []
@@ -239,7 +242,9 @@ class Engine:
         if chunks := self._make_place(self._scheduler.plan(), now):
             began = self._clock()
             chunks = self._drafts.lengthen(chunks)
-            logits = self._runner.run(_batch_of(chunks))
+            batch = _batch_of(chunks)
+            self._memory.fence(batch)
+            logits = self._runner.run(batch)
             self._advance(chunks, logits, began)
         elif not self._scheduler.idle:
             self._stuck = True
@@ -439,13 +444,13 @@ class Engine:
                     self._memory.confirm(action)
                 except StoreError as error:  # it changed on the way: the record is sound, and wrong
                     self._perform([Drop(action.key)])
-                    self._refused_by_memory(action, error, now)
+                    self._refused_by_memory(action, error.reason, now)
                     return
                 self._counters.spills += 1
             case Drop():
                 self._dropped(action)
             case Copy():
-                pass
+                self._copied(now)
         self._cache.landed(action, now)
 
     def _failed(self, action: Action, reason: str, now: float) -> None:
@@ -460,14 +465,17 @@ class Engine:
             case Drop():
                 self._dropped(action)
             case Copy():
-                pass
+                self._copied(now)
+                self._refused_by_memory(action, reason, now)
+                return
         self._perform(self._cache.failed(action, now, reason))
 
-    def _refused_by_memory(self, action: Copy | Spill, error: StoreError, now: float) -> None:
+    def _refused_by_memory(self, action: Copy | Spill, reason: str, now: float) -> None:
         """A slot on the host does not hold what was put there: it is given up, and what waited for it goes on without."""
-        log.error("block %s is not used: %s", action.key.hex()[:16], error)
-        self._counters.host_failures[error.reason] += 1
-        self._perform(self._cache.failed(action, now, error.reason))
+        name, slot = action.key.hex()[:16], action.source_slot
+        log.error("block %s is not used: host slot %d is not what it was (%s)", name, slot, reason)
+        self._counters.host_failures[reason] += 1
+        self._perform(self._cache.failed(action, now, reason))
 
     def _dropped(self, drop: Drop) -> None:
         if forgetting := self._forgetting.pop(drop, None):
@@ -520,14 +528,16 @@ class Engine:
                     try:
                         spills.append((action, self._memory.payload(action)))
                     except StoreError as error:
-                        self._refused_by_memory(action, error, self._clock())
+                        self._refused_by_memory(action, error.reason, self._clock())
                 case Fetch():
                     self._waiting_for_disk += 1
                     self._reads.add(action)
                 case Drop():
                     self._waiting_for_disk += 1
                     self._writer.drop(action)
-        if spills and self._writer.offer_blocks(tuple(spills), manifest, ticket):
+        if spills and self._writer.offer_blocks(
+            tuple(spills), manifest, ticket, ready=self._memory.arrival()
+        ):
             self._waiting_for_disk += len(spills)
             return
         for (
@@ -542,14 +552,24 @@ class Engine:
     def _copy(self, action: Copy) -> None:
         began = self._clock()
         try:
-            self._memory.copy(action)
+            is_there = self._memory.copy(action)
         except StoreError as error:
-            self._refused_by_memory(action, error, self._clock())
+            self._refused_by_memory(action, error.reason, self._clock())
+            return
+        if not is_there:
+            self._waiting_for_disk += 1
+            self._copies.began(began)
             return
         landed = self._clock()
         self._cache.landed(action, landed)
         if action.source is Tier.HOST:
             self._costs.observe_copies(1, landed - began)
+
+    def _copied(self, now: float) -> None:
+        """One that took its time was answered. Beside steps of the model it would be their length that is measured."""
+        ended = self._copies.ended()
+        if ended is not None and self._last_step < ended[1]:
+            self._costs.observe_copies(ended[0], now - ended[1])
 
     # -- learning what the disk holds --------------------------------------------------------------------------------
 
@@ -843,7 +863,9 @@ class Engine:
             *table, found, spare = hold.table
             segment = Segment(0, size, len(tokens), (*table, spare), logits=0)
             positions = range(len(tokens) - size, len(tokens))
-            self._runner.run(Batch(tokens[-size:], positions, [segment]))
+            batch = Batch(tokens[-size:], positions, [segment])
+            self._memory.fence(batch)
+            self._runner.run(batch)
             self._cache.release(hold, now)
             if not self._canaries.judge(canary, self._memory.distance(found, spare)):
                 for tier in Tier:

@@ -26,6 +26,19 @@ import numpy as np
 import torch
 
 from engine import kernels_cpu, paged_cpu
+from engine.family import (
+    BIASES,
+    DOWN,
+    EMBEDDING,
+    GATE_AND_UP,
+    HEAD,
+    HEAD_NORMS,
+    LAST_NORM,
+    NORMS,
+    OUT,
+    PROJECTIONS,
+    recognise,
+)
 from engine.kernels_cpu import LANES, Form, Net
 from engine.packed_cpu import lay_out, pack
 
@@ -34,21 +47,6 @@ if TYPE_CHECKING:
     from tiers.arena import Arena
 
 MAX_TOKENS = 32  # of a batch; see the table
-
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_LAYER = (
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.o_proj.weight",
-    "mlp.gate_proj.weight",
-    "mlp.up_proj.weight",
-    "mlp.down_proj.weight",
-    "input_layernorm.weight",
-    "post_attention_layernorm.weight",
-)
-_BIASES = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
-_HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,28 +61,16 @@ class FusedModel:
     @classmethod
     def of(cls, model: Any) -> FusedModel | None:
         """Of a transformers model. None for one that `forward` does not compute: another family, or parameters that it does not know."""
-        config = model.config
-        if config.model_type not in _FAMILIES or config.hidden_act != "silu":
+        found = recognise(model)
+        if found is None or any(w.dtype is not torch.float32 for w in found.weights.values()):
             return None
-        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        layers = [f"model.layers.{index}." for index in range(config.num_hidden_layers)]
-        per_layer = list(_LAYER)
-        for optional in (_BIASES, _HEAD_NORMS):
-            if layers[0] + optional[0] in weights:
-                per_layer += optional
-        known = {layer + name for layer in layers for name in per_layer}
-        known |= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-        if weights.keys() != known or any(w.dtype is not torch.float32 for w in weights.values()):
-            return None
-        query, key, value, out, gate, up, down, before, after = _LAYER
-        of_layer = ((query, key, value), (out,), (gate, up), (down,))
+        config, weights, layers = model.config, found.weights, found.layers
+        of_layer = (PROJECTIONS, (OUT,), GATE_AND_UP, (DOWN,))
         matrices = [
-            pack(torch.cat([weights[layer + name] for name in names]))
-            for layer in layers
-            for names in of_layer
+            pack(torch.cat(found.of_layer(layer, names))) for layer in layers for names in of_layer
         ]
-        matrices.append(pack(weights["lm_head.weight"]))
-        norms = [weights[layer + name] for layer in layers for name in (before, after)]
+        matrices.append(pack(weights[HEAD]))
+        norms = [weight for layer in layers for weight in found.of_layer(layer, NORMS)]
         attention = model.model.layers[0].self_attn
         positions = torch.arange(config.max_position_embeddings)[None]
         with torch.inference_mode():
@@ -92,18 +78,17 @@ class FusedModel:
         heads = config.num_attention_heads
 
         def stacked(names: tuple[str, ...]) -> list[torch.Tensor]:
-            return [weights[layer + name] for layer in layers for name in names]
+            return [weight for layer in layers for weight in found.of_layer(layer, names)]
 
-        biased, normed = _BIASES[0] in per_layer, _HEAD_NORMS[0] in per_layer
         nothing = torch.empty(0, 0)
         net = Net(
             matrices=lay_out(matrices),
-            embedding=weights["model.embed_tokens.weight"].numpy(),
-            norms=torch.stack([*norms, weights["model.norm.weight"]]).numpy(),
+            embedding=weights[EMBEDDING].numpy(),
+            norms=torch.stack([*norms, weights[LAST_NORM]]).numpy(),
             biases=(
-                torch.cat(stacked(_BIASES)).reshape(len(layers), -1) if biased else nothing
+                torch.cat(stacked(BIASES)).reshape(len(layers), -1) if found.biased else nothing
             ).numpy(),
-            head_norms=(torch.stack(stacked(_HEAD_NORMS)) if normed else nothing).numpy(),
+            head_norms=(torch.stack(stacked(HEAD_NORMS)) if found.normed else nothing).numpy(),
             cosines=np.ascontiguousarray(cosines[0].numpy()),
             sines=np.ascontiguousarray(sines[0].numpy()),
             query_heads=heads,
@@ -112,7 +97,7 @@ class FusedModel:
         )
         return cls(
             net=net,
-            vocabulary=weights["lm_head.weight"].shape[0],
+            vocabulary=weights[HEAD].shape[0],
             forms={
                 form.name: count
                 for form in Form

@@ -1,6 +1,6 @@
 """The arenas of the memory tiers, and the bytes of each action. Decides nothing: the tables said what moves where.
 
-Copies are made at once. What goes to the host tier is sealed: the key and a digest of the bytes are kept beside the
+Here copies are made at once; where the device is a GPU, engine/transfers.py lets them overlap. What goes to the host tier is sealed: the key and a digest of the bytes are kept beside the
 slot, and whatever leaves it, towards the device or the disk, must still match. So neither a flipped bit in memory, nor
 another block's bytes, nor an older block's in a slot that was given away, is ever attended to or written to disk.
 
@@ -11,7 +11,7 @@ Laws
     have a valid record there, which must be dropped.
 
 For a spill, `payload` is what the disk writer reads: on a CPU arena the live bytes of a slot
-that stays put until the answer, on a CUDA arena a host copy. For a fetch, `buffer` is where a disk reader puts the
+that stays put until the answer, on a CUDA arena a host copy, which is there after `arrival`. For a fetch, `buffer` is where a disk reader puts the
 verified bytes: the slot itself where memory is addressable, else a staging buffer that `settle` moves to the device.
 """
 
@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING
 
 from tiers.arena import Arena, copy_block, copy_block_hashed
 from tiers.block import StoreError, Tier
+from tiers.disk import nothing_to_wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    from engine.batch import Batch
     from tiers.block import BlockKey, Copy, Fetch, Slot, Spill
 
 
@@ -36,6 +38,13 @@ class Seal:
 
     key: BlockKey
     digest: int
+
+    def check(self, slot: Slot, found: Seal) -> None:
+        """Raises `StoreError` where something else was found."""
+        if self.key != found.key:
+            raise StoreError("key", f"host slot {slot} holds another block than the tables say")
+        if self.digest != found.digest:
+            raise StoreError("checksum", f"host slot {slot} does not hold what was put there")
 
 
 class Memory:
@@ -51,7 +60,12 @@ class Memory:
     def block_bytes(self) -> int:
         return self._arenas[Tier.DEVICE].block_bytes
 
-    def copy(self, action: Copy) -> None:
+    def copy(self, action: Copy) -> bool:
+        """Whether it has landed. If not, it is answered with `Landed` or `Failed`, like what goes to the disk."""
+        self.copy_now(action)
+        return True
+
+    def copy_now(self, action: Copy) -> None:
         source, target = self._arenas[action.source], self._arenas[action.target]
         if Tier.HOST not in (action.source, action.target):
             copy_block(source, action.source_slot, target, action.target_slot)
@@ -72,6 +86,13 @@ class Memory:
                 self._seals[slot] = Seal(action.key, arena.digest(slot))
         return arena.read(slot)
 
+    def arrival(self) -> Callable[[], None]:
+        """Waits until all payloads so far hold their bytes. For any thread."""
+        return nothing_to_wait_for
+
+    def fence(self, batch: Batch) -> None:
+        """Before a batch runs: nothing reads the slots that it writes."""
+
     def confirm(self, action: Spill) -> None:
         """Raises `StoreError` if the slot that was to be written does not hold what it should."""
         if action.source is Tier.HOST:
@@ -79,11 +100,7 @@ class Memory:
             self._check(slot, Seal(action.key, self._arenas[Tier.HOST].digest(slot)))
 
     def _check(self, slot: Slot, found: Seal) -> None:
-        put = self._seals[slot]
-        if put.key != found.key:
-            raise StoreError("key", f"host slot {slot} holds another block than the tables say")
-        if put.digest != found.digest:
-            raise StoreError("checksum", f"host slot {slot} does not hold what was put there")
+        self._seals[slot].check(slot, found)
 
     def distance(self, slot: Slot, other: Slot) -> float:
         """How far apart two device blocks are: of the worst token, relative to its length over all layers."""

@@ -46,10 +46,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from engine import attention, paged_cpu
+from engine import attention, paged_cpu, paged_cuda
 from engine.batch import Batch, Segment
 from engine.fingerprint import Origin, fingerprint, weigh
 from engine.fused_cpu import FusedModel
+from engine.fused_cuda import FusedCuda
 from engine.runner import Runner
 from tiers.arena import Arena, Geometry
 from tiers.block import Slot
@@ -94,7 +95,9 @@ class LoadedModel:
     vocab_size: int
     max_context: int
     stop_ids: frozenset[int]  # of the model's own config; the tokenizer may know more
-    fused: FusedModel | None = None  # what small batches run on instead, where it can
+    fused: FusedModel | FusedCuda | None = (
+        None  # what small batches, on CUDA all, run on instead, where it can
+    )
 
 
 def load(spec: LoadSpec) -> LoadedModel:
@@ -131,17 +134,24 @@ def load(spec: LoadSpec) -> LoadedModel:
         vocab_size=config.vocab_size,
         max_context=config.max_position_embeddings,
         stop_ids=_stop_ids(directory, config),
-        fused=FusedModel.of(model) if device.type == "cpu" else None,
+        fused=_fused(model, device),
     )
-    if loaded.fused is not None:
+    if isinstance(loaded.fused, FusedModel):
         log.info(
             "small batches run on %.0f MB of packed weights: %s",
             loaded.fused.packed_bytes / 1e6,
             ", ".join(f"{count} {form}" for form, count in loaded.fused.forms.items()),
         )
+    if loaded.fused is not None:
         compare(replace(loaded, fused=None))
     compare(loaded)
     return loaded
+
+
+def _fused(model: PreTrainedModel, device: torch.device) -> FusedModel | FusedCuda | None:
+    if device.type == "cpu":
+        return FusedModel.of(model)
+    return FusedCuda.of(model) if paged_cuda.available() else None
 
 
 def check_config(config: PretrainedConfig) -> None:
@@ -214,9 +224,9 @@ def compare(loaded: LoadedModel) -> None:
     not know.
     """
     small = replace(loaded, geometry=replace(loaded.geometry, block_tokens=4))
-    runner = Runner(small, Arena(small.geometry, slots=8, device=loaded.device))
-    ends = (9, 19, 21)  # a start; many tokens on a past; few tokens on a past
-    table = [Slot(slot) for slot in (6, 1, 4, 0, 7, 2)]
+    runner = Runner(small, Arena(small.geometry, slots=12, device=loaded.device))
+    ends = (18, 36, 38)  # a start; many tokens on a past; few tokens on a past
+    table = [Slot(slot) for slot in (6, 1, 11, 4, 0, 8, 7, 2, 10, 5)]
     tokens = [7919 * (i + 1) % loaded.vocab_size for i in range(ends[-1])]
     paged = []
     for start, end in zip((0, *ends), ends, strict=False):

@@ -54,6 +54,7 @@ from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.text import Text
+from engine.transfers import Transfers
 from tiers.arena import Arena
 from tiers.block import StoreError, Tier, root_key
 from tiers.cache import TieredCache
@@ -345,6 +346,7 @@ class _Parts:
     writer: DiskWriter
     readers: tuple[DiskReader, ...]
     scrubber: Scrubber | None
+    transfers: Transfers | None  # where the device is a GPU
     store: LmdbStore
     text: Text
     grammars: Grammars
@@ -373,6 +375,8 @@ async def open_engine(
             async with _running(parts) as service:
                 yield service
         finally:
+            if parts.transfers is not None:
+                parts.transfers.close()
             parts.remember(parts.costs.rates)
             parts.store.close()
     finally:
@@ -384,7 +388,8 @@ async def _running(parts: _Parts) -> AsyncIterator[EngineService]:
     service = EngineService(parts)
     async with trio.open_nursery() as disk_threads:
         scrubbers = () if parts.scrubber is None else (parts.scrubber,)
-        for worker in (parts.writer, *parts.readers, *scrubbers):
+        copiers = () if parts.transfers is None else parts.transfers.workers
+        for worker in (parts.writer, *parts.readers, *scrubbers, *copiers):
             disk_threads.start_soon(_host, worker.run)
         disk_threads.start_soon(_host, parts.measure_disk)
         try:
@@ -395,7 +400,7 @@ async def _running(parts: _Parts) -> AsyncIterator[EngineService]:
                 finally:
                     parts.inbox.put(Stop())
         finally:
-            for worker in (*scrubbers, parts.writer, *parts.readers):
+            for worker in (*scrubbers, parts.writer, *parts.readers, *copiers):
                 worker.stop()
 
 
@@ -468,8 +473,12 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
             fetches=fetches,
             bytes_per_s=settings.scrub_bytes_s,
         )
-    memory = Memory(arenas, settings.block_tokens)
+    transfers = None
+    if loaded.device.type == "cuda":
+        transfers = Transfers.of(arenas, settings.block_tokens, inbox.put)
+    memory = transfers.memory if transfers else Memory(arenas, settings.block_tokens)
     runner = Runner(loaded, arenas[Tier.DEVICE])
+    runner.warm_up(settings.max_running)
     costs = RestoreCosts(
         _calibrate(settings, loaded, memory, runner, slots),
         block_bytes=block_bytes,
@@ -526,6 +535,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         writer=writer,
         readers=readers,
         scrubber=scrubber,
+        transfers=transfers,
         store=store,
         text=text,
         grammars=grammars,

@@ -1,8 +1,15 @@
-"""Hypothesis profiles: `dev` while writing (seconds), `ci` by default, `campaign` for nights, `mutants` for planted bugs."""
+"""Hypothesis profiles: `dev` while writing (seconds), `ci` by default, `campaign` for nights, `mutants` for planted bugs.
+
+Without a GPU, Triton interprets its kernels; it must know before anybody imports it.
+"""
 
 import os
+from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, settings
+
+if not Path("/proc/driver/nvidia/version").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 _slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=_slow)

@@ -68,6 +68,8 @@ LANES, STEERS, IDS = (
 )
 STEERS_PURE = "tests/broker/wire/test_steering.py"
 
+TRANSFERS, MOVES = "engine/transfers.py", ("tests/engine/test_transfers.py",)
+
 MUTANTS = (
     # slots
     Mutant(
@@ -1114,6 +1116,77 @@ MUTANTS = (
         "self._handed, self._queued = self._queued, []\n        return replace(",
         "self._handed = self._queued\n        return replace(",
         (STEERS_PURE, STEERS),
+    ),
+    # CUDA, interpreted and simulated
+    Mutant(
+        "cuda: the model writes a slot that is being copied out",
+        TRANSFERS,
+        "                self._streams.compute.wait(leaving)",
+        "                pass",
+        MOVES,
+    ),
+    Mutant(
+        "cuda: a copy writes a slot that is being copied out",
+        TRANSFERS,
+        "return (now,) if leaving is None else (now, leaving)",
+        "return (now,)",
+        MOVES,
+    ),
+    Mutant(
+        "cuda: a copy writes a slot that the model reads",
+        TRANSFERS,
+        "return (now,) if leaving is None else (now, leaving)",
+        "return () if leaving is None else (leaving,)",
+        MOVES,
+    ),
+    Mutant(
+        "cuda: a copy has landed before its bytes are there",
+        TRANSFERS,
+        "    arrived.wait()  # also",
+        "    # also",
+        MOVES,
+    ),
+    Mutant(
+        "cuda: the model does not wait for what the disk brought",
+        TRANSFERS,
+        "self._streams.compute.wait(up.record())",
+        "up.record()",
+        MOVES,
+    ),
+    Mutant(
+        "cuda: a spill is written before its bytes are there",
+        TRANSFERS,
+        "return super().arrival() if last is None else last.wait",
+        "return super().arrival()",
+        MOVES,
+    ),
+    Mutant(
+        "cuda: a seal is made before the bytes are there",
+        TRANSFERS,
+        "    job.arrived.wait()\n",
+        "",
+        MOVES,
+    ),
+    Mutant(
+        "cuda: a query token sees those behind it",
+        "engine/kernels_cuda.py",
+        "seen = tl.where(asked, context - count + token + 1, 0)",
+        "seen = tl.where(asked, context, 0)",
+        ("tests/engine/test_kernels_cuda.py",),
+    ),
+    Mutant(
+        "cuda: padding writes its KV to a slot",
+        "engine/graphs.py",
+        "*[-1] * len(tokens),",
+        "*[0] * len(tokens),",
+        ("tests/engine/test_graphs.py",),
+    ),
+    Mutant(
+        "engine: a copy that is on its way is taken for landed",
+        "engine/engine.py",
+        "        if not is_there:\n",
+        "        if not is_there and False:\n",
+        ("tests/engine/test_engine.py",),
     ),
 )
 

@@ -45,7 +45,7 @@ from tiers.store import BlockWrite, ReaderCheck
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tiers.block import BlockKey, TokenIds
+    from tiers.block import BlockKey, Copy, TokenIds
     from tiers.codec import Codec
     from tiers.manifest import Manifest
     from tiers.store import BlockStore, Examined, IndexEntry
@@ -62,16 +62,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """Done: durable, gone, or in its slot."""
+    """Done: durable, gone, or in its slot. A copy is never the disk's, but where it takes time it is answered alike."""
 
-    action: Spill | Fetch | Drop
+    action: Spill | Fetch | Drop | Copy
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
     """Not done. A record that a fetch refused is worth dropping, unless the reason is io. The slot's bytes are undefined."""
 
-    action: Spill | Fetch | Drop
+    action: Spill | Fetch | Drop | Copy
     reason: str  # StoreError.reason
 
 
@@ -144,11 +144,16 @@ Reply = (
 )
 
 
+def nothing_to_wait_for() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class WriteBlocks:
     items: tuple[tuple[Spill, memoryview], ...]
     manifest: Manifest | None
     ticket: int | None
+    ready: Callable[[], None] = nothing_to_wait_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,11 +279,14 @@ class DiskWriter:
         items: Sequence[tuple[Spill, memoryview]],
         manifest: Manifest | None = None,
         ticket: int | None = None,
+        *,
+        ready: Callable[[], None] = nothing_to_wait_for,
     ) -> bool:
         """Queue blocks, and a manifest that goes with the last of them. False, and nothing queued, when too many wait,
         or the disk is degraded and no probe is due.
 
-        Each view must stay put until its spill is answered. One thread offers. With nothing waiting, any size is
+        Each view must stay put until its spill is answered, and holds its bytes after `ready`, which the writer calls.
+        One thread offers. With nothing waiting, any size is
         taken, so that a block larger than the bound is not refused for ever.
         """
         size = sum(view.nbytes for _, view in items)
@@ -292,11 +300,11 @@ class DiskWriter:
         chunk_bytes = 0
         for item in items:
             if chunk and chunk_bytes + item[1].nbytes > self._batch_bytes:
-                self._inbox.put(WriteBlocks(tuple(chunk), None, None))
+                self._inbox.put(WriteBlocks(tuple(chunk), None, None, ready))
                 chunk, chunk_bytes = [], 0
             chunk.append(item)
             chunk_bytes += item[1].nbytes
-        self._inbox.put(WriteBlocks(tuple(chunk), manifest, ticket))
+        self._inbox.put(WriteBlocks(tuple(chunk), manifest, ticket, ready))
         return True
 
     def persist(self, manifest: Manifest, ticket: int | None) -> None:
@@ -456,6 +464,8 @@ class DiskWriter:
         """One transaction, timed and counted; what it was refused for."""
         now, began = self._clock(), self._monotonic()
         writes = [command for command in batch if isinstance(command, WriteBlocks)]
+        for command in writes:
+            command.ready()
         blocks = [
             BlockWrite(
                 key=spill.key,

@@ -143,9 +143,10 @@ class FakeDisk:
         self.pending += self.stalled or []
         self.stalled = None
 
-    def offer_blocks(self, items, manifest: Manifest | None, ticket: int | None) -> bool:
+    def offer_blocks(self, items, manifest: Manifest | None, ticket: int | None, *, ready) -> bool:
         if self.refuse:
             return False
+        ready()
         for spill, payload in items:
             self.pending.append(lambda spill=spill, payload=payload: self._write(spill, payload))
         if manifest is not None:

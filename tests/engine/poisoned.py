@@ -23,9 +23,9 @@ class Poisoned(Memory):
         super().abandon(action)
         self._scribble(action.target, action.target_slot)
 
-    def copy(self, action: Copy) -> None:
+    def copy(self, action: Copy) -> bool:
         self._scribble(action.target, action.target_slot)
-        super().copy(action)
+        return super().copy(action)
 
     def _scribble(self, tier: Tier, slot: int) -> None:
         view = self._arenas[tier].view(slot)

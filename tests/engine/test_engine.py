@@ -40,11 +40,12 @@ from engine.memory import Memory
 from engine.restore import Rates, RestoreCosts, RestoreLimits
 from engine.sampler import Choice
 from engine.scheduler import Scheduler
+from engine.transfers import Copier, CudaMemory, Streams
 from tests.engine.fake_model import VOCAB, FakeDisk, FakeRunner, FakeSampler, oracle
 from tiers.arena import Arena, Geometry
-from tiers.block import Tier, root_key
+from tiers.block import Copy, Tier, root_key
 from tiers.cache import TieredCache
-from tiers.disk import IndexFailed, Rotten
+from tiers.disk import Failed, IndexFailed, Landed, Rotten
 from tiers.manifest import Manifest
 from tiers.policy import Limits, SessionClass
 from tiers.store import BlockWrite, MemoryStore, StoreLimits
@@ -52,6 +53,42 @@ from tiers.store import BlockWrite, MemoryStore, StoreLimits
 BLOCK = 4
 RESTORE = RestoreLimits()
 RATES = Rates(latency_s=1e-4)
+
+
+class AtOnce:
+    """A stream, and its events, whose work is done when it is issued."""
+
+    def copy(self, source, target) -> None:
+        target.copy_(source)
+
+    def record(self) -> AtOnce:
+        return self
+
+    def wait(self, event: AtOnce | None = None) -> None:
+        pass
+
+
+class Late(CudaMemory):
+    """A GPU's, whose copies towards the device are answered when the test says, among the disk's answers."""
+
+    disk: FakeDisk
+
+    def __init__(self, arenas, block_tokens) -> None:
+        stream, jobs = AtOnce(), queue.SimpleQueue()
+        super().__init__(arenas, block_tokens, Streams(stream, stream, stream), jobs)
+        self.replies = []
+        self.copier = Copier(jobs, arenas, stream, self.replies.append)
+
+    def copy(self, action: Copy) -> bool:
+        if action.source is Tier.HOST:
+            self.disk.pending.append(self.answer)
+            return super().copy(action)
+        self.copy_now(action)
+        return True
+
+    def answer(self) -> Landed | Failed:
+        self.copier.take()
+        return self.replies.pop()
 
 
 class Bench:
@@ -76,6 +113,7 @@ class Bench:
         index_unread: bool = False,
         canary: float = 0.0,
         draft_tokens: int = 15,
+        late_copies: bool = False,
     ) -> None:
         self.now = 0.0
         self.checks = True  # the tables, after every turn; a walk over all of them
@@ -102,7 +140,7 @@ class Bench:
             device_slots=device,
             block_tokens=BLOCK,
         )
-        self.memory = Memory(arenas, BLOCK)
+        self.memory = (Late if late_copies else Memory)(arenas, BLOCK)
         self.runner = FakeRunner(arenas[Tier.DEVICE])
         self.store = store or MemoryStore(
             fingerprint=bytes(32),
@@ -112,6 +150,8 @@ class Bench:
         )
         self.disk = FakeDisk(self.store)
         self.disk.post = self.inbox.put
+        if late_copies:
+            self.memory.disk = self.disk
         self.engine = Engine(
             cache=self.cache,
             scheduler=self.scheduler,
@@ -378,8 +418,11 @@ def test_prefill_only_samples_nothing_and_leaves_all_but_the_last_token_to_reuse
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 12, 17])
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
-def test_a_demoted_session_comes_back_from_that_tier_and_computes_one_token(length, tier):
-    bench = Bench()
+@pytest.mark.parametrize("late_copies", [False, True])
+def test_a_demoted_session_comes_back_from_that_tier_and_computes_one_token(
+    length, tier, late_copies
+):
+    bench = Bench(late_copies=late_copies)
     first = bench.run(prompt_of(length), 4)
     bench.inbox.put(Demote(1, tier, "s"))
     bench.until_quiet()
@@ -592,8 +635,8 @@ def test_stop_ends_everything_and_spills_what_is_dirty():
 
     original = bench.disk.offer_blocks
 
-    def offer(*args):
-        accepted = original(*args)
+    def offer(*args, **options):
+        accepted = original(*args, **options)
         while bench.disk.pending:
             bench.disk.settle()
         return accepted
@@ -778,6 +821,27 @@ def test_a_load_teaches_the_disk_s_rate_unless_steps_of_the_model_ran_meanwhile(
     assert (bench.report().rates["latency_s"] == RATES.latency_s) is busy
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_late_copies_let_others_decode_and_teach_their_rate_unless_steps_ran_meanwhile(busy):
+    bench = Bench(late_copies=True, device=24)
+    prompt = prompt_of(21) + bench.run(prompt_of(21), 4)
+    bench.inbox.put(Demote(1, Tier.HOST, None))
+    bench.until_quiet()
+    before = bench.report().rates["copy_s"]
+    bench.now += 1
+    bench.submit(prompt, 1)
+    other = bench.submit(prompt_of(5, salt=1), 6, session="other") if busy else None
+    for _ in range(8 if busy else 1):
+        bench.engine._turn(bench.emit)
+    bench.now += 0.1
+    if other is not None:
+        assert len(bench.ids(other)) == 6
+    bench.until_quiet()
+    assert bench.ids(2) == oracle(prompt, 1)
+    assert bench.finished(2).usage.cached.host == len(prompt) - 1
+    assert (bench.report().rates["copy_s"] == before) == busy
+
+
 def test_an_operator_may_switch_the_decision_off():
     bench, prompt = on_disk(
         prompt_of(40), device=40, rates=Rates(read_s=1.0), restore=RestoreLimits(decide=False)
@@ -956,13 +1020,15 @@ def test_the_report_tells_what_the_cache_cost():
 
 
 @pytest.mark.parametrize("damage", ["bit", "swap"])
-def test_what_changed_in_host_memory_is_refused_counted_and_computed_again(damage):
-    bench = Bench()
+@pytest.mark.parametrize("late_copies", [False, True])
+def test_what_changed_in_host_memory_is_refused_counted_and_computed_again(damage, late_copies):
+    bench = Bench(late_copies=late_copies)
     prompt = prompt_of(21) + bench.run(prompt_of(21), 4)
     bench.inbox.put(Demote(1, Tier.HOST, None))
     bench.until_quiet()
     host = bench.memory._arenas[Tier.HOST].blocks
-    slots = sorted(bench.memory._seals)[:2]
+    seals = bench.memory._sealing if late_copies else bench.memory._seals
+    slots = sorted(seals)[:2]
     if damage == "bit":
         host.view(torch.uint8).view(host.shape[0], -1)[slots[0], 5] ^= 1
     else:
@@ -1150,16 +1216,24 @@ SCENARIO = st.lists(
     disk=st.integers(0, 20),
     failures=st.integers(0, 3),
     right=st.integers(0, 3),
+    late_copies=st.booleans(),
 )
 def test_any_mixture_of_turns_forks_cancels_and_demotions_gives_oracle_ids(
-    steps, device, host, disk, failures, right
+    steps, device, host, disk, failures, right, late_copies
 ):
     with guesses(right):
-        any_mixture(steps, device, host, disk, failures)
+        any_mixture(steps, device, host, disk, failures, late_copies=late_copies)
 
 
-def any_mixture(steps, device, host, disk, failures):
-    bench = Bench(device=device, host=host, disk=disk, host_after_s=20, disk_after_s=60)
+def any_mixture(steps, device, host, disk, failures, *, late_copies):
+    bench = Bench(
+        device=device,
+        host=host,
+        disk=disk,
+        host_after_s=20,
+        disk_after_s=60,
+        late_copies=late_copies,
+    )
     bench.disk.fail_fetches = failures
     prompts: dict[RequestId, tuple[tuple[int, ...], int]] = {}
     limit = bench.engine.max_context - 12
