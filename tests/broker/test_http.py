@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import socket
 from contextlib import asynccontextmanager
 
 import pytest
@@ -336,6 +337,34 @@ async def test_too_many_turns_are_refused_with_a_time_to_come_back():
         assert (
             await rig.browser().request("POST", "/v1/responses", {"input": "Hi."})
         ).status == 503
+
+
+async def test_a_client_that_does_not_read_its_stream_is_given_up(autojump_clock):
+    """Hypercorn shields its sends from cancellation; the deadline is ours, and ends the turn as well."""
+    async with open_rig("http.send_timeout=9s", reply=saying("x" * 3000), chunk=1) as rig:
+        browser = rig.browser()
+        browser.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await browser.send("POST", "/v1/responses", {"input": "Hi.", "stream": True})
+        await trio.sleep(60)
+        await rig.settled()
+        assert rig.door.connections == 0
+        assert rig.port.admission.statistics().admitted == 0
+
+
+async def test_stopping_does_not_wait_for_a_client_that_does_not_read(autojump_clock):
+    async with trio.open_nursery() as nursery:
+        async with open_rig("http.send_timeout=1h", reply=saying("x" * 3000), chunk=1) as rig:
+            browser = rig.browser()
+            browser.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await browser.send("POST", "/v1/responses", {"input": "Hi.", "stream": True})
+            await trio.sleep(60)
+            assert rig.door.connections == 1
+            with trio.fail_after(5):
+                rig.nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await rig.settled()
+                    assert rig.door.connections == 0
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_late_upgrade_is_told_to_open_a_new_connection():
