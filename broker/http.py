@@ -16,18 +16,20 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from typing import TYPE_CHECKING
 
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config as HypercornConfig
+from hypercorn.events import RawData
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from broker.dialect import answer_of, dialect_of
+from broker.dialect import Dialect, answer_of, dialect_of
 from broker.errors import BrokerError, ClientError
 from broker.routes.admin import OPEN_PATHS, operator_routes, owner_routes, probe_routes
 from broker.routes.chat import chat_routes
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_WORDLESS = re.compile(rb"HTTP/1\.1 (4\d\d) [^\r\n]*\r\ncontent-length: 0\r\nconnection: close\r\n")
 _ID_HEADERS = (b"x-request-id", b"request-id")  # OpenAI's, Anthropic's
 
 
@@ -80,7 +83,9 @@ class HttpSide:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._follow, arrival, context)
-                await TCPServer(self._app, self._settings, context, {}, arrival.stream).run()
+                server = WordedServer(self._app, self._settings, context, {}, arrival.stream)
+                server.dialect = arrival.dialect
+                await server.run()
                 nursery.cancel_scope.cancel()
         finally:
             self._contexts.discard(context)
@@ -99,6 +104,23 @@ class HttpSide:
         """Idle connections close now, busy ones after the response that they are in."""
         for context in list(self._contexts):
             await context.terminated.set()
+
+
+class WordedServer(TCPServer):  # type: ignore[misc]
+    """Hypercorn 0.18 refuses what it cannot parse (a broken chunk, a later head that is no good) with a status and no
+    body. Here it gets one, in the words of the API that the connection began with."""
+
+    dialect = Dialect.RESPONSES
+
+    async def protocol_send(self, event: object) -> None:
+        if isinstance(event, RawData) and (found := _WORDLESS.match(event.data)) is not None:
+            error = ClientError("Bad request: it is not valid HTTP.", code="invalid_http")
+            error.status = int(found[1])
+            answer = answer_of(error, self.dialect)
+            body = json.dumps(answer.body).encode()
+            head = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+            event = RawData(event.data.replace(b"content-length: 0\r\n", head, 1) + body)
+        await super().protocol_send(event)
 
 
 def client_routes(port: Port) -> list[Route]:

@@ -112,7 +112,10 @@ class Replay(trio.abc.HalfCloseableStream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         with trio.move_on_after(self.send_timeout_s) as in_time:
-            await self.stream.send_all(data)
+            try:
+                await self.stream.send_all(data)
+            except trio.BusyResourceError:  # hypercorn says the end of a stream beside an answer
+                raise trio.BrokenResourceError("the stream is being closed") from None
         if in_time.cancelled_caught:
             await trio.aclose_forcefully(self.stream)
             raise trio.BrokenResourceError("the peer does not read")

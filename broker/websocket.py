@@ -288,7 +288,7 @@ class Connection:
     lanes: dict[str | None, Lane] = field(default_factory=dict)
     quiet: trio.Event = field(default_factory=trio.Event)  # set when we stop and nothing runs
     closed: trio.Event = field(default_factory=trio.Event)  # nothing is sent any more
-    expired: bool = False
+    expired: bool = False  # no lane can begin any more
     stream: Metered = field(init=False)
     ws: WebSocketConnection = field(init=False)
     nursery: trio.Nursery = field(init=False)
@@ -578,11 +578,13 @@ class Connection:
         """The lanes' life: the connection's, but for the oldest that one may get. Turns that run then are cut, and what
         they computed stays cached."""
         lifetime_s = self.port.config.websocket.max_lifetime
-        with trio.move_on_after(lifetime_s):
-            async with trio.open_nursery() as self.turns:
-                task_status.started()
-                await trio.sleep_forever()
-        self.expired = True
+        try:
+            with trio.move_on_after(lifetime_s):
+                async with trio.open_nursery() as self.turns:
+                    task_status.started()
+                    await trio.sleep_forever()
+        finally:  # also when the connection ends: the reader may hold a frame still
+            self.expired = True
         error = BadRequest(
             f"Responses websocket connection limit reached ({lifetime_s / 60:g} minutes)."
             " Create a new websocket connection to continue.",

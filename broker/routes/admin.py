@@ -1,6 +1,6 @@
 """What is asked and ordered beside the APIs.
 
-probes       whether we live and take turns: without a key
+probes       whether we live and take turns: without a key; and the description of all routes, with one
 operators'   what shows or moves everybody's: metrics, sessions, the tiers, demotion, the list of pins
 owners'      what concerns one session of the key that asks: to pin it, to delete it
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -18,6 +19,7 @@ from broker import keeping
 from broker.config import duration
 from broker.errors import BadRequest, Forbidden
 from broker.metrics import render
+from broker.openapi import document
 from broker.routes.body import read_body, tenant_of
 from broker.wire.fields import optional_name
 from broker.wire.json_in import parse_object
@@ -40,6 +42,7 @@ def probe_routes(port: Port) -> list[Route]:
     return [
         Route("/healthz", routes.healthz, methods=["GET"]),
         Route("/readyz", routes.readyz, methods=["GET"]),
+        Route("/openapi.json", routes.openapi, methods=["GET"]),
     ]
 
 
@@ -90,6 +93,9 @@ class _Admin:
     async def readyz(self, request: Request) -> Response:
         self._port.check_open()
         return JSONResponse({"status": "ready", "model": self._port.config.model.name})
+
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(document(version("homeport")))
 
     async def metrics(self, request: Request) -> Response:
         report = await self._port.engine.inspect()

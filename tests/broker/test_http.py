@@ -367,6 +367,24 @@ async def test_stopping_does_not_wait_for_a_client_that_does_not_read(autojump_c
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("anthropic", [False, True])
+async def test_a_body_that_is_no_http_is_refused_in_words(anthropic):
+    """Found by the fuzz campaign: hypercorn says 400, and nothing else."""
+    path = b"/v1/messages" if anthropic else b"/v1/responses"
+    head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" % path
+    async with open_rig() as rig:
+        stream = rig.socket_stream()
+        await stream.send_all(head + b"zz\r\n")
+        answer = b""
+        while chunk := await stream.receive_some():
+            answer += chunk
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-length: %d" % len(body) in head
+    assert (json.loads(body).get("type") == "error") is anthropic
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
 async def test_a_late_upgrade_is_told_to_open_a_new_connection():
     async with open_rig() as rig:
         browser = rig.browser()

@@ -9,9 +9,14 @@ from tests.campaign import (
     flips,
     forced,
     full_disk,
+    fuzz,
     hundred,
+    idle,
     kills,
+    overload,
     round_trips,
+    sigterms,
+    soak,
     truncations,
 )
 
@@ -22,6 +27,11 @@ CAMPAIGNS = {
     "full_disk": full_disk.main,
     "round_trips": round_trips.main,
     "cancels": cancels.main,
+    "overload": overload.main,
+    "sigterms": sigterms.main,
+    "idle": idle.main,
+    "fuzz": fuzz.main,
+    "soak": soak.main,
     "hundred": hundred.main,
     "forced": forced.main,
 }

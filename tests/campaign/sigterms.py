@@ -43,9 +43,10 @@ GRACE_S = 3.0
 SOCKETS, POSTERS = 4, 3
 KNOWN = 4  # acknowledged responses of a life that the next goes on from
 SETTINGS = stub.settings(
+    device=400,
+    host=0,
+    disk=3000,
     server__grace=f"{GRACE_S}s",
-    tiers__host__capacity="0",
-    tiers__disk__capacity=str(600 * stub.DISK_BYTES),
     engine__max_running="6",
 )
 
@@ -78,7 +79,8 @@ class Life:
                 while True:
                     body = body_of("responses", self.text(), 24, store=True)
                     turn = await socket.turn({**body, "previous_response_id": previous})
-                    previous = turn.id
+                    # A session of three turns; then another.
+                    previous = turn.id if len(self.told.acknowledged) % 3 else None
                     self.told.acknowledged.append(turn.id)
         except* ConnectionError as broken:
             said = str(_leaf(broken))
@@ -109,7 +111,9 @@ class Life:
                 self.told.endings["answer"] += 1
             elif answer.status == 0:
                 self.told.endings["nobody"] += 1
-                self.verdict.require(self.ending, "a request was dropped though nobody had signalled")
+                self.verdict.require(
+                    self.ending, "a request was dropped though nobody had signalled"
+                )
                 return
             else:
                 self.told.endings[f"refusal {answer.status}"] += 1
