@@ -11,6 +11,7 @@ import argparse
 import http.client
 import json
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -207,6 +208,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     logging.getLogger("trio-websocket").setLevel(
         logging.INFO
     )  # its debug lines hold what clients say
+
+    # A core dump would hold every prompt in memory.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     from engine.model import UnsupportedModel
     from tiers.block import StoreError

@@ -193,6 +193,7 @@ class Guard:
             return
         scope["state"]["request_id"] = request_id
         try:
+            _check_framing(scope["headers"])
             if scope["path"] in (*OPEN_PATHS, *PROBE_PATHS):
                 self._access.check_source(scope["headers"])
                 await self._app(scope, receive, send_with_id)
@@ -202,6 +203,23 @@ class Guard:
                 await self._app(scope, receive, send_with_id)
         except ClientError as error:  # before the app: that answers its own
             await refusal(error, scope)(scope, receive, send_with_id)
+
+
+def _check_framing(headers: list[tuple[bytes, bytes]]) -> None:
+    """A body whose length is said in two ways is read in two ways by two programs: what smuggling lives of."""
+    names = {name for name, _ in headers}
+    if b"content-length" in names and b"transfer-encoding" in names:
+        raise AmbiguousLength(
+            "Content-Length and Transfer-Encoding: one of them.", code="invalid_http"
+        )
+
+
+class AmbiguousLength(ClientError):
+    """What follows on this connection may be anything."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"connection": "close"}
 
 
 async def _refuse_late_upgrade(scope: Scope, receive: Receive, send: Send) -> None:
