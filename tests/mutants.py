@@ -1115,6 +1115,92 @@ MUTANTS = (
         "self._handed = self._queued\n        return replace(",
         (STEERS_PURE, STEERS),
     ),
+    # who may, how many, and what is said to those who may not
+    Mutant(
+        "safe: a tenant's key opens what is everybody's",
+        "broker/routes/admin.py",
+        "if not tenant_of(request).operator:",
+        "if False:",
+        ("tests/broker/test_matrix.py",),
+    ),
+    Mutant(
+        "safe: a path that nobody serves needs no key",
+        "broker/http.py",
+        'if scope["path"] in (*OPEN_PATHS, *PROBE_PATHS):',
+        'if not scope["path"].startswith(("/v1/", "/admin/", "/metrics", "/openapi")):',
+        ("tests/broker/test_matrix.py",),
+    ),
+    Mutant(
+        "safe: half-open connections keep their places",
+        "broker/places.py",
+        "victim = next(iter(self._silent), None)",
+        "victim = None",
+        ("tests/broker/test_places.py", "tests/broker/test_listen.py"),
+    ),
+    Mutant(
+        "safe: a client that does not read is waited for",
+        "broker/http.py",
+        "arrival.stream.send_timeout_s = self._send_timeout_s",
+        "pass",
+        ("tests/broker/test_http.py",),
+    ),
+    Mutant(
+        "safe: a shielded send outlives its connection's end",
+        "broker/http.py",
+        "            await trio.aclose_forcefully(arrival.stream)\n\n    async def stop",
+        "            pass\n\n    async def stop",
+        ("tests/broker/test_http.py",),
+    ),
+    Mutant(
+        "safe: a lane begins on a connection that ends",
+        "broker/websocket.py",
+        "        finally:  # also when the connection ends: the reader may hold a frame still\n"
+        "            self.expired = True\n",
+        "        finally:\n            pass\n        self.expired = True\n",
+        ("tests/broker/test_websocket.py",),
+    ),
+    Mutant(
+        "safe: pings cost nothing",
+        "broker/websocket.py",
+        "            self.controls += 1\n",
+        "            pass\n",
+        ("tests/broker/test_websocket.py",),
+    ),
+    Mutant(
+        "calm: the first tenant in line is served first",
+        "broker/admission.py",
+        "tenant = min(self._lines, key=lambda one: self._admitted_tokens[one])",
+        "tenant = next(iter(self._lines))",
+        ("tests/broker/test_admission.py",),
+    ),
+    Mutant(
+        "calm: admitted tokens have no bound",
+        "broker/admission.py",
+        "return len(self._admitted) < self._max_turns and tokens <= self._max_tokens",
+        "return len(self._admitted) < self._max_turns",
+        ("tests/broker/test_admission.py",),
+    ),
+    Mutant(
+        "calm: a turn that nobody waits for any more is admitted",
+        "broker/admission.py",
+        "if following.due < now:",
+        "if False:",
+        ("tests/broker/test_admission.py",),
+    ),
+    Mutant(
+        "calm: a refusal that comes late is a fault",
+        "broker/errors.py",
+        "    if code == Overloaded.code:\n        return Overloaded(message, retry_after_s=_LATE_S)\n",
+        "",
+        ("tests/broker/test_messages.py",),
+    ),
+    Mutant(
+        "calm: work that stands still looks alive",
+        "broker/liveness.py",
+        "(look is not None and (not look.work or look != self._last))",
+        "look is not None",
+        ("tests/broker/test_liveness.py",),
+    ),
 )
 
 
