@@ -8,6 +8,7 @@ from tests.campaign import (
     full_disk,
     fuzz,
     idle,
+    isolation,
     kills,
     overload,
     round_trips,
@@ -71,3 +72,10 @@ def test_what_clients_do_leaves_nothing_behind(zygote, tmp_path):
 def test_idle_sockets_are_kept_and_given_back(zygote, tmp_path):
     sockets, kept = idle.QUICK
     assert idle.campaign(zygote, tmp_path, sockets=sockets, kept=kept, seed=1, timed=False) == 0
+
+
+def test_a_tenant_learns_nothing_of_anothers_prompts_and_takes_little_of_his_cache(
+    zygote, tmp_path
+):
+    pairs = isolation.QUICK
+    assert isolation.campaign(zygote, tmp_path, pairs=pairs, seed=1, timed=False) == 0
