@@ -53,7 +53,9 @@ class Stamps:
     """What was seen of each stream, in order."""
 
     streams: dict[RequestId, str] = field(default_factory=dict)
-    sampled: dict[str, list[tuple[TokenIds, float]]] = field(default_factory=lambda: defaultdict(list))
+    sampled: dict[str, list[tuple[TokenIds, float]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
     sent: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     steps: int = 0
 

@@ -7,6 +7,7 @@ import sys
 from tests.campaign import (
     cancels,
     flips,
+    floods,
     forced,
     full_disk,
     fuzz,
@@ -30,6 +31,7 @@ CAMPAIGNS = {
     "cancels": cancels.main,
     "overload": overload.main,
     "sigterms": sigterms.main,
+    "floods": floods.main,
     "idle": idle.main,
     "isolation": isolation.main,
     "fuzz": fuzz.main,

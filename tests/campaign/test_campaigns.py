@@ -5,6 +5,7 @@ import pytest
 from tests.campaign import (
     cancels,
     flips,
+    floods,
     full_disk,
     fuzz,
     idle,
@@ -79,3 +80,8 @@ def test_a_tenant_learns_nothing_of_anothers_prompts_and_takes_little_of_his_cac
 ):
     pairs = isolation.QUICK
     assert isolation.campaign(zygote, tmp_path, pairs=pairs, seed=1, timed=False) == 0
+
+
+def test_a_good_client_is_served_beside_floods_of_every_kind(zygote, tmp_path):
+    seconds = floods.QUICK_S
+    assert floods.campaign(zygote, tmp_path, seconds=seconds, seed=1, timed=False) == 0
