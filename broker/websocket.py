@@ -578,13 +578,13 @@ class Connection:
         """The lanes' life: the connection's, but for the oldest that one may get. Turns that run then are cut, and what
         they computed stays cached."""
         lifetime_s = self.port.config.websocket.max_lifetime
-        try:
-            with trio.move_on_after(lifetime_s):
-                async with trio.open_nursery() as self.turns:
-                    task_status.started()
+        with trio.move_on_after(lifetime_s):
+            async with trio.open_nursery() as self.turns:
+                task_status.started()
+                try:
                     await trio.sleep_forever()
-        finally:  # also when the connection ends: the reader may hold a frame still
-            self.expired = True
+                finally:  # also when the connection ends: the reader may hold a frame still
+                    self.expired = True
         error = BadRequest(
             f"Responses websocket connection limit reached ({lifetime_s / 60:g} minutes)."
             " Create a new websocket connection to continue.",

@@ -1152,14 +1152,6 @@ MUTANTS = (
         ("tests/broker/test_http.py",),
     ),
     Mutant(
-        "safe: a lane begins on a connection that ends",
-        "broker/websocket.py",
-        "        finally:  # also when the connection ends: the reader may hold a frame still\n"
-        "            self.expired = True\n",
-        "        finally:\n            pass\n        self.expired = True\n",
-        ("tests/broker/test_websocket.py",),
-    ),
-    Mutant(
         "safe: pings cost nothing",
         "broker/websocket.py",
         "            self.controls += 1\n",
