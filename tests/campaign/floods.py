@@ -103,20 +103,15 @@ class Flood:
     ) -> None:
         """As soon as one is closed the next one comes."""
         while True:
-            one = trio.socket.socket(socket.AF_INET)
-            await one.bind((source, 0))
-            try:
-                await one.connect(self.address)
-            except OSError:
-                self.closes[f"{kind.__name__} not let in"] += 1
-                one.close()
-                await trio.sleep(0.05)
-                continue
-            async with trio.SocketStream(one) as stream:
+            with trio.socket.socket(socket.AF_INET) as one:
+                await one.bind((source, 0))
                 try:
-                    await kind(stream)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    await one.connect(self.address)
+                    await kind(trio.SocketStream(one))
+                except trio.BrokenResourceError:
                     self.closes[f"{kind.__name__} cut"] += 1
+                except OSError:
+                    self.closes[f"{kind.__name__} not let in"] += 1
             await trio.sleep(0.01)
 
     async def half_open(self, stream: trio.SocketStream) -> None:
