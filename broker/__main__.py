@@ -11,7 +11,9 @@ import argparse
 import http.client
 import json
 import logging
+import resource
 import signal
+import socket
 import sys
 import urllib.parse
 from dataclasses import replace
@@ -168,7 +170,9 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_daemon(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", default=_DEFAULT_URL, help=f"the daemon (default {_DEFAULT_URL})")
+    parser.add_argument(
+        "--url", default=_DEFAULT_URL, help=f"the daemon, or unix:PATH (default {_DEFAULT_URL})"
+    )
     parser.add_argument("--key", help="a bearer key, if the daemon wants one")
     parser.add_argument("--json", action="store_true", help="the daemon's answer as it is")
 
@@ -195,7 +199,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from broker.app import StartError, open_model_engine, serve
 
     config = _config(arguments)
-    check_exposure(config.server.host, config.auth.keys)
+    check_exposure(config)
     logging.basicConfig(
         stream=sys.stderr,
         level=config.log.level.upper(),
@@ -204,6 +208,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     logging.getLogger("trio-websocket").setLevel(
         logging.INFO
     )  # its debug lines hold what clients say
+
+    # A core dump would hold every prompt in memory.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     from engine.model import UnsupportedModel
     from tiers.block import StoreError
@@ -238,7 +245,7 @@ def _config_check(arguments: argparse.Namespace) -> int:
     from broker.forecast import forecast, look_around, read_shape
 
     config = load(arguments.files)
-    check_exposure(config.server.host, config.auth.keys)
+    check_exposure(config)
     print(f"{', '.join(str(one) for one in arguments.files)}: good")
     print("\n".join(forecast(config, read_shape(config), look_around(config))))
     return 0
@@ -382,11 +389,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _ask(arguments: argparse.Namespace, method: str, path: str, body: object = None) -> Any:
     """One request to the daemon; its JSON. Raises CommandFailed with the daemon's own words."""
-    url = urllib.parse.urlsplit(arguments.url)
-    if url.scheme not in ("http", "https") or url.hostname is None:
-        raise CommandFailed(f"--url {arguments.url}: write http://HOST:PORT")
-    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    connection = kind(url.hostname, url.port, timeout=_ASK_TIMEOUT_S)
+    connection = _connection(arguments.url)
     headers = {"content-type": "application/json"}
     if arguments.key:
         headers["authorization"] = f"Bearer {arguments.key}"
@@ -405,6 +408,30 @@ def _ask(arguments: argparse.Namespace, method: str, path: str, body: object = N
     if status != 200:
         raise CommandFailed(f"{arguments.url}: {value.get('error', {}).get('message', status)}")
     return value
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """To `server.admin = "unix:PATH"`."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_ASK_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _connection(address: str) -> http.client.HTTPConnection:
+    """Raises CommandFailed."""
+    if address.startswith("unix:"):
+        return _UnixConnection(address.removeprefix("unix:"))
+    url = urllib.parse.urlsplit(address)
+    if url.scheme not in ("http", "https") or url.hostname is None:
+        raise CommandFailed(f"--url {address}: write http://HOST:PORT or unix:PATH")
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    return kind(url.hostname, url.port, timeout=_ASK_TIMEOUT_S)
 
 
 def _mib(count: int) -> str:

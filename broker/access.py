@@ -10,6 +10,8 @@ Laws
     have one salt, so one prompt's KV serves them all; their names stay apart.
     A tenant is made of the state directory's secret and the key that proved itself: nothing else of a request can
     change it, so no field of a request gives access to another's KV.
+    An operator's key is a tenant's like any other, and may besides see and move what belongs to everybody: all sessions,
+    the tiers, the metrics. A tenant's may not, for that shows what others do. An open server's one tenant is both.
     Without keys the server is open, and then it listens on loopback only: `check_exposure`.
     Neither a tenant's name nor its salt tells the key, nor one of them the other.
 """
@@ -19,16 +21,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from broker.config import ConfigError
+from broker.config import Address, ConfigError
 from broker.errors import ClientError, Forbidden, Unauthorized
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from broker.config import KeyDigest
+    from broker.config import Config, KeyDigest
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +39,17 @@ class Tenant:
 
     name: str  # 32 hex digits; goes into manifests
     salt: bytes  # goes into the root of every block chain
+    operator: bool = False  # may see and move what is everybody's
 
 
-OPEN = Tenant("", b"")
+OPEN = Tenant("", b"", operator=True)
 
 
 class Access:
-    """The three checks, prepared. `host` is the address listened on, `hosts` and `origins` come from the config."""
+    """The three checks, prepared. `host` is the address listened on, `hosts` and `origins` come from the config.
+
+    Whoever gets through a `trusted` door is an operator: a Unix socket's file mode was his key.
+    """
 
     def __init__(
         self,
@@ -52,13 +58,20 @@ class Access:
         hosts: Iterable[str] = (),
         origins: Iterable[str] = (),
         keys: Iterable[KeyDigest] = (),
+        operators: Iterable[KeyDigest] = (),
         secret: bytes = b"",
         shared: bool = False,
+        trusted: bool = False,
     ) -> None:
         self._any_address = not is_loopback(host)
         self._hosts = frozenset({"localhost", host.lower(), *(one.lower() for one in hosts)})
         self._origins = frozenset(one.lower().rstrip("/") for one in origins)
+        self._trusted = trusted
         self._tenants = [(digest, _tenant(digest, secret, shared=shared)) for digest in keys]
+        self._tenants += [
+            (digest, replace(_tenant(digest, secret, shared=shared), operator=True))
+            for digest in operators
+        ]
 
     def admit(self, headers: Sequence[tuple[bytes, bytes]]) -> Tenant:
         """The tenant that a request's headers (lower-case names) prove. Raises ClientError: 421, 403 or 401."""
@@ -66,6 +79,8 @@ class Access:
         if not self._tenants:
             return OPEN
         key = _key(headers)
+        if key is None and self._trusted:
+            return OPEN
         if key is None:
             raise Unauthorized(
                 "No API key: send 'Authorization: Bearer <key>' or 'x-api-key: <key>'."
@@ -77,7 +92,7 @@ class Access:
                 found = tenant
         if found is None:
             raise Unauthorized("Incorrect API key.")
-        return found
+        return replace(found, operator=True) if self._trusted else found
 
     def check_source(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Host and Origin only: for the probes that need no key. Raises ClientError: 421 or 403."""
@@ -113,12 +128,28 @@ def is_loopback(host: str) -> bool:
     return host.lower() == "localhost" or (address is not None and address.is_loopback)
 
 
-def check_exposure(host: str, keys: Sequence[KeyDigest]) -> None:
-    """Raises ConfigError for an open server on an address that others can reach."""
-    if not keys and not is_loopback(host):
+def check_exposure(config: Config) -> None:
+    """Raises ConfigError for what others could reach without a key, and for keys that cannot be told apart."""
+    server, auth = config.server, config.auth
+    if not (auth.keys or auth.operators) and not is_loopback(server.host):
         raise ConfigError(
-            f"server.host is {host!r}, which others can reach, and auth.keys is empty:"
+            f"server.host is {server.host!r}, which others can reach, and auth.keys is empty:"
             " add a key, or listen on 127.0.0.1"
+        )
+    place = server.admin_address
+    if isinstance(place, Address) and not auth.operators:
+        if auth.keys:
+            raise ConfigError(
+                "server.admin is a TCP address, and auth.operators is empty: add an operator's key, or"
+                ' write "unix:PATH"'
+            )
+        if not is_loopback(place.host):
+            raise ConfigError(
+                f"server.admin is on {place.host!r}, which others can reach, and auth.operators is empty"
+            )
+    if set(auth.keys) & set(auth.operators):
+        raise ConfigError(
+            "a key is in auth.keys and in auth.operators: an operator's is a key already"
         )
 
 

@@ -4,14 +4,14 @@
       engine            model, threads, store: `open_engine`, given from outside so that tests bring their own
         signals         the first SIGTERM or SIGINT asks for an orderly end, the second for an end now
           connections   every accepted connection, WebSocket or HTTP, and the background responses
-            accepting   the listeners
+            accepting   the listeners, clients' and operators', and the look whether work moves
 
 Leaving a level stops what is inside it first, so an orderly end is: stop accepting; tell the connections, whose
 running turns have `server.grace`; cancel what is left; the engine writes what is dirty and its threads return.
 
 Laws
     Until the engine is open there is nothing to lose: signals do what they do to any process.
-    Exactly one line goes to stdout: `homeport ready http://HOST:PORT`, once requests are accepted.
+    Exactly one line goes to stdout: `homeport ready http://HOST:PORT` (https with TLS), once requests are accepted.
     The wall clock is read here only.
 """
 
@@ -21,17 +21,21 @@ import logging
 import os
 import secrets
 import signal
+import socket
+import ssl
 import sys
 import time
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
 from broker.access import Access, check_exposure
 from broker.admission import Admission
-from broker.http import HttpSide
+from broker.config import Address
+from broker.http import HttpSide, common_app, operators_app
 from broker.listen import Door
 from broker.port import Port
 from broker.session import Sessions
@@ -40,7 +44,6 @@ from broker.websocket import WebSocketSide
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
-    from pathlib import Path
 
     from broker.config import Config
     from broker.port import Service
@@ -70,63 +73,98 @@ async def serve(
     config: Config, *, open_engine: OpenEngine, announce: Callable[[str], None]
 ) -> None:
     """Run the daemon until it is asked to stop. `announce` gets the ready line. Raises ConfigError, StartError."""
-    check_exposure(config.server.host, config.auth.keys)
+    check_exposure(config)
+    tls = _tls(config)
     sys.setswitchinterval(_SWITCH_S)
     async with open_engine(config) as engine:
         async with trio.open_nursery() as nursery:
             asked_to_stop = trio.Event()
             await nursery.start(_watch_signals, asked_to_stop, nursery.cancel_scope)
-            await _serve_port(config, engine, announce, asked_to_stop)
+            await _serve_port(config, engine, announce, asked_to_stop, tls)
             nursery.cancel_scope.cancel()
 
 
 async def _serve_port(
-    config: Config, engine: Service, announce: Callable[[str], None], asked_to_stop: trio.Event
+    config: Config,
+    engine: Service,
+    announce: Callable[[str], None],
+    asked_to_stop: trio.Event,
+    tls: ssl.SSLContext | None,
 ) -> None:
     settings = config.server
+    secret = _secret(settings.state_dir) if config.auth.keys or config.auth.operators else b""
     port = Port(
         config=config,
-        access=Access(
-            host=settings.host,
-            hosts=settings.allowed_hosts,
-            origins=settings.allowed_origins,
-            keys=config.auth.keys,
-            secret=_secret(settings.state_dir) if config.auth.keys else b"",
-            shared=config.auth.shared,
-        ),
+        access=_access(config, settings.host, secret),
         engine=engine,
         sessions=Sessions(),
         admission=Admission(
             max_turns=config.admission.max_turns,
+            max_tokens=config.admission.max_tokens,
             max_queued=config.admission.max_queued,
+            max_queued_tokens=config.admission.max_queued_tokens,
             queue_timeout_s=config.admission.queue_timeout,
         ),
         clock=SystemClock(),
         new_id=new_id,
     )
-    http = HttpSide(port)
-    door = Door(
+    sides = [HttpSide(port, common_app(port))]
+    door = partial(
+        Door,
         max_head=config.http.max_head,
         head_timeout_s=config.http.head_timeout,
         max_connections=settings.max_connections,
-        websocket=WebSocketSide(port).serve,
-        http=http.serve,
+        max_per_address=settings.max_per_address,
     )
-    listeners = await _listen(settings.host, settings.port)
+    doors = {
+        door(websocket=WebSocketSide(port).serve, http=sides[0].serve, tls=tls): await _listen(
+            settings.host, settings.port
+        )
+    }
+    place = settings.admin_address
+    if place is not None:
+        host = place.host if isinstance(place, Address) else "localhost"
+        access = _access(config, host, secret, trusted=isinstance(place, Path))
+        sides.append(HttpSide(port, operators_app(port, access)))
+        # Its own door: when clients hold every connection of theirs, operators still come in.
+        serve_http = sides[-1].serve
+        doors[door(websocket=serve_http, http=serve_http)] = await listen_for_operators(place)
+    with ExitStack() as cleanup:
+        if isinstance(place, Path):
+            cleanup.callback(place.unlink, missing_ok=True)
+        await _accept(port, doors, sides, announce, asked_to_stop, secure=tls is not None)
+
+
+async def _accept(
+    port: Port,
+    doors: dict[Door, list[trio.SocketListener]],
+    sides: list[HttpSide],
+    announce: Callable[[str], None],
+    asked_to_stop: trio.Event,
+    *,
+    secure: bool,
+) -> None:
+    settings = port.config.server
     async with trio.open_nursery() as connections:
         await connections.start(port.background.serve)
         async with trio.open_nursery() as accepting:
-            accepting.start_soon(
-                partial(trio.serve_listeners, door.serve, listeners, handler_nursery=connections)
-            )
-            announce(f"homeport ready {_url(settings.host, listeners[0])}")
+            for door, listeners in doors.items():
+                accepting.start_soon(
+                    partial(
+                        trio.serve_listeners, door.serve, listeners, handler_nursery=connections
+                    )
+                )
+            accepting.start_soon(port.liveness.serve)
+            common = next(iter(doors.values()))[0]
+            announce(f"homeport ready {_url(settings.host, common, secure=secure)}")
             await asked_to_stop.wait()
             log.info(
                 "stopping: %d turns have %g s", port.admission.statistics().admitted, settings.grace
             )
             accepting.cancel_scope.cancel()
         port.stopping.set()
-        await http.stop()
+        for side in sides:
+            await side.stop()
         connections.cancel_scope.deadline = trio.current_time() + settings.grace + _LAST_WORDS_S
 
 
@@ -151,9 +189,71 @@ async def _listen(host: str, port: int) -> list[trio.SocketListener]:
         raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
 
 
-def _url(host: str, listener: trio.SocketListener) -> str:
+async def listen_for_operators(place: Path | Address) -> list[trio.SocketListener]:
+    """On a Unix socket that only its owner may open, or on a TCP address. Raises StartError."""
+    if isinstance(place, Address):
+        return await _listen(place.host, place.port)
+    _remove_stale(place)
+    listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        await listening.bind(str(place))
+    except OSError as error:
+        listening.close()
+        raise StartError(f"cannot listen on {place}: {error.strerror or error}") from error
+    finally:
+        os.umask(mask)
+    listening.listen()
+    return [trio.SocketListener(listening)]
+
+
+def _remove_stale(path: Path) -> None:
+    """A socket that nobody listens on any more was left by a kill. Anything else at its place is not ours to remove."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+        except OSError:
+            return
+
+
+def _access(config: Config, host: str, secret: bytes, *, trusted: bool = False) -> Access:
+    return Access(
+        host=host,
+        hosts=config.server.allowed_hosts,
+        origins=config.server.allowed_origins,
+        keys=config.auth.keys,
+        operators=config.auth.operators,
+        secret=secret,
+        shared=config.auth.shared,
+        trusted=trusted,
+    )
+
+
+def _tls(config: Config) -> ssl.SSLContext | None:
+    """Raises StartError. HTTP/1.1 only: HTTP/2 brings attacks of its own, and no client here needs it."""
+    certificate, key = config.server.tls_certificate, config.server.tls_key
+    if certificate is None or key is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(certificate, key, password="")
+    except (OSError, ssl.SSLError) as error:
+        raise StartError(
+            f"server.tls_certificate {certificate} with server.tls_key {key}: {error}"
+        ) from error
+    return context
+
+
+def _url(host: str, listener: trio.SocketListener, *, secure: bool) -> str:
     shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{listener.socket.getsockname()[1]}"
+    scheme = "https" if secure else "http"
+    return f"{scheme}://{shown}:{listener.socket.getsockname()[1]}"
 
 
 def new_id(prefix: str) -> str:

@@ -16,13 +16,13 @@ Laws
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import trio
 
+from broker.boundary import contained
 from broker.errors import BrokerError, ClientError, Overloaded, TurnFailed
 from broker.event_log import EventLog
 from broker.records import Records
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from broker.session import ConnectionScope
     from broker.wire.requests import TurnRequest
     from broker.wire.responses_out import Event
-
-log = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 10.0  # guessed
 _SWEEP_S = 30.0  # how late an ended job may be forgotten
@@ -220,24 +218,23 @@ class Background:
         async def emit(event: Event) -> None:
             self._say(job, [event])
 
-        try:
-            with job.scope:
-                outcome = await self._port.turn(
-                    request,
-                    transport="background",
-                    tenant=job.tenant,
-                    scope=scope,
-                    emit=emit,
-                    cancellation=job.cancellation,
-                    queued=job.stream,
-                )
-                stored = outcome.durable is True
-        except BrokerError as error:
-            self._fail(job, error)
-        except Exception:
-            log.exception("a background response ended by our fault; the others go on")
-            if not job.stream.is_over:
-                self._fail(job, TurnFailed("The server had an error; try again."))
+        with contained("a background response") as ran:
+            try:
+                with job.scope:
+                    outcome = await self._port.turn(
+                        request,
+                        transport="background",
+                        tenant=job.tenant,
+                        scope=scope,
+                        emit=emit,
+                        cancellation=job.cancellation,
+                        queued=job.stream,
+                    )
+                    stored = outcome.durable is True
+            except BrokerError as error:
+                self._fail(job, error)
+        if ran.at_fault and not job.stream.is_over:
+            self._fail(job, TurnFailed("The server had an error; try again."))
         if not job.stream.is_over:
             self._say(job, self._cut(job))
         if stored:

@@ -5,7 +5,7 @@ Laws
     An unknown key, a wrong type or an impossible size is one `ConfigError` that names the key, the file and, for a
     misspelt key, the nearest known one. Nothing is ignored, nothing is guessed.
     No environment variables. Later files and `--set key.path=value` win over earlier ones, key by key.
-    Keys never stay in memory as text: `auth.keys` become SHA-256 digests here.
+    Keys never stay in memory as text: `auth.keys` and `auth.operators` become SHA-256 digests here.
 
 How values are written
     bytes   "4GiB", "512MiB"; a plain integer is bytes
@@ -53,19 +53,48 @@ class Within:
 
 
 @dataclass(frozen=True, slots=True)
+class Address:
+    """A TCP address."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class Server:
     host: str = "127.0.0.1"
     port: Annotated[int, Within(0, 65535)] = 8321
+    admin: str | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
     state_dir: Path = Path.home() / ".local" / "share" / "homeport"
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     max_connections: Annotated[int, Within(1)] = 512
+    max_per_address: Annotated[int, Within(1)] = 256
     grace: Annotated[Seconds, Within(0)] = Seconds(25.0)
+    stall: Annotated[Seconds, Within(1)] = Seconds(120.0)
+
+    @property
+    def admin_address(self) -> Path | Address | None:
+        """A Unix socket's path, or a TCP address; None: operators use the common port. Raises ConfigError."""
+        if self.admin is None:
+            return None
+        if self.admin.startswith("unix:"):
+            path = Path(self.admin.removeprefix("unix:")).expanduser()
+            if path.name:
+                return path
+        host, colon, port = self.admin.rpartition(":")
+        if colon and host and port.isdecimal() and int(port) <= 65535:
+            return Address(host.strip("[]"), int(port))
+        raise ConfigError(f'server.admin must be "unix:PATH" or "HOST:PORT", not {self.admin!r}')
 
 
 @dataclass(frozen=True, slots=True)
 class Auth:
     keys: tuple[KeyDigest, ...] = ()
+    operators: tuple[KeyDigest, ...] = ()
+    max_connections: Annotated[int, Within(1)] = 256
     shared: bool = False
 
 
@@ -163,6 +192,7 @@ class WebSocket:
     max_in_flight: Annotated[int, Within(1, 1024)] = 16
     max_queued: Annotated[int, Within(1)] = 64
     max_lanes: Annotated[int, Within(0, 1024)] = 32
+    max_empty: Annotated[int, Within(10)] = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +202,7 @@ class Http:
     max_body: Annotated[Bytes, Within(KIB, GIB)] = Bytes(32 * MIB)
     body_timeout: Annotated[Seconds, Within(1)] = Seconds(60.0)
     idle_timeout: Annotated[Seconds, Within(1)] = Seconds(60.0)
+    send_timeout: Annotated[Seconds, Within(0.1)] = Seconds(30.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +213,9 @@ class Messages:
 @dataclass(frozen=True, slots=True)
 class Admission:
     max_turns: Annotated[int, Within(1)] = 64
+    max_tokens: Annotated[int, Within(1)] = 1_000_000
     max_queued: Annotated[int, Within(0)] = 256
+    max_queued_tokens: Annotated[int, Within(1)] = 4_000_000
     queue_timeout: Annotated[Seconds, Within(0)] = Seconds(60.0)
 
 
@@ -392,6 +425,9 @@ def _assignment(text: str) -> dict[str, Any]:
 
 def _check_whole(config: Config) -> None:
     """What no single key can know. Raises ConfigError."""
+    if (config.server.tls_certificate is None) != (config.server.tls_key is None):
+        raise ConfigError("server.tls_certificate and server.tls_key: both, or neither")
+    _ = config.server.admin_address
     tiers = config.tiers
     for name, low, high in (
         ("device", tiers.device.low, tiers.device.high),

@@ -10,6 +10,7 @@
         Forbidden                403
         NotFound                 404, for a thing named in the URL
         TooLarge                 413
+        QuotaExceeded            429: their share is used up, whatever room there is
       Overloaded                 we are busy: try again after `retry_after_s`
       TurnFailed                 we are wrong, for one turn: the traceback is logged, the client told
 
@@ -24,6 +25,8 @@ from __future__ import annotations
 
 import math
 from typing import Any
+
+_LATE_S = 5.0  # the hint of a refusal that came late: the engine was full for a while (guessed)
 
 
 class BrokerError(Exception):
@@ -131,6 +134,22 @@ class TooLarge(ClientError):
     code = "request_too_large"
 
 
+class QuotaExceeded(ClientError):
+    """What one key may have at once is used up. Waiting helps only if the client ends something of its own."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    type = "too_many_requests"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return _retry_after(self.retry_after_s)
+
+
 class Overloaded(BrokerError):
     """Too much waits already.
 
@@ -149,12 +168,29 @@ class Overloaded(BrokerError):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Whole seconds, rounded up: clients parse an integer."""
-        return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
+        return _retry_after(self.retry_after_s)
 
 
 class TurnFailed(BrokerError):
     """One accepted turn cannot be finished, by our fault."""
+
+
+def failure(code: str, message: str) -> BrokerError:
+    """The error that a failed response tells of, for an answer that has not begun: with its own status again.
+
+    A turn that has said anything, if only that it waits, can end in a failed response alone. Where nothing of that was
+    sent, the client gets what it would have got at once.
+    """
+    if code == Overloaded.code:
+        return Overloaded(message, retry_after_s=_LATE_S)
+    if code in (TurnFailed.code, ""):
+        return TurnFailed(message)
+    return ClientError(message, code=code)
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    """Whole seconds, rounded up: clients parse an integer."""
+    return {"retry-after": str(max(1, math.ceil(seconds)))}
 
 
 def error_object(error: BrokerError) -> dict[str, Any]:

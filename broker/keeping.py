@@ -78,10 +78,8 @@ async def pin(port: Port, tenant: Tenant, session: str, asked_s: float) -> Pinne
 
 async def unpin(port: Port, tenant: Tenant, session: str) -> None:
     """End a pin. Raises NotFound if there is none."""
-    report = await port.engine.inspect()
-    if session not in {one.session for one in report.pins}:
+    if not await port.engine.unpin(tenant.salt, session):
         raise NotFound(f"No pin of session '{session}'.", code="pin_not_found", param="session")
-    await port.engine.unpin(tenant.salt, session)
 
 
 async def forget(port: Port, tenant: Tenant, session: str) -> Forgotten:

@@ -1,22 +1,27 @@
 """One port for everything: read the first request head, then hand the stream, rewound, to the side that speaks it.
 
-Only what happens before a protocol is known lives here: the accept loop, the connection limit, the head's size and
-deadline, and plain refusals. What a request may do is decided by the sides, with `broker.access`.
+Only what happens before a protocol is known lives here: who gets a connection, TLS, the head's size and deadline, and
+plain refusals. What a request may do is decided by the sides, with `broker.access`.
 
-    accept -> read_head -> upgrade to websocket?  yes  websocket side
-                                                  no   http side (keeps the connection alive for further requests)
+    accept -> place? -> TLS? -> read_head -> upgrade to websocket?  yes  websocket side
+                                                                    no   http side (further requests may follow)
 
 Laws
-    A connection that says nothing costs one task and one deadline. A head over `max_head` bytes is never held.
+    A connection that says nothing costs one task and one deadline, and gives way to one that arrives (`places.py`).
+    TLS and head share one deadline. A head over `max_head` bytes is never held.
+    Whoever gets no place is told so; above `_REFUSED_AT_ONCE` who are being told, nobody is.
     The side that gets the stream sees every byte from the first one on, as if nobody had read it.
+    A refusal has the shape of the API that was asked, as far as what was read tells it.
     HTTP/1.0 and 1.1 only. HTTP/2 brings attacks of its own and no client here needs it, so an upgrade to it is
     ignored, as RFC 9110 allows: the head is written again without it.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
-import logging
+import math
+import socket
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -24,33 +29,71 @@ from typing import TYPE_CHECKING
 import h11
 import trio
 
-from broker.errors import BrokerError, ClientError, http_body
+from broker.boundary import contained
+from broker.dialect import Dialect, answer_of, dialect_of, dialect_of_bytes
+from broker.errors import BrokerError, ClientError, Overloaded
+from broker.places import Places
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Awaitable, Callable
 
     Side = Callable[["Arrival"], Awaitable[None]]
 
-log = logging.getLogger(__name__)
-
 _CHUNK = 4096  # bytes a read may take while the head is incomplete
+_REFUSED_AT_ONCE = 64  # connections beyond the bounds that still get a word (guessed)
+_FULL_S = 5.0  # the hint to those (guessed: silent connections last as long)
 _REFUSE_S = 2.0  # for a refusal to be sent
+_PHRASES = {one.value: one.phrase for one in HTTPStatus} | {529: "Overloaded"}
 _LINGER_S = 0.5  # for its reader to hang up: more than a round trip over the sea
 
 
+class Secured(trio.abc.HalfCloseableStream):
+    """A stream under TLS. It cannot be half closed, and says nothing when it is asked to: HTTP does without."""
+
+    def __init__(self, transport: trio.abc.HalfCloseableStream, tls: ssl.SSLContext) -> None:
+        self.transport = transport
+        self._inner: trio.SSLStream[trio.abc.HalfCloseableStream] = trio.SSLStream(
+            transport, tls, server_side=True, https_compatible=True
+        )
+
+    async def do_handshake(self) -> None:
+        await self._inner.do_handshake()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return bytes(await self._inner.receive_some(max_bytes))
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._inner.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._inner.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
 class Replay(trio.abc.HalfCloseableStream):
-    """A stream that first gives back the bytes already read from it, and tells when the peer has said its last."""
+    """A stream that first gives back the bytes already read from it, and tells when the peer has said its last.
+
+    A send that takes longer than `send_timeout_s` breaks it: the peer does not read.
+    """
 
     def __init__(self, stream: trio.abc.HalfCloseableStream, seen: bytes) -> None:
         self.stream = stream
         self.ended = trio.Event()
+        self.send_timeout_s = math.inf
         self._seen = seen
 
     @property
     def socket(self) -> trio.socket.SocketType:
         """Hypercorn asks for the addresses. Only a real socket has them."""
-        assert isinstance(self.stream, trio.SocketStream)
-        return self.stream.socket
+        transport = self.stream.transport if isinstance(self.stream, Secured) else self.stream
+        assert isinstance(transport, trio.SocketStream)
+        return transport.socket
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         if not self._seen:
@@ -68,7 +111,14 @@ class Replay(trio.abc.HalfCloseableStream):
         return data
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self.stream.send_all(data)
+        with trio.move_on_after(self.send_timeout_s) as in_time:
+            try:
+                await self.stream.send_all(data)
+            except trio.BusyResourceError:  # hypercorn says the end of a stream beside an answer
+                raise trio.BrokenResourceError("the stream is being closed") from None
+        if in_time.cancelled_caught:
+            await trio.aclose_forcefully(self.stream)
+            raise trio.BrokenResourceError("the peer does not read")
 
     async def wait_send_all_might_not_block(self) -> None:
         await self.stream.wait_send_all_might_not_block()
@@ -96,36 +146,51 @@ class Arrival:
     def path(self) -> str:
         return self.request.target.partition(b"?")[0].decode("ascii", "replace")
 
+    @property
+    def dialect(self) -> Dialect:
+        return dialect_of(self.path, self.headers)
 
-async def read_head(stream: trio.abc.HalfCloseableStream, max_head: int) -> Arrival | None:
-    """Read until the first request head is complete. None: the peer left first. Raises ClientError (400, 431, 505)."""
-    parser = h11.Connection(h11.SERVER, max_incomplete_event_size=max_head)
-    seen = b""
-    while True:
-        data = bytes(await stream.receive_some(min(_CHUNK, max_head - len(seen))))
-        if not data:
-            return None
-        seen += data
-        try:
-            parser.receive_data(data)
-            event = parser.next_event()
-        except h11.RemoteProtocolError as error:
-            status = error.error_status_hint
-            raise ClientError(
-                f"Bad request: {error}.", code="invalid_http", status=status
-            ) from None
-        if isinstance(event, h11.Request):
-            break
-        if len(seen) == max_head:
-            raise ClientError(
-                f"The request head is over {max_head} bytes.", code="head_too_large", status=431
-            )
-    if event.http_version not in (b"1.0", b"1.1"):
-        raise ClientError("HTTP/1.1 only.", code="http_version_not_supported", status=505)
-    if _tokens(event, b"upgrade") == {b"h2c"}:
-        event = _without_upgrade(event)
-        seen = _head(event) + parser.trailing_data[0]
-    return Arrival(Replay(stream, seen), event, len(seen) - len(parser.trailing_data[0]))
+
+class Head:
+    """Reads one connection's first request head."""
+
+    def __init__(self, stream: trio.abc.HalfCloseableStream, max_head: int) -> None:
+        self.seen = b""
+        self._stream = stream
+        self._max_head = max_head
+
+    async def read(self) -> Arrival | None:
+        """Read until the head is complete. None: the peer left first. Raises ClientError (400, 431, 505)."""
+        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=self._max_head)
+        while True:
+            room = min(_CHUNK, self._max_head - len(self.seen))
+            data = bytes(await self._stream.receive_some(room))
+            if not data:
+                return None
+            self.seen += data
+            try:
+                parser.receive_data(data)
+                event = parser.next_event()
+            except h11.RemoteProtocolError as error:
+                status = error.error_status_hint
+                raise ClientError(
+                    f"Bad request: {error}.", code="invalid_http", status=status
+                ) from None
+            if isinstance(event, h11.Request):
+                break
+            if len(self.seen) == self._max_head:
+                raise ClientError(
+                    f"The request head is over {self._max_head} bytes.",
+                    code="head_too_large",
+                    status=431,
+                )
+        if event.http_version not in (b"1.0", b"1.1"):
+            raise ClientError("HTTP/1.1 only.", code="http_version_not_supported", status=505)
+        seen = self.seen
+        if _tokens(event, b"upgrade") == {b"h2c"}:
+            event = _without_upgrade(event)
+            seen = _head(event) + parser.trailing_data[0]
+        return Arrival(Replay(self._stream, seen), event, len(seen) - len(parser.trailing_data[0]))
 
 
 def wants_websocket(request: h11.Request) -> bool:
@@ -137,8 +202,7 @@ def wants_websocket(request: h11.Request) -> bool:
 class Door:
     """What a listener calls for each accepted stream.
 
-    A fault of ours in one connection's code ends that connection, loudly, and no other: what it could have broken
-    for others (the KV tables) is out of its reach. Everywhere else our faults fall through.
+    A fault of ours in one connection's code ends that connection, loudly, and no other (`boundary.py`).
     """
 
     def __init__(
@@ -147,61 +211,121 @@ class Door:
         max_head: int,
         head_timeout_s: float,
         max_connections: int,
+        max_per_address: int,
         websocket: Side,
         http: Side,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._max_head = max_head
         self._head_timeout_s = head_timeout_s
-        self._max_connections = max_connections
+        self._places = Places(most=max_connections, most_per_address=max_per_address)
         self._websocket = websocket
         self._http = http
-        self.connections = 0
+        self._tls = tls
+        self._refusing = 0
+
+    @property
+    def connections(self) -> int:
+        """Those that hold a place."""
+        return self._places.held
 
     async def serve(self, stream: trio.abc.HalfCloseableStream) -> None:
         """From accept to close. The stream is closed on return, whatever happened."""
-        self.connections += 1
         try:
-            await self._serve(stream)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the peer vanished: normal, and nobody is left to tell
-        except Exception:
-            log.exception("a connection ended by our fault; the others go on")
+            with contained("a connection"):
+                await self._serve_or_vanish(stream)
         finally:
-            self.connections -= 1
             await trio.aclose_forcefully(stream)
 
+    async def _serve_or_vanish(self, stream: trio.abc.HalfCloseableStream) -> None:
+        try:
+            await self._serve(stream)
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the peer vanished: normal, and nobody is left to tell
+
     async def _serve(self, stream: trio.abc.HalfCloseableStream) -> None:
-        if self.connections > self._max_connections:
-            error = ClientError("Too many connections.", code="too_many_connections", status=503)
-            await refuse(stream, error)
-            return
-        arrival: Arrival | None = None
+        with trio.CancelScope() as here:
+            place = self._places.take(address_of(stream), here.cancel)
+            if place is None:
+                await self._turn_away(stream)
+                return
+            try:
+                arrival = await self._arrival(stream)
+                self._places.spoke(place)
+                if arrival is not None:
+                    side = self._websocket if wants_websocket(arrival.request) else self._http
+                    await side(arrival)
+            finally:
+                self._places.give(place)
+
+    async def _arrival(self, stream: trio.abc.HalfCloseableStream) -> Arrival | None:
+        """The connection's first request; None if there is none, or it was refused here."""
+        head: Head | None = None
         try:
             with trio.fail_after(self._head_timeout_s):
-                arrival = await read_head(stream, self._max_head)
+                if self._tls is not None:
+                    stream = Secured(stream, self._tls)
+                    await stream.do_handshake()
+                head = Head(stream, self._max_head)
+                return await head.read()
         except trio.TooSlowError:
             late = f"No request within {self._head_timeout_s:g} s."
-            await refuse(stream, ClientError(late, code="request_timeout", status=408))
-        except ClientError as error:
-            await refuse(stream, error)
-        if arrival is not None:
-            side = self._websocket if wants_websocket(arrival.request) else self._http
-            await side(arrival)
+            error = ClientError(late, code="request_timeout", status=408)
+        except ClientError as bad:
+            error = bad
+        if head is not None:  # else there is no TLS to say it in
+            await refuse(stream, error, dialect_of_bytes(head.seen))
+        return None
+
+    async def _turn_away(self, stream: trio.abc.HalfCloseableStream) -> None:
+        if self._refusing >= _REFUSED_AT_ONCE or self._tls is not None:
+            return
+        self._refusing += 1
+        try:
+            error = Overloaded("Too many connections; try again.", retry_after_s=_FULL_S)
+            error.code = "too_many_connections"
+            await refuse(stream, error, Dialect.RESPONSES)
+        finally:
+            self._refusing -= 1
+
+
+def address_of(stream: trio.abc.HalfCloseableStream) -> str:
+    """Whom a stream counts for: an IPv4 address, an IPv6 network of 64 bits, which is what one peer has of them; "" for
+    what has no address."""
+    if not isinstance(stream, trio.SocketStream):
+        return ""
+    family = stream.socket.family
+    if family not in (socket.AF_INET, socket.AF_INET6):
+        return ""
+    try:
+        name = stream.socket.getpeername()[0]
+    except OSError:  # gone already
+        return ""
+    address = ipaddress.ip_address(name.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
 
 
 async def refuse(
-    stream: trio.abc.HalfCloseableStream, error: BrokerError, headers: dict[str, str] | None = None
+    stream: trio.abc.HalfCloseableStream,
+    error: BrokerError,
+    dialect: Dialect,
+    headers: dict[str, str] | None = None,
 ) -> None:
     """Answer with a plain HTTP error and hang up. Gives the peer a moment to read it, so that no reset discards it."""
-    body = json.dumps(http_body(error)).encode()
+    answer = answer_of(error, dialect)
+    body = json.dumps(answer.body).encode()
     fields = {
         "content-type": "application/json",
         "content-length": str(len(body)),
         "connection": "close",
-        **error.headers,
+        **answer.headers,
         **(headers or {}),
     }
-    lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
+    lines = [f"HTTP/1.1 {answer.status} {_PHRASES.get(answer.status, 'Error')}"]
     lines += [f"{name}: {value}" for name, value in fields.items()]
     with trio.move_on_after(_REFUSE_S):
         await stream.send_all("\r\n".join([*lines, "", ""]).encode("latin-1") + body)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,15 +20,16 @@ import trio
 
 from broker.background import Background
 from broker.conversations import Conversations
-from broker.errors import BrokerError, ContextTooLong, NotFound, Overloaded
+from broker.errors import BrokerError, ContextTooLong, NotFound, Overloaded, QuotaExceeded
 from broker.foresight import expect
+from broker.liveness import Liveness
 from broker.metrics import EdgeReport
 from broker.recall import Recall
 from broker.turn import Engine, Outcome, compact, count_prompt, new_stream, run_turn
 from broker.wire.retention import Retention
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
     from typing import Any
 
     from broker.access import Access, Tenant
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_TOKEN_BYTES = 4  # of JSON a token, as English text and code have it (guessed)
 _RESTART_S = (
     5.0  # the hint to clients that arrive while we stop (guessed: a restart with a converted model)
 )
@@ -54,7 +56,7 @@ class Service(Engine, Protocol):
 
     async def inspect(self) -> EngineReport: ...
     async def pin(self, salt: bytes, session: str, seconds: float) -> int | None: ...
-    async def unpin(self, salt: bytes, session: str) -> None: ...
+    async def unpin(self, salt: bytes, session: str) -> bool: ...
     async def responses_of(self, tenant: str, session: str) -> list[str]: ...
 
 
@@ -74,10 +76,29 @@ class Port:
     disk_takes: bool = True  # what came of the last response that was to be stored
     background: Background = field(init=False)
     conversations: Conversations = field(init=False)
+    liveness: Liveness = field(init=False)
+    _held: Counter[str] = field(default_factory=Counter)  # {tenant: WebSockets and requests}
 
     def __post_init__(self) -> None:
         self.background = Background(self)
+        self.liveness = Liveness(self)
         self.conversations = Conversations(self.engine, self.clock, self.new_id)
+
+    @contextmanager
+    def held_by(self, tenant: Tenant) -> Iterator[None]:
+        """One more WebSocket, or request, of a key. Raises QuotaExceeded. Without keys there is nobody to tell apart."""
+        most = self.config.auth.max_connections
+        if tenant.name and self._held[tenant.name] >= most:
+            raise QuotaExceeded(
+                f"This key has {most} connections and requests open already.", retry_after_s=1.0
+            )
+        self._held[tenant.name] += 1
+        try:
+            yield
+        finally:
+            self._held[tenant.name] -= 1
+            if not self._held[tenant.name]:
+                del self._held[tenant.name]
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -131,7 +152,11 @@ class Port:
         self.check_open()
         self.check_model(request.model)
         async with AsyncExitStack() as place:
-            await place.enter_async_context(self.admission.place(patient=queued is not None))
+            await place.enter_async_context(
+                self.admission.place(
+                    tenant.name, self._weigh(request, tenant, scope), patient=queued is not None
+                )
+            )
             request, emit = await place.enter_async_context(
                 self.conversations.turn(tenant, request, emit)
             )
@@ -192,7 +217,7 @@ class Port:
         self.check_open()
         self.check_model(request.model)
         request = await self.conversations.with_context(tenant, request)
-        async with self.admission.place():
+        async with self.admission.place(tenant.name, self._weigh(request, tenant, scope)):
             self.turns_total["compact"] += 1
             return await compact(
                 request,
@@ -203,6 +228,15 @@ class Port:
                 clock=self.clock,
                 new_id=self.new_id,
             )
+
+    def _weigh(self, request: TurnRequest, tenant: Tenant, scope: ConnectionScope) -> int:
+        """About how many tokens a turn's prompt has, without rendering it: what it continues, and what the client wrote."""
+        tokens = request.wire_bytes // _TOKEN_BYTES
+        if request.previous_response_id is not None:
+            parent = scope.find(tenant.name, request.previous_response_id)
+            parent = parent or self.sessions.known(tenant.name, request.previous_response_id)
+            tokens += 0 if parent is None else len(parent.tokens)
+        return min(tokens, self.engine.max_context)
 
     def new_stream(self, request: TurnRequest) -> ResponseStream:
         """A response that exists before its turn begins."""

@@ -19,7 +19,7 @@ Laws
     Unknown client events are ignored: a late error would be read as the answer to the next request.
 
 Close codes, which decide whether clients come back by themselves (they do after 1011, 1012 and 1013):
-    1000 the lifetime is over   1002, 1007 a broken frame, no UTF-8   1003 a binary frame   1008 fragments without end
+    1000 the lifetime is over   1002, 1007 a broken frame, no UTF-8   1003 a binary frame   1008 fragments or pings without end
     1009 a message over `max_message`   1011 a fault of ours   1012 we restart   1013 a flood of requests
     A peer's own code is sent back to it. One that is gone, or does not read, gets none.
 """
@@ -29,12 +29,14 @@ from __future__ import annotations
 import logging
 import math
 import struct
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 import trio
 from trio_websocket import ConnectionClosed, wrap_server_stream
 
+from broker.boundary import confessed
 from broker.errors import BadRequest, BrokerError, ClientError, NotFound, Overloaded, error_event
 from broker.foresight import session_labels
 from broker.listen import linger, refuse
@@ -82,6 +84,7 @@ _LARGE_FRAME = (
     1 << 16
 )  # characters; parsing takes up to 0.4 s a MiB (measured), and until then the loop stands
 _LAST_WORD_S = 1.0
+_EMPTY_S = 10.0
 _CLOSE_FRAME = 0x88  # a final frame with the opcode of a close
 _RECEIVE_BYTES = 4096  # loop lag under a flood of empty fragments: 18 ms, against 586 ms at 64 KiB
 
@@ -93,31 +96,40 @@ class WebSocketSide:
         self._port = port
 
     async def serve(self, arrival: Arrival) -> None:
-        port, settings = self._port, self._port.config.websocket
-        try:
-            tenant = port.access.admit(arrival.headers)
-            port.check_open()
-            _check_handshake(arrival)
-            echo = arrival.path == ECHO_PATH and port.config.dev.echo
-            if not echo and arrival.path != RESPONSES_PATH:
-                raise NotFound(f"No WebSocket at {arrival.path}.", code="unknown_url")
-            if not settings.enabled:
-                raise ClientError(
-                    "WebSockets are off: use HTTP.", code="websocket_disabled", status=426
-                )
-        except BrokerError as error:
-            await refuse(arrival.stream, error, _refusal_headers(error))
-            return
-        port.websockets += 1
-        try:
-            if echo:
-                await _echo(arrival, settings)
+        port = self._port
+        with ExitStack() as held:
+            try:
+                tenant = port.access.admit(arrival.headers)
+                port.check_open()
+                _check_handshake(arrival)
+                self._check_path(arrival.path)
+                held.enter_context(port.held_by(tenant))
+            except BrokerError as error:
+                await refuse(arrival.stream, error, arrival.dialect, _refusal_headers(error))
+                return
+            port.websockets += 1
+            held.callback(self._left)
+            if arrival.path == ECHO_PATH:
+                await _echo(arrival, port.config.websocket)
             else:
                 scope = ConnectionScope(labels=session_labels(arrival.headers), socket=True)
                 await Connection(port, tenant, scope).run(arrival)
-        finally:
-            port.websockets -= 1
         await linger(arrival.stream)
+
+    def _check_path(self, path: str) -> None:
+        """Raises ClientError where there is no WebSocket."""
+        config = self._port.config
+        if path == ECHO_PATH and config.dev.echo:
+            return
+        if path != RESPONSES_PATH:
+            raise NotFound(f"No WebSocket at {path}.", code="unknown_url")
+        if not config.websocket.enabled:
+            raise ClientError(
+                "WebSockets are off: use HTTP.", code="websocket_disabled", status=426
+            )
+
+    def _left(self) -> None:
+        self._port.websockets -= 1
 
 
 class Fragments:
@@ -132,6 +144,7 @@ class Fragments:
         self._header = bytearray()
         self._skip = 0  # payload bytes still to come
         self._frames = 0  # of the message that is not finished
+        self.controls = 0  # pings, pongs and closes so far
 
     @property
     def unfinished(self) -> bool:
@@ -171,11 +184,28 @@ class Fragments:
         self._header.clear()
         if opcode < 8:
             self._frames = 0 if final else self._frames + 1
+        else:
+            self.controls += 1
+
+
+class Budget:
+    """So many in any `_EMPTY_S`, of what costs us work and brings nothing. Pure."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._since = -math.inf
+        self._spent = 0
+
+    def exceeded_by(self, count: int, now: float) -> bool:
+        if now - self._since >= _EMPTY_S:
+            self._since, self._spent = now, 0
+        self._spent += count
+        return self._spent > self._most
 
 
 class Metered(trio.abc.Stream):
-    """The client's stream with limits on what comes after the handshake's head: how many frames a message has, and how
-    long it takes. Whoever passes one is reported to `abused`, with the limit's name; from then on he is read and dropped.
+    """The client's stream with limits on what comes after the handshake's head: how many frames a message has, how long
+    it takes, and how many control frames there are. Whoever passes one is reported to `abused`, with the limit's name; from then on he is read and dropped.
     """
 
     def __init__(
@@ -187,6 +217,7 @@ class Metered(trio.abc.Stream):
         self._timeout_s = settings.message_timeout
         self._due = math.inf  # when the message that has begun must be there
         self._abused = abused
+        self._pings = Budget(settings.max_empty)
         self.close_sent = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
@@ -196,10 +227,13 @@ class Metered(trio.abc.Stream):
             data = await self._stream.receive_some(max_bytes)
         head = min(self._head_bytes, len(data))
         self._head_bytes -= head
+        controls = self._fragments.controls
         if in_time.cancelled_caught:
             self._abused(f"A message took longer than {self._timeout_s:g} s.")
         elif self._fragments.exceeded_by(data[head:]):
             self._abused("Too many fragments.")
+        elif self._pings.exceeded_by(self._fragments.controls - controls, trio.current_time()):
+            self._abused("Too many pings.")
         else:
             if not self._fragments.unfinished:
                 self._due = math.inf
@@ -254,7 +288,7 @@ class Connection:
     lanes: dict[str | None, Lane] = field(default_factory=dict)
     quiet: trio.Event = field(default_factory=trio.Event)  # set when we stop and nothing runs
     closed: trio.Event = field(default_factory=trio.Event)  # nothing is sent any more
-    expired: bool = False
+    expired: bool = False  # no lane can begin any more
     stream: Metered = field(init=False)
     ws: WebSocketConnection = field(init=False)
     nursery: trio.Nursery = field(init=False)
@@ -262,6 +296,7 @@ class Connection:
     outbox: trio.MemorySendChannel[Text | Close] = field(init=False)
     places: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(_EVENTS))
     in_flight: trio.Semaphore = field(init=False)
+    empty: Budget = field(init=False)  # frames that ask for nothing
 
     @property
     def asked(self) -> int:
@@ -272,6 +307,7 @@ class Connection:
         """Serve the client. Returns when either side has ended it, whatever the reason."""
         settings = self.port.config.websocket
         self.in_flight = trio.Semaphore(settings.max_in_flight)
+        self.empty = Budget(settings.max_empty)
         self.outbox, outgoing = trio.open_memory_channel[Text | Close](_EVENTS + _REPLIES)
         try:
             async with trio.open_nursery() as self.nursery:
@@ -323,6 +359,7 @@ class Connection:
                 self._ask(frame, frame.request.stream_id, frame.request.previous_response_id)
             case Refused():
                 self._ask(frame, frame.stream_id, frame.previous_response_id)
+                self._spend_empty()
             case ArticleOpening() | ArticleItem():
                 self._ask(frame, None, None)
             case Cancel():
@@ -332,9 +369,14 @@ class Connection:
             case Steer():
                 self._steer(frame)
             case Ignored():
-                log.debug("ignored a client event of type %s", frame.type[:64])
+                log.debug("ignored a client event of a type that we do not know")
+                self._spend_empty()
             case _:
                 assert_never(frame)
+
+    def _spend_empty(self) -> None:
+        if self.empty.exceeded_by(1, trio.current_time()):
+            self._close(1008, "Too many frames that ask for nothing.")
 
     def _steer(self, steer: Steer) -> None:
         for lane in self.lanes.values():
@@ -382,13 +424,11 @@ class Connection:
 
     async def _serve_lane(self, lane: Lane, asked: trio.MemoryReceiveChannel[Asked]) -> None:
         async for frame in asked:
-            try:
-                await self._serve(lane, frame)
-            except BrokerError as error:
-                await self._say(error_event(error, stream_id=lane.name))
-            except Exception:
-                await self._apologise()
-                raise
+            async with confessed(self._apologise):
+                try:
+                    await self._serve(lane, frame)
+                except BrokerError as error:
+                    await self._say(error_event(error, stream_id=lane.name))
             lane.waiting -= 1
             if self.port.stopping.is_set() and not self.asked:
                 self.quiet.set()
@@ -541,8 +581,10 @@ class Connection:
         with trio.move_on_after(lifetime_s):
             async with trio.open_nursery() as self.turns:
                 task_status.started()
-                await trio.sleep_forever()
-        self.expired = True
+                try:
+                    await trio.sleep_forever()
+                finally:  # also when the connection ends: the reader may hold a frame still
+                    self.expired = True
         error = BadRequest(
             f"Responses websocket connection limit reached ({lifetime_s / 60:g} minutes)."
             " Create a new websocket connection to continue.",
@@ -605,10 +647,6 @@ def _check_handshake(arrival: Arrival) -> None:
 
 
 def _refusal_headers(error: BrokerError) -> dict[str, str]:
-    match error.status:
-        case 401:
-            return {"www-authenticate": "Bearer"}
-        case 426:
-            return {"upgrade": "websocket", "sec-websocket-version": "13"}
-        case _:
-            return {}
+    if error.status == 426:
+        return {"upgrade": "websocket", "sec-websocket-version": "13"}
+    return {}

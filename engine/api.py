@@ -93,7 +93,7 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class Unpin:
-    """End a session's pin. Answered with None, whether there was one or not."""
+    """End a session's pin. Answered with whether there was one."""
 
     ticket: int
     salt: bytes

@@ -313,8 +313,8 @@ class Engine:
                 granted = pinned * self._memory.block_bytes if pinned else None
                 self._answers.append(Answer(ticket, granted))
             case Unpin(ticket, salt, session):
-                self._cache.unpin(self._root(salt), session, now)
-                self._answers.append(Answer(ticket, None))
+                existed = self._cache.unpin(self._root(salt), session, now)
+                self._answers.append(Answer(ticket, existed))
             case Demote(ticket, to, session):
                 self._answers.append(Answer(ticket, self._demote(to, session, now)))
             case Persist(ticket, manifest):

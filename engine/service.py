@@ -176,8 +176,9 @@ class EngineService:
         assert granted is None or isinstance(granted, int)
         return granted
 
-    async def unpin(self, salt: bytes, session: str) -> None:
-        await self._ask(lambda ticket: Unpin(ticket, salt, session))
+    async def unpin(self, salt: bytes, session: str) -> bool:
+        """End a pin; False if there was none."""
+        return bool(await self._ask(lambda ticket: Unpin(ticket, salt, session)))
 
     async def demote(self, to: Tier, session: str | None) -> int:
         moved = await self._ask(lambda ticket: Demote(ticket, to, session))

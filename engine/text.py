@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2 import TemplateError
 
+from engine.bounded import within
 from tiers.canonical import digest
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ _TOOLS_FOOTER = (
 )
 # An unfinished UTF-8 character spans few tokens; a longer run of undecodable ones is cut where that changes nothing.
 _HELD_TOKENS = 32
+# What a template may take and make. A history of 10,000 messages takes 0.1 s; a body has at most 32 MiB.
+_RENDER_S = 5.0
+_RENDERED_CHARS = 128 << 20
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -312,18 +316,23 @@ class Text:
         thinking = conversation.thinking
         options = {} if thinking is None else {"enable_thinking": thinking}
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                [
-                    self._template_message(message, then, hide=hide, guard=guard)
-                    for message, then in zip_longest(messages, messages[1:])
-                ],
-                tools=[_guarded(tool, guard) for tool in tools] or None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **options,
-            )
+            told = [
+                self._template_message(message, then, hide=hide, guard=guard)
+                for message, then in zip_longest(messages, messages[1:])
+            ]
+            declared = [_guarded(tool, guard) for tool in tools] or None
+            with within(_RENDER_S):
+                rendered = self._tokenizer.apply_chat_template(
+                    told,
+                    tools=declared,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **options,
+                )
         except TemplateError as error:
             raise UnrenderableError(f"the model's chat template refuses this: {error}") from error
+        if len(rendered) > _RENDERED_CHARS:
+            raise UnrenderableError(f"the chat template makes {len(rendered)} characters of this")
         rendered = self._wrapped.sub(r"\1", rendered)
         pieces: list[Piece] = []
         for index, part in enumerate(

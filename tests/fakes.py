@@ -140,6 +140,7 @@ class Faults:
     """What goes wrong, from now on."""
 
     refuse: RefuseReason | None = None
+    late: bool = False  # refusals wait for `go`
     fail_after: int | None = None  # sampled ids until Finished(FAILED)
     persist: bool = False  # StoreError from persist
     pin: bool = False  # over the quota
@@ -223,6 +224,8 @@ class FakeService:
     ) -> None:
         request, sampling, prompt = submit.request, submit.sampling, submit.prompt
         with send:
+            if self.faults.late:
+                await self._gate.wait()
             if (refusal := self._refusal(submit)) is not None:
                 del self._running[request]
                 send.send_nowait(refusal)
@@ -358,9 +361,9 @@ class FakeService:
         self.pinned[salt, session] = seconds
         return 1024
 
-    async def unpin(self, salt: bytes, session: str) -> None:
+    async def unpin(self, salt: bytes, session: str) -> bool:
         await trio.lowlevel.checkpoint()
-        self.pinned.pop((salt, session), None)
+        return self.pinned.pop((salt, session), None) is not None
 
     async def demote(self, to: Tier, session: str | None) -> int:
         await trio.lowlevel.checkpoint()

@@ -117,6 +117,39 @@ def test_no_file_runs_data_or_trusts_a_hash_of_one_process(file):
     assert rules_broken(ast.parse(file.read_text())) == []
 
 
+def blind(tree: ast.AST) -> list[str]:
+    """Handlers that catch what nobody meant: bare ones, and those of everything."""
+    broken = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        if isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None:
+            continue  # it only tidies up
+        caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+        names = {ast.unparse(one) for one in caught if one is not None}
+        if node.type is None or names & {
+            "Exception",
+            "BaseException",
+            "trio.Cancelled",
+            "BaseExceptionGroup",
+        }:
+            broken.append(f"{node.lineno}: {ast.unparse(node).splitlines()[0]}")
+    return broken
+
+
+def test_only_the_boundary_catches_what_nobody_expected():
+    places = {str(file.relative_to(ROOT)): blind(ast.parse(file.read_text())) for file in FILES}
+    assert {name for name, found in places.items() if found} == {"broker/boundary.py"}
+    assert len(places["broker/boundary.py"]) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["except:", "except Exception:", "except (OSError, Exception):", "except* Exception:"]
+)
+def test_the_rule_for_handlers_sees_what_it_is_for(text):
+    assert blind(ast.parse(f"try:\n pass\n{text}\n pass"))
+
+
 def test_secrets_are_compared_in_constant_time_in_one_place():
     """`compare_digest` takes bytes here: text that is not ASCII would be a TypeError, and so an answer."""
     places = [

@@ -1,9 +1,15 @@
-"""What operators ask and order: probes, metrics, the tiers' state, demotion, pins and deletion."""
+"""What is asked and ordered beside the APIs.
+
+probes       whether we live and take turns: without a key; and the description of all routes, with one
+operators'   what shows or moves everybody's: metrics, sessions, the tiers, demotion, the list of pins
+owners'      what concerns one session of the key that asks: to pin it, to delete it
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -11,35 +17,65 @@ from starlette.routing import Route
 
 from broker import keeping
 from broker.config import duration
-from broker.errors import BadRequest
+from broker.errors import BadRequest, Forbidden
 from broker.metrics import render
+from broker.openapi import document
 from broker.routes.body import read_body, tenant_of
 from broker.wire.fields import optional_name
 from broker.wire.json_in import parse_object
 from tiers.block import Tier
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from starlette.requests import Request
 
     from broker.port import Port
 
+    Answering = Callable[[Request], Awaitable[Response]]
+
 OPEN_PATHS = ("/healthz", "/readyz")  # need no key
 
 
-def admin_routes(port: Port) -> list[Route]:
+def probe_routes(port: Port) -> list[Route]:
     routes = _Admin(port)
     return [
         Route("/healthz", routes.healthz, methods=["GET"]),
         Route("/readyz", routes.readyz, methods=["GET"]),
-        Route("/metrics", routes.metrics, methods=["GET"]),
-        Route("/admin/sessions", routes.sessions, methods=["GET"]),
-        Route("/admin/tiers", routes.tiers, methods=["GET"]),
-        Route("/admin/demote", routes.demote, methods=["POST"]),
-        Route("/admin/pins", routes.pins, methods=["GET"]),
+        Route("/openapi.json", routes.openapi, methods=["GET"]),
+    ]
+
+
+def operator_routes(port: Port) -> list[Route]:
+    routes = _Admin(port)
+    return [
+        Route("/metrics", _operators(routes.metrics), methods=["GET"]),
+        Route("/admin/sessions", _operators(routes.sessions), methods=["GET"]),
+        Route("/admin/tiers", _operators(routes.tiers), methods=["GET"]),
+        Route("/admin/demote", _operators(routes.demote), methods=["POST"]),
+        Route("/admin/pins", _operators(routes.pins), methods=["GET"]),
+    ]
+
+
+def owner_routes(port: Port) -> list[Route]:
+    routes = _Admin(port)
+    return [
         Route("/admin/pins", routes.pin, methods=["POST"]),
         Route("/admin/pins/{session:path}", routes.unpin, methods=["DELETE"]),
         Route("/admin/sessions/{session:path}", routes.forget, methods=["DELETE"]),
     ]
+
+
+def _operators(answer: Answering) -> Answering:
+    async def guarded(request: Request) -> Response:
+        if not tenant_of(request).operator:
+            raise Forbidden(
+                "This shows or moves what is everybody's: it needs an operator's key (auth.operators).",
+                code="operator_only",
+            )
+        return await answer(request)
+
+    return guarded
 
 
 class _Admin:
@@ -47,11 +83,19 @@ class _Admin:
         self._port = port
 
     async def healthz(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        """503 when there is work and nothing moves: only a restart helps then."""
+        stalled_s = self._port.liveness.stalled_s
+        if stalled_s is None:
+            return JSONResponse({"status": "ok"})
+        said = {"status": "stalled", "stalled_s": round(stalled_s, 1)}
+        return JSONResponse(said, status_code=503)
 
     async def readyz(self, request: Request) -> Response:
         self._port.check_open()
         return JSONResponse({"status": "ready", "model": self._port.config.model.name})
+
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(document(version("homeport")))
 
     async def metrics(self, request: Request) -> Response:
         report = await self._port.engine.inspect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from starlette.responses import JSONResponse, Response
@@ -43,9 +44,11 @@ class _Chat:
         tenant = tenant_of(request)
         scope = ConnectionScope(labels=session_labels(request.scope["headers"]))
         await self._port.expect(tenant, scope.labels)
-        chat = parse_chat(parse_object(await read_body(request, self._port)))
-        answer = ChatAnswer(streams=chat.turn.stream, include_usage=chat.include_usage)
-        return TurnResponse(chat.turn, answer, tenant, scope, self._port)
+        body = await read_body(request, self._port)
+        chat = parse_chat(parse_object(body))
+        turn = replace(chat.turn, wire_bytes=len(body))
+        answer = ChatAnswer(streams=turn.stream, include_usage=chat.include_usage)
+        return TurnResponse(turn, answer, tenant, scope, self._port)
 
     async def retrieve(self, request: Request) -> Response:
         node = await self._stored(request)

@@ -7,7 +7,7 @@ Laws
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse, Response
@@ -83,12 +83,14 @@ class _Messages:
             await self._close(tenant, labels)
         else:
             await self._port.expect(tenant, labels)
-        asked = parse_messages(parse_object(await read_body(request, self._port)))
+        body = await read_body(request, self._port)
+        asked = parse_messages(parse_object(body))
         if not labels and asked.user_id is not None:
             labels = (asked.user_id,)
         answer = MessagesAnswer(asked.turn.stream, self._machine(request, tenant, asked))
         scope = ConnectionScope(labels=labels)
-        return TurnResponse(asked.turn, answer, tenant, scope, self._port)
+        turn = replace(asked.turn, wire_bytes=len(body))
+        return TurnResponse(turn, answer, tenant, scope, self._port)
 
     async def _close(self, tenant: Tenant, labels: tuple[str, ...]) -> None:
         """The session's turns so far are not gone on from: their KV goes before that of those which wait."""

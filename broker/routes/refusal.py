@@ -1,4 +1,4 @@
-"""An error as an HTTP answer, in the words of the API that was asked: its path tells which.
+"""An error as an HTTP answer, in the words of the API that was asked (`broker/dialect.py`).
 
 Whatever goes wrong is answered here, also 404, 405 and our own faults, so every client gets the shape that it can read.
 """
@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from broker.errors import (
-    BrokerError,
-    ClientError,
-    TurnFailed,
-    anthropic_body,
-    anthropic_status,
-    http_body,
-)
+from broker.dialect import Dialect, answer_of, dialect_of
+from broker.errors import BrokerError, ClientError, TurnFailed
 from broker.routes.body import request_id_of
-from broker.wire.chat_out import chat_error_body
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -27,24 +20,15 @@ if TYPE_CHECKING:
 
 
 def speaks_anthropic(scope: Scope) -> bool:
-    """Whether the client speaks Anthropic's API: by the path, and where two APIs share one, by that API's header."""
-    path = scope["path"]
-    if path == "/v1/messages" or path.startswith("/v1/messages/"):
-        return True
-    shared = path == "/v1/models" or path.startswith("/v1/models/")
-    return shared and any(name == b"anthropic-version" for name, _ in scope["headers"])
+    """Whether the client speaks Anthropic's API."""
+    return dialect_of(scope["path"], scope["headers"]) is Dialect.MESSAGES
 
 
 def refusal(error: BrokerError, scope: Scope) -> JSONResponse:
     """The answer to the request of `scope`."""
-    headers = dict(error.headers)
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    if speaks_anthropic(scope):
-        body = anthropic_body(error, request_id_of(scope))
-        return JSONResponse(body, status_code=anthropic_status(error), headers=headers)
-    said = chat_error_body if scope["path"].startswith("/v1/chat/") else http_body
-    return JSONResponse(said(error), status_code=error.status, headers=headers)
+    dialect = dialect_of(scope["path"], scope["headers"])
+    answer = answer_of(error, dialect, request_id_of(scope))
+    return JSONResponse(answer.body, status_code=answer.status, headers=dict(answer.headers))
 
 
 async def answer_broker_error(request: Request, error: Exception) -> Response:

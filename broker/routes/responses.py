@@ -9,7 +9,7 @@ compact         a window that takes the place of what the body says
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -154,8 +154,9 @@ class _Responses:
         return JSONResponse(page(listed, request.query_params))
 
     async def _parsed(self, request: Request) -> TurnRequest:
-        body = parse_object(await read_body(request, self._port))
-        return parse_create(body, transport=Transport.HTTP)
+        body = await read_body(request, self._port)
+        turn = parse_create(parse_object(body), transport=Transport.HTTP)
+        return replace(turn, wire_bytes=len(body))
 
     async def _response(self, tenant: Tenant, response_id: str) -> Mapping[str, Any]:
         """A response as it stands: stored, or a background one's. Raises NotFound."""

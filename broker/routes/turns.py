@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import trio
 from starlette.responses import JSONResponse, Response
 
-from broker.errors import BrokerError, TurnFailed
+from broker.errors import BrokerError, failure
 from broker.routes.refusal import refusal
 from broker.wire.responses_out import TERMINAL_EVENTS
 
@@ -122,7 +122,8 @@ class TurnResponse(Response):
     def _whole(self, terminal: Event, scope: Scope) -> Response:
         response = terminal["response"]
         if terminal["type"] == "response.failed":
-            return refusal(TurnFailed(response["error"]["message"]), scope)
+            error = response["error"]
+            return refusal(failure(error["code"], error["message"]), scope)
         return JSONResponse(self._answer.whole(response))
 
 

@@ -163,6 +163,7 @@ class TurnRequest:
     truncate: bool = False  # drop the oldest turns of a prompt that is too long
     compaction: CompactionRule | None = None
     cache_query: CacheQuery | None = None
+    wire_bytes: int = 0  # that the client sent to say all this
     echo: Mapping[str, Json] = field(
         default_factory=dict
     )  # response fields: the client's own words

@@ -10,7 +10,7 @@ Laws
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from broker.errors import BadRequest, BrokerError, ClientError
@@ -84,9 +84,15 @@ def parse_frame(text: str) -> Frame:
     except ClientError as error:
         return Refused(error)
     try:
-        return _parse(frame)
+        return _weighed(_parse(frame), len(text))
     except ClientError as error:
         return _refused(frame, error)
+
+
+def _weighed(frame: Frame, wire_bytes: int) -> Frame:
+    if isinstance(frame, Create | ArticleOpening):
+        return replace(frame, request=replace(frame.request, wire_bytes=wire_bytes))
+    return frame
 
 
 def _parse(frame: dict[str, Json]) -> Frame:

@@ -12,7 +12,7 @@ from broker.access import Access
 from broker.admission import Admission
 from broker.app import new_id
 from broker.config import load
-from broker.http import HttpSide
+from broker.http import HttpSide, common_app
 from broker.listen import Door
 from broker.port import Port
 from broker.session import Sessions
@@ -50,6 +50,7 @@ class Rig:
                 hosts=server.allowed_hosts,
                 origins=server.allowed_origins,
                 keys=self.config.auth.keys,
+                operators=self.config.auth.operators,
                 secret=b"secret",
                 shared=self.config.auth.shared,
             ),
@@ -57,17 +58,20 @@ class Rig:
             sessions=Sessions(),
             admission=Admission(
                 max_turns=admission.max_turns,
+                max_tokens=admission.max_tokens,
                 max_queued=admission.max_queued,
+                max_queued_tokens=admission.max_queued_tokens,
                 queue_timeout_s=admission.queue_timeout,
             ),
             clock=self.clock,
             new_id=new_id,
         )
-        self.http = HttpSide(self.port)
+        self.http = HttpSide(self.port, common_app(self.port))
         self.door = Door(
             max_head=self.config.http.max_head,
             head_timeout_s=self.config.http.head_timeout,
             max_connections=server.max_connections,
+            max_per_address=server.max_per_address,
             websocket=WebSocketSide(self.port).serve,
             http=self.http.serve,
         )

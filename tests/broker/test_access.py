@@ -8,8 +8,8 @@ import pytest
 
 from broker import access
 from broker.access import OPEN, Access, check_exposure, is_loopback
-from broker.config import ConfigError
-from broker.errors import ClientError
+from broker.config import ConfigError, load
+from broker.errors import ClientError, Unauthorized
 
 ALICE, BOB = (hashlib.sha256(key).digest() for key in (b"alice-key", b"b\xf6b-key"))
 
@@ -158,13 +158,50 @@ def test_a_header_given_twice_is_refused(name):
 def test_an_open_server_may_not_be_reached_by_others(host):
     assert not is_loopback(host)
     with pytest.raises(ConfigError, match=r"auth\.keys"):
-        check_exposure(host, ())
-    check_exposure(host, (ALICE,))
+        check_exposure(load([], [f"server.host={host}"]))
+    check_exposure(load([], [f"server.host={host}", "auth.keys=['k']"]))
+    check_exposure(load([], [f"server.host={host}", "auth.operators=['k']"]))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.9.9.9"])
 def test_loopback_may_be_open(host):
-    check_exposure(host, ())
+    check_exposure(load([], [f"server.host={host}"]))
+
+
+@pytest.mark.parametrize(
+    ("sets", "reason"),
+    [
+        (["server.admin=127.0.0.1:1", "auth.keys=['k']"], r"auth\.operators"),
+        (["server.admin=10.0.0.7:1"], "others can reach"),
+        (["auth.keys=['k']", "auth.operators=['k']"], "is a key already"),
+    ],
+)
+def test_an_operators_address_without_an_operators_key_is_refused(sets, reason):
+    with pytest.raises(ConfigError, match=reason):
+        check_exposure(load([], sets))
+
+
+def test_an_operators_address_may_be_a_sockets_file_or_loopback_of_an_open_server():
+    for sets in (["server.admin=unix:/run/x"], ["server.admin=[::1]:8322"]):
+        check_exposure(load([], sets))
+    check_exposure(load([], ["server.admin=unix:/run/x", "auth.keys=['k']"]))
+    check_exposure(load([], ["server.admin=10.0.0.7:1", "auth.operators=['o']", "auth.keys=['k']"]))
+
+
+def test_operators_are_those_with_an_operators_key_and_who_comes_through_a_trusted_door():
+    one = Access(host="127.0.0.1", keys=[ALICE], operators=[BOB], secret=b"s")
+    alice = one.admit(headers(x_api_key="alice-key"))
+    assert not alice.operator
+    assert one.admit(headers(x_api_key=b"b\xf6b-key")).operator
+    with pytest.raises(Unauthorized):
+        one.admit(headers())
+    trusted = Access(host="127.0.0.1", keys=[ALICE], secret=b"s", trusted=True)
+    assert trusted.admit(headers()) == OPEN
+    assert OPEN.operator
+    there = trusted.admit(headers(x_api_key="alice-key"))
+    assert (there.operator, there.name, there.salt) == (True, alice.name, alice.salt)
+    with pytest.raises(Unauthorized):
+        trusted.admit(headers(x_api_key="nobody's"))
 
 
 def test_digests_are_compared_in_constant_time_only():

@@ -1,47 +1,140 @@
-"""Bounded, first come first served, and nobody is dropped in silence."""
+"""Bounded in turns and tokens, fair to tenants, and nobody is dropped in silence."""
 
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from broker.admission import Admission, Queue
 from broker.errors import Overloaded
 
-
-@given(
-    st.integers(1, 3),
-    st.integers(0, 3),
-    st.lists(st.one_of(st.just("arrive"), st.integers(0, 5)), max_size=40),
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("arrive"), st.sampled_from("abc"), st.integers(0, 9), st.booleans()),
+        st.tuples(st.just("depart"), st.integers(0, 9)),
+    ),
+    max_size=60,
 )
-def test_the_queue_is_bounded_fifo_and_gives_free_places_away_at_once(
-    max_turns, max_queued, script
+
+
+@given(st.integers(1, 3), st.integers(0, 4), st.integers(1, 20), st.integers(1, 20), STEPS)
+def test_the_queue_is_bounded_and_fair_and_gives_free_places_away_at_once(
+    max_turns, max_queued, max_tokens, max_queued_tokens, script
 ):
-    queue = Queue(max_turns=max_turns, max_queued=max_queued)
+    queue = Queue(
+        max_turns=max_turns,
+        max_queued=max_queued,
+        max_tokens=max_tokens,
+        max_queued_tokens=max_queued_tokens,
+    )
     here = []  # in order of arrival
+    was_admitted = set()
+
+    def waiting(tenant=None):
+        return [t for t in here if t.admitted_at is None and tenant in (None, t.tenant)]
+
+    def check(changed):
+        for one in changed:
+            assert one.refused != (one.admitted_at is not None)
+            if one.refused:
+                assert not one.patient, "what was promised is kept"
+                here.remove(one)
+                queue.depart(one, now)
+        admitted = [t for t in here if t.admitted_at is not None]
+        for one in admitted:
+            assert all(
+                o.admitted_at is not None for o in here[: here.index(one)] if o.tenant == one.tenant
+            )
+        assert was_admitted <= set(admitted), "admitted work is never shed"
+        was_admitted.update(admitted)
+        assert len(admitted) <= max_turns
+        assert len(admitted) <= 1 or sum(t.tokens for t in admitted) <= max_tokens
+        impatient = [t for t in waiting() if not t.patient]
+        assert len(impatient) <= max_queued
+        if waiting():  # somebody waits: then the next in line has no room
+            held = {
+                t.tenant: sum(a.tokens for a in admitted if a.tenant == t.tenant) for t in waiting()
+            }
+            poorest = min(held.values())
+            heads = [waiting(tenant)[0] for tenant in held if held[tenant] == poorest]
+            full = len(admitted) == max_turns
+            used = sum(t.tokens for t in admitted)
+            assert full or any(used + t.tokens > max_tokens for t in heads)
+            assert admitted
+        seen = queue.statistics()
+        assert (seen.admitted, seen.waiting) == (len(admitted), len(waiting()))
+        assert seen.admitted_tokens == sum(t.tokens for t in admitted)
+        assert seen.waiting_tokens == sum(t.tokens for t in waiting())
+
     for now, step in enumerate(script):
-        if step == "arrive":
-            if len(here) < max_turns + max_queued:
-                here.append(queue.arrive(now))
-            else:
-                with pytest.raises(Overloaded) as caught:
-                    queue.arrive(now)
-                assert 1 <= caught.value.retry_after_s <= 60
+        if step[0] == "arrive":
+            _, tenant, tokens, patient = step
+            mine = len(waiting(tenant))
+            try:
+                ticket, changed = queue.arrive(now, tenant, tokens, patient=patient)
+            except Overloaded:
+                assert not patient
+                continue
+            here.append(ticket)
+            event("made room" if any(t.refused for t in changed) else "came")
+            for one in changed:
+                if one.refused:
+                    assert len(waiting(one.tenant)) > mine + 1, "who has more makes room"
+            check(changed)
         elif here:
-            leaving = here.pop(step % len(here))
-            waited = [one for one in here if one.admitted_at is None]
-            following = queue.depart(leaving, now)
-            assert following is (waited[0] if leaving.admitted_at is not None and waited else None)
-        admitted = [one for one in here if one.admitted_at is not None]
-        assert len(admitted) == min(len(here), max_turns)
-        assert here[: len(admitted)] == admitted or not [
-            one for one in here if one.admitted_at is None
-        ]
-        statistics = queue.statistics()
-        assert (statistics.admitted, statistics.waiting) == (
-            len(admitted),
-            len(here) - len(admitted),
-        )
+            leaving = here.pop(step[1] % len(here))
+            was_admitted.discard(leaving)
+            check(queue.depart(leaving, now))
+
+
+def test_a_tenant_with_a_thousand_turns_does_not_delay_anothers_one():
+    queue = Queue(max_turns=4, max_queued=100)
+    flood = [queue.arrive(0.0, "flood", 10)[0] for _ in range(104)]
+    with pytest.raises(Overloaded):
+        queue.arrive(0.0, "flood", 10)
+    alone, changed = queue.arrive(1.0, "alone", 10)
+    assert changed == [flood[-1]], "the newest of the flood made room"
+    assert flood[-1].refused
+    assert queue.depart(flood[0], 2.0) == [alone], "the next free place is his"
+
+
+def test_a_large_turn_is_admitted_alone_and_is_not_overtaken_for_its_size():
+    queue = Queue(max_turns=8, max_queued=8, max_tokens=100)
+    first, _ = queue.arrive(0.0, "a", 60)
+    large, _ = queue.arrive(0.0, "a", 500)
+    small, _ = queue.arrive(0.0, "a", 1)
+    assert (large.admitted_at, small.admitted_at) == (None, None)
+    assert queue.depart(first, 1.0) == [large]
+    assert queue.depart(large, 2.0) == [small]
+
+
+def test_whose_deadline_has_passed_is_not_admitted_when_its_turn_comes():
+    queue = Queue(max_turns=1, max_queued=8)
+    first, _ = queue.arrive(0.0)
+    late, _ = queue.arrive(0.0, wait_s=5.0)
+    in_time, _ = queue.arrive(0.0, wait_s=50.0)
+    assert queue.depart(first, 6.0) == [late, in_time]
+    assert late.refused
+    assert late.admitted_at is None
+    assert in_time.admitted_at == 6.0
+
+
+async def test_who_makes_room_is_told_at_once(autojump_clock):
+    admission = Admission(max_turns=1, max_queued=2, queue_timeout_s=1000)
+    told = []
+
+    async def turn(tenant):
+        try:
+            async with admission.place(tenant):
+                await trio.sleep(100)
+        except Overloaded:
+            told.append((tenant, trio.current_time()))
+
+    async with trio.open_nursery() as nursery:
+        for tenant in ("flood", "flood", "flood", "alone"):
+            nursery.start_soon(turn, tenant)
+            await trio.testing.wait_all_tasks_blocked()
+    assert told == [("flood", 0)]
 
 
 def test_the_hint_follows_how_long_turns_take():
@@ -50,7 +143,7 @@ def test_the_hint_follows_how_long_turns_take():
         queue = Queue(max_turns=1, max_queued=0)
         now = 0.0
         for _ in range(20):
-            ticket = queue.arrive(now)
+            ticket, _ = queue.arrive(now)
             now += length_s
             queue.depart(ticket, now)
         queue.arrive(now)

@@ -19,6 +19,8 @@ from tests.fakes import FakeService, saying
 class Daemon:
     """`serve` in a task. `engines` records what was opened and closed."""
 
+    scheme = "http"
+
     def __init__(self, nursery, tmp_path, *sets):
         self.config = load([], ["server.port=0", f"server.state_dir={tmp_path}", *sets])
         self.nursery = nursery
@@ -31,7 +33,7 @@ class Daemon:
         self.nursery.start_soon(self._serve, send)
         with trio.fail_after(10):
             line = await receive.receive()
-        assert line.startswith("homeport ready http://127.0.0.1:")
+        assert line.startswith(f"homeport ready {self.scheme}://127.0.0.1:")
         self.port = int(line.rpartition(":")[2])
 
     async def _serve(self, send):

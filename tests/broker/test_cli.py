@@ -3,6 +3,8 @@
 import http.server
 import json
 import os
+import socket
+import stat
 import urllib.request
 from contextlib import asynccontextmanager
 from functools import partial
@@ -11,7 +13,7 @@ import pytest
 import trio
 
 from broker.__main__ import main
-from broker.app import serve
+from broker.app import StartError, listen_for_operators, serve
 from broker.config import load
 from engine.api import DiskReport, SessionReport, TierReport
 from tests.fakes import FakeService
@@ -172,10 +174,12 @@ async def test_demote_says_how_much_moved(tmp_path, capsys):
 
 
 async def test_a_missing_key_and_a_wrong_url_are_one_line_on_stderr(tmp_path, capsys):
-    async with daemon(tmp_path, "auth.keys=['k']") as (url, _):
+    async with daemon(tmp_path, "auth.keys=['k']", "auth.operators=['o']") as (url, _):
         assert await run("tiers", "--url", url) == 1
         assert "No API key" in capsys.readouterr().err
-        assert await run("tiers", "--url", url, "--key", "k") == 0
+        assert await run("tiers", "--url", url, "--key", "k") == 1
+        assert "auth.operators" in capsys.readouterr().err
+        assert await run("tiers", "--url", url, "--key", "o") == 0
     for wrong, words in (("ftp://x", "http://HOST:PORT"), ("http://127.0.0.1:1", "no daemon at")):
         assert await run("tiers", "--url", wrong) == 1
         error = capsys.readouterr().err
@@ -272,3 +276,28 @@ def test_verify_refuses_a_directory_that_a_daemon_holds(tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"in use by the homeport process with pid {os.getpid()}" in said
     assert said.count("\n") == 1
+
+
+async def test_an_operators_socket_needs_no_key_and_is_its_owners_only(tmp_path, capsys):
+    place = tmp_path / "admin.sock"
+    left_by_a_kill = socket.socket(socket.AF_UNIX)
+    left_by_a_kill.bind(str(place))
+    left_by_a_kill.close()
+    async with daemon(tmp_path, "auth.keys=['k']", f"server.admin=unix:{place}") as (url, _):
+        assert stat.S_IMODE(place.stat().st_mode) == 0o600
+        assert await run("tiers", "--url", f"unix:{place}") == 0
+        assert await run("sessions", "--url", f"unix:{place}") == 0
+        capsys.readouterr()
+        assert (
+            await run("tiers", "--url", url, "--key", "k") == 1
+        )  # not on the common port any more
+        assert "Not Found" in capsys.readouterr().err
+    assert not place.exists()
+
+
+async def test_a_file_in_the_sockets_place_is_not_removed(tmp_path):
+    place = tmp_path / "admin.sock"
+    place.write_text("mine")
+    with pytest.raises(StartError, match=r"admin\.sock"):
+        await listen_for_operators(place)
+    assert place.read_text() == "mine"

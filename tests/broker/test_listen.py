@@ -7,7 +7,7 @@ import trio
 from trio.testing import memory_stream_pair
 
 from broker.errors import ClientError
-from broker.listen import Door, Replay, read_head, wants_websocket
+from broker.listen import Door, Head, Replay, wants_websocket
 
 HEAD = b"POST /v1/responses?x=1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n"
 BODY = b"hello and the next request"
@@ -38,7 +38,13 @@ class Sides:
 
 
 def door(sides, **more):
-    settings = {"max_head": 2048, "head_timeout_s": 5.0, "max_connections": 8, **more}
+    settings = {
+        "max_head": 2048,
+        "head_timeout_s": 5.0,
+        "max_connections": 8,
+        "max_per_address": 8,
+        **more,
+    }
     return Door(websocket=sides.websocket, http=sides.http, **settings)
 
 
@@ -150,17 +156,108 @@ async def test_a_peer_that_vanishes_leaves_no_connection_behind():
     assert one.connections == 0
 
 
+class Held(Sides):
+    """Keeps its connections until it is told to let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.let_go = trio.Event()
+
+    async def http(self, arrival):
+        await self.let_go.wait()
+        await super().http(arrival)
+
+
 async def test_one_connection_too_many_is_503_and_the_others_live(autojump_clock):
-    sides = Sides()
+    sides = Held()
     one = door(sides, max_connections=1)
     first, server = memory_stream_pair()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(one.serve, server)
-        await trio.testing.wait_all_tasks_blocked()
-        assert parts(await exchange(one, [HEAD]))[0] == 503
         await first.send_all(HEAD)
+        await trio.testing.wait_all_tasks_blocked()
+        status, head, body = parts(await exchange(one, [HEAD]))
+        assert (status, body["error"]["code"]) == (503, "too_many_connections")
+        assert b"retry-after: " in head
         await first.send_eof()
+        sides.let_go.set()
     assert sides.seen == [("http", "/v1/responses", HEAD)]
+
+
+async def test_who_has_said_nothing_gives_way_to_who_arrives(autojump_clock):
+    """However many half-open connections there are, one that speaks at once is served."""
+    sides = Sides()
+    one = door(sides, max_connections=2, head_timeout_s=1000)
+    clients = []
+    async with trio.open_nursery() as nursery:
+        for _ in range(50):
+            client, server = memory_stream_pair()
+            nursery.start_soon(one.serve, server)
+            clients.append(client)
+            await trio.testing.wait_all_tasks_blocked()
+            assert one.connections <= 2
+        await exchange(one, [HEAD])
+        assert sides.seen == [("http", "/v1/responses", HEAD)]
+        assert trio.current_time() < 1000
+        assert [await client.receive_some() for client in clients[:49]] == [b""] * 49
+        nursery.cancel_scope.cancel()
+    assert one.connections == 0
+
+
+async def test_above_those_who_are_being_told_nobody_is_told(autojump_clock):
+    one = door(Held(), max_connections=0)
+    async with trio.open_nursery() as nursery:
+        answers = []
+
+        async def arrive():
+            client, server = memory_stream_pair()
+            nursery.start_soon(one.serve, server)
+            answers.append(await read_all(client))
+
+        async with trio.open_nursery() as crowd:
+            for _ in range(100):
+                crowd.start_soon(arrive)
+    assert answers.count(b"") == 100 - 64
+
+
+async def test_a_peer_that_does_not_read_is_given_up(autojump_clock):
+    _, server = memory_stream_pair()
+    replay = Replay(Unread(server), b"")
+    replay.send_timeout_s = 7
+    with pytest.raises(trio.BrokenResourceError):
+        await replay.send_all(b"x")
+    assert trio.current_time() == pytest.approx(7)
+    with pytest.raises(trio.ClosedResourceError):
+        await server.send_all(b"x")
+
+
+class Unread(Replay):
+    async def send_all(self, data):
+        await trio.sleep_forever()
+
+    def __init__(self, stream):
+        super().__init__(stream, b"")
+
+
+ANTHROPIC = b"\r\nanthropic-version: 2023-06-01"
+
+
+@pytest.mark.parametrize(
+    ("head", "anthropic"),
+    [
+        (b"POST /v1/messages HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", True),
+        (b"POST /v1/messages?beta=true HTTP/1.1\r\nA: " + b"a" * 3000, True),
+        (b"POST /v1/messages/count_tokens HTTP/9.9\r\n\r\n", True),
+        (b"GET /v1/models HTTP/1.1" + ANTHROPIC + b"\r\nHost: a\r\nHost: b\r\n\r\n", True),
+        (b"GET /v1/models HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", False),
+        (b"POST /v1/responses HTTP/1.1" + ANTHROPIC + b"\r\nHost: a\r\nHost: b\r\n\r\n", False),
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", False),
+        (b"\r\n \r\n\r\n\r\n", False),
+    ],
+)
+async def test_a_head_that_is_no_good_is_refused_in_the_shape_of_its_api(head, anthropic):
+    body = parts(await exchange(door(Sides()), [head]))[2]
+    assert ("type" in body, set(body["error"]) == {"type", "message"}) == (anthropic, anthropic)
 
 
 async def test_an_upgrade_to_http_2_is_ignored():
@@ -187,7 +284,9 @@ async def test_a_fault_of_a_side_ends_its_connection_loudly_and_no_other(caplog)
 
     client, server = memory_stream_pair()
     await client.send_all(HEAD)
-    one = Door(max_head=2048, head_timeout_s=5, max_connections=1, websocket=broken, http=broken)
+    sides = Sides()
+    sides.websocket = sides.http = broken
+    one = door(sides, max_connections=1)
     await one.serve(server)
     assert "AssertionError: ours" in caplog.text
     assert await read_all(client) == b""
@@ -205,13 +304,13 @@ async def test_an_upgrade_needs_both_headers():
     for drop in (b"Connection: keep-alive, Upgrade\r\n", b"Upgrade: WebSocket\r\n"):
         client, server = memory_stream_pair()
         await client.send_all(UPGRADE.replace(drop, b""))
-        arrival = await read_head(server, 2048)
+        arrival = await Head(server, 2048).read()
         assert not wants_websocket(arrival.request)
 
 
-async def test_read_head_raises_what_the_door_answers():
+async def test_a_bad_head_raises_what_the_door_answers():
     client, server = memory_stream_pair()
     await client.send_all(b"nonsense\r\n\r\n")
     with pytest.raises(ClientError) as caught:
-        await read_head(server, 2048)
+        await Head(server, 2048).read()
     assert (caught.value.status, caught.value.code) == (400, "invalid_http")

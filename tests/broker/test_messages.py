@@ -438,6 +438,24 @@ async def test_too_many_turns_are_a_529_with_a_time_to_come_back():
         )
 
 
+async def test_a_refusal_that_comes_late_has_its_own_status(autojump_clock):
+    """The turn had waited so long that its events had begun; a client without a stream has seen none of them."""
+    async with open_rig() as rig:
+        rig.engine.hold()
+        rig.engine.faults.late, rig.engine.faults.refuse = True, RefuseReason.BUSY
+        messages, responses = rig.browser(), rig.browser()
+        await messages.send("POST", "/v1/messages", body())
+        await responses.send("POST", "/v1/responses", {"input": "Hi."})
+        await trio.sleep(30)
+        rig.engine.go()
+        answer = await messages.answer()
+        check_error(answer, 529, "overloaded_error")
+        assert int(answer.headers["retry-after"]) >= 1
+        answer = await responses.answer()
+        assert (answer.status, answer.code) == (503, "overloaded")
+        assert int(answer.headers["retry-after"]) >= 1
+
+
 async def test_a_conversation_that_the_template_refuses_is_the_clients_error():
     class Refusing:
         def __getattr__(self, name):

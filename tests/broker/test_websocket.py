@@ -3,6 +3,7 @@
 import itertools
 import json
 import struct
+from contextlib import suppress
 
 import h11
 import pytest
@@ -904,6 +905,49 @@ async def test_echo_gives_text_and_binary_back():
             await client.send(message)
             assert await client.connection.get_message() == message
         await client.connection.aclose()
+
+
+async def test_a_flood_of_pings_closes_with_1008_and_a_few_are_answered(autojump_clock):
+    async with open_rig("websocket.max_empty=50") as rig:
+        async with rig.websocket() as client:
+            for _ in range(30):
+                await client.connection.ping()
+            await trio.sleep(11)
+            for _ in range(30):
+                await client.connection.ping()
+            check_events(await client.turn())
+            with suppress(trio_websocket.ConnectionClosed):
+                for _ in range(60):
+                    await client.connection.pong()
+            assert await client.closed() == 1008
+
+
+@pytest.mark.parametrize("frame", ["{", '{"type": "nothing.we.know"}'])
+async def test_a_flood_of_frames_that_ask_for_nothing_closes_with_1008(frame, autojump_clock):
+    async with open_rig("websocket.max_empty=50") as rig:
+        async with rig.websocket() as client:
+            with suppress(trio_websocket.ConnectionClosed):
+                for _ in range(60):
+                    await client.send(frame)
+            assert await client.closed() == 1008
+
+
+async def test_one_key_has_so_many_connections_and_no_more():
+    async with open_rig("auth.keys=['a', 'b']", "auth.max_connections=2") as rig:
+        async with rig.websocket(authorization="Bearer a") as one:
+            async with rig.websocket(authorization="Bearer a"):
+                third = rig.stream()
+                await third.send_all(handshake(authorization="Bearer a"))
+                refused = await third.receive_some()
+                assert refused.startswith(b"HTTP/1.1 429 ")
+                assert b"retry-after: 1\r\n" in refused
+                browser = rig.browser()
+                answer = await browser.request("GET", "/v1/models", x_api_key="a")
+                assert (answer.status, answer.code) == (429, "rate_limit_exceeded")
+                assert (await browser.request("GET", "/v1/models", x_api_key="b")).status == 200
+            await rig.settled()
+            assert (await browser.request("GET", "/v1/models", x_api_key="a")).status == 200
+            check_events(await one.turn())
 
 
 async def test_two_tenants_do_not_see_each_others_responses():

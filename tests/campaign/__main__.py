@@ -7,11 +7,18 @@ import sys
 from tests.campaign import (
     cancels,
     flips,
+    floods,
     forced,
     full_disk,
+    fuzz,
     hundred,
+    idle,
+    isolation,
     kills,
+    overload,
     round_trips,
+    sigterms,
+    soak,
     truncations,
 )
 
@@ -22,6 +29,13 @@ CAMPAIGNS = {
     "full_disk": full_disk.main,
     "round_trips": round_trips.main,
     "cancels": cancels.main,
+    "overload": overload.main,
+    "sigterms": sigterms.main,
+    "floods": floods.main,
+    "idle": idle.main,
+    "isolation": isolation.main,
+    "fuzz": fuzz.main,
+    "soak": soak.main,
     "hundred": hundred.main,
     "forced": forced.main,
 }

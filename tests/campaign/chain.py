@@ -35,6 +35,7 @@ _FACTOR, _ADDEND = int(_FACTORS[0]), int(_ADDENDS[0])
 # Odd, so that no change of a single bit is ever multiplied away; different everywhere, so that order matters.
 _WEIGHTS = (2 * np.arange(MAX_CONTEXT * WORDS, dtype=np.uint64) + 1).reshape(MAX_CONTEXT, WORDS)
 _LETTERS = string.ascii_letters.encode()
+_IS_LETTER = frozenset(_LETTERS)  # a prompt may end in a control token, which is no byte
 _GOLDEN = 0x9E37_79B9_7F4A_7C15
 
 
@@ -69,7 +70,7 @@ def total(bits: np.ndarray) -> int:
 def next_id(of_total: int, last: int) -> int:
     """A letter; or, one time in sixteen when `last`, the token before, is one, the end: so no answer is empty."""
     mixed = of_total * _GOLDEN % 2**64 >> 24
-    if mixed % 16 == 0 and last in _LETTERS:
+    if mixed % 16 == 0 and last in _IS_LETTER:
         return END
     return _LETTERS[(mixed >> 8) % len(_LETTERS)]
 

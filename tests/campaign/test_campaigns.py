@@ -2,7 +2,21 @@
 
 import pytest
 
-from tests.campaign import cancels, flips, full_disk, kills, round_trips, truncations
+from tests.campaign import (
+    cancels,
+    flips,
+    floods,
+    full_disk,
+    fuzz,
+    idle,
+    isolation,
+    kills,
+    overload,
+    round_trips,
+    sigterms,
+    soak,
+    truncations,
+)
 from tests.campaign.zygote import Zygote
 
 
@@ -37,3 +51,37 @@ def test_round_trips_through_the_tiers_change_no_bit(tmp_path):
 
 def test_a_client_that_leaves_at_any_checkpoint_leaves_nothing_behind():
     assert cancels.campaign(orders=cancels.QUICK_ORDERS, seed=1) == 0
+
+
+def test_under_overload_the_refused_hear_it_and_another_tenant_is_served(zygote, tmp_path):
+    seconds = overload.QUICK_S
+    assert overload.campaign(zygote, tmp_path, seconds=seconds, factor=5, seed=1, timed=False) == 0
+
+
+def test_a_sigterm_in_the_middle_of_turns_loses_nothing_acknowledged(zygote, tmp_path):
+    assert sigterms.campaign(zygote, tmp_path, signals=sigterms.QUICK, seed=1, timed=False) == 0
+
+
+def test_strangers_bytes_cause_no_fault_and_are_answered_in_shape(zygote, tmp_path):
+    assert fuzz.campaign(zygote, tmp_path, seconds=fuzz.QUICK_S, seed=1) == 0
+
+
+def test_what_clients_do_leaves_nothing_behind(zygote, tmp_path):
+    assert soak.campaign(zygote, tmp_path, seconds=soak.QUICK_S, seed=1) == 0
+
+
+def test_idle_sockets_are_kept_and_given_back(zygote, tmp_path):
+    sockets, kept = idle.QUICK
+    assert idle.campaign(zygote, tmp_path, sockets=sockets, kept=kept, seed=1, timed=False) == 0
+
+
+def test_a_tenant_learns_nothing_of_anothers_prompts_and_takes_little_of_his_cache(
+    zygote, tmp_path
+):
+    pairs = isolation.QUICK
+    assert isolation.campaign(zygote, tmp_path, pairs=pairs, seed=1, timed=False) == 0
+
+
+def test_a_good_client_is_served_beside_floods_of_every_kind(zygote, tmp_path):
+    seconds = floods.QUICK_S
+    assert floods.campaign(zygote, tmp_path, seconds=seconds, seed=1, timed=False) == 0

@@ -88,6 +88,11 @@ class StubDaemon:
         self._zygote = zygote
         self._pid: int | None = None
 
+    @property
+    def pid(self) -> int:
+        assert self._pid is not None, "not running"
+        return self._pid
+
     def spawn(self) -> None:
         """Begin to start; `ready` waits for it."""
         assert self._pid is None, "already running"

@@ -1,13 +1,16 @@
 """Prompts from conversations: what is spliced, what is escaped, and that a replay equals a continuation."""
 
 import itertools
+import sys
 from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.bounded import TemplateTooSlow, within
 from engine.model import LoadedModel
 from engine.text import (
     ChatMessage,
@@ -483,3 +486,26 @@ def test_only_a_possible_beginning_is_held() -> None:
     matcher = StopStrings(["STOP"])
     assert [matcher.feed(c) for c in "aSTxSTOPb"] == ["a", "", "", "STx", "", "", "", "", ""]
     assert matcher.found == "STOP"
+
+
+LOOPS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro m(n) %}{% for i in range(9999) %}{{ m(n) if false }}{% endfor %}{% endmacro %}"
+    "{% for a in range(99999) %}{{ m(a) }}{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("template", LOOPS)
+def test_a_template_that_does_not_end_is_refused_in_time(template):
+    """Through jinja's sandbox, as transformers compiles it."""
+    environment = ImmutableSandboxedEnvironment()
+    compiled = environment.from_string(template)
+    with pytest.raises(TemplateTooSlow), within(0.05):
+        compiled.render()
+    assert sys.gettrace() is None
+
+
+def test_a_template_in_time_renders_as_without_a_bound():
+    compiled = ImmutableSandboxedEnvironment().from_string("{% for a in n %}{{ a }},{% endfor %}")
+    with within(60):
+        assert compiled.render(n=[1, 2]) == "1,2,"

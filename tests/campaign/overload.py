@@ -1,0 +1,223 @@
+"""Five times what the daemon can do, in three APIs, while a second tenant asks now and then.
+
+    python -m tests.campaign.overload [--minutes 10] [--factor 5] [--quick]
+
+First as many clients as there are places, one request after the other: that is what the daemon can do. Then requests
+arrive at `factor` times that rate, each on a connection of its own, whatever has become of those before.
+
+Passes if: what is served under overload is 90 % of what was served before it; every request is answered, well or by a
+refusal in its API's shape with Retry-After; a refusal takes under 10 ms of the daemon's time at the median and under 50 ms at the 99th
+percentile; the line never exceeds its bound; every request of the second tenant, who has one at a time, is served. The
+quick form leaves out what depends on how fast the machine is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from tests.campaign import stub
+from tests.campaign.verdict import Verdict
+from tests.campaign.visitors import (
+    DIALECTS,
+    PATHS,
+    Answered,
+    ask,
+    body_of,
+    complaint,
+    faults,
+    metrics,
+    percentile,
+)
+from tests.campaign.zygote import StubDaemon, Zygote
+
+QUICK_S = 2.0
+TURNS, QUEUED = 8, 16
+WAIT_S = 60.0  # longer than any wait in the line: an answer that takes longer is a hang
+TOKENS = 48
+# A refusal costs 1.5 ms of the daemon and the client together (measured); a turn must cost much more, as a model's does.
+PROMPT = (1500, 2500)  # characters, and so tokens
+SETTINGS = stub.settings(
+    device=1500,
+    host=0,
+    disk=0,
+    auth__keys='["flood", "modest"]',
+    auth__operators='["operator"]',
+    admission__max_turns=str(TURNS),
+    admission__max_queued=str(QUEUED),
+    admission__queue_timeout="20s",
+    server__max_connections="2000",
+    server__max_per_address="2000",
+    auth__max_connections="2000",
+)
+
+
+@dataclass(slots=True)
+class Tally:
+    served: int = 0
+    refused: int = 0
+    lost: int = 0  # no answer at all
+    hung: int = 0
+    latencies_s: list[float] = field(default_factory=list)
+    refusals_ms: list[float] = field(default_factory=list)  # the daemon's own time
+    heard_ms: list[float] = field(default_factory=list)  # the client's
+    statuses: Counter[int] = field(default_factory=Counter)
+
+
+class Load:
+    def __init__(self, url: str, verdict: Verdict, seed: int) -> None:
+        self.url = url
+        self.verdict = verdict
+        self.chance = random.Random(seed)
+        self.number = 0
+
+    async def one(self, key: str, tally: Tally) -> Answered | None:
+        """One request, to its answer; None if that took too long."""
+        self.number += 1
+        dialect = DIALECTS[self.number % len(DIALECTS)]
+        text = f"request {self.number} " + "x" * self.chance.randrange(*PROMPT)
+        try:
+            answer = await ask(
+                self.url,
+                "POST",
+                PATHS[dialect],
+                body_of(dialect, text, TOKENS),
+                headers={"x-api-key": key},
+                within_s=WAIT_S,
+            )
+        except trio.TooSlowError:
+            tally.hung += 1
+            self.verdict.violation(f"a request hung for {WAIT_S:g} s")
+            return None
+        tally.statuses[answer.status] += 1
+        if answer.status == 200:
+            tally.served += 1
+            tally.latencies_s.append(answer.taken_s)
+        elif answer.status == 0:
+            tally.lost += 1
+        else:
+            tally.refused += 1
+            if answer.server_ms < 1000:  # else it waited in the line, as it was allowed to
+                tally.refusals_ms.append(answer.server_ms)
+                tally.heard_ms.append(answer.taken_s * 1000)
+            wrong = complaint(dialect, answer)
+            if wrong is not None:
+                self.verdict.violation(wrong)
+        return answer
+
+    async def peak(self, seconds: float) -> float:
+        """Turns a second, with every place taken all the time."""
+        tally = Tally()
+
+        async def client() -> None:
+            while True:
+                await self.one("flood", tally)
+
+        began = time.perf_counter()
+        with trio.move_on_after(seconds):
+            async with trio.open_nursery() as nursery:
+                for _ in range(TURNS):
+                    nursery.start_soon(client)
+        return tally.served / (time.perf_counter() - began)
+
+    async def flood(self, seconds: float, rate: float) -> tuple[Tally, Tally, int]:
+        """The flood's tally, the modest tenant's, and the longest line seen."""
+        flood, modest, longest = Tally(), Tally(), 0
+        over = trio.Event()
+
+        async def beside() -> None:
+            nonlocal longest
+            while not over.is_set():
+                await self.one("modest", modest)
+                seen = await metrics(self.url, {"x-api-key": "operator"})
+                longest = max(longest, int(seen["homeport_turns_queued"]))
+                self.verdict.progress(
+                    f"{flood.served} served, {flood.refused} refused, {modest.served} beside"
+                )
+                await trio.sleep(0.2)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(beside)
+            began = trio.current_time()
+            async with trio.open_nursery() as requests:
+                for count in range(int(seconds * rate)):
+                    await trio.sleep_until(began + count / rate)
+                    requests.start_soon(self.one, "flood", flood)
+            over.set()
+        return flood, modest, longest
+
+
+def campaign(
+    zygote: Zygote, folder: Path, *, seconds: float, factor: float, seed: int, timed: bool
+) -> int:
+    """The exit status. `timed`: times are part of the verdict."""
+    verdict = Verdict("overload", seed)
+    with StubDaemon(zygote, folder / "state", SETTINGS) as daemon:
+        load = Load(daemon.url, verdict, seed)
+        peak = trio.run(load.peak, min(20.0, seconds))
+        began = time.perf_counter()
+        flood, modest, longest = trio.run(load.flood, seconds, peak * factor)
+        took_s = time.perf_counter() - began
+        verdict.require(daemon.terminate() == 0, "it did not end well")
+        for line in faults(daemon.tail(10_000)):
+            verdict.violation(line)
+    goodput = (flood.served + modest.served) / took_s
+    verdict.require(flood.refused > 0, "nothing was refused: there was no overload")
+    verdict.require(flood.lost == 0, f"{flood.lost} requests got no answer")
+    verdict.require(longest <= QUEUED, f"the line was {longest} long, and {QUEUED} may wait")
+    unserved = modest.statuses.total() - modest.served
+    verdict.require(unserved == 0, f"{unserved} requests of the modest tenant were not served")
+    quick = percentile(flood.refusals_ms, 0.5), percentile(flood.refusals_ms, 0.99)
+    if timed:
+        verdict.require(goodput >= 0.9 * peak, f"goodput fell from {peak:.1f} to {goodput:.1f}/s")
+        verdict.require(quick[0] < 10, f"the median refusal took {quick[0]:.0f} ms")
+        verdict.require(quick[1] < 50, f"refusals took {quick[1]:.0f} ms at p99")
+    figures = {
+        "peak turns/s": round(peak, 2),
+        "offered turns/s": round(peak * factor, 2),
+        "goodput turns/s": round(goodput, 2),
+        "statuses": dict(flood.statuses),
+        "modest": dict(modest.statuses),
+        "modest p50 s": round(percentile(modest.latencies_s, 0.5), 3),
+        "served p50 s": round(percentile(flood.latencies_s, 0.5), 3),
+        "refusal ms p50": quick[0],
+        "refusal ms p99": quick[1],
+        "refusal heard ms p50": round(percentile(flood.heard_ms, 0.5), 1),
+        "longest line": longest,
+    }
+    return verdict.finish(
+        figures,
+        f"{factor:g} times {peak:.1f} turns/s offered for {took_s:.0f} s: {goodput:.1f}/s served"
+        f" ({goodput / max(peak, 0.001):.0%}), {flood.refused} refused, none hung; the other tenant had"
+        f" {modest.served} of {modest.statuses.total()} served",
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--factor", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_S:g} s, without times")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="homeport-overload-") as folder, Zygote() as zygote:
+        return campaign(
+            zygote,
+            Path(folder),
+            seconds=QUICK_S if arguments.quick else arguments.minutes * 60,
+            factor=arguments.factor,
+            seed=arguments.seed,
+            timed=not arguments.quick,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
