@@ -4,7 +4,7 @@
       engine            model, threads, store: `open_engine`, given from outside so that tests bring their own
         signals         the first SIGTERM or SIGINT asks for an orderly end, the second for an end now
           connections   every accepted connection, WebSocket or HTTP, and the background responses
-            accepting   the listeners
+            accepting   the listeners, and a look at how late the loop is
 
 Leaving a level stops what is inside it first, so an orderly end is: stop accepting; tell the connections, whose
 running turns have `server.grace`; cancel what is left; the engine writes what is dirty and its threads return.
@@ -32,6 +32,8 @@ from broker.access import Access, check_exposure
 from broker.admission import Admission
 from broker.http import HttpSide
 from broker.listen import Door
+from broker.loop_lag import watch_loop
+from broker.observations import Observations
 from broker.port import Port
 from broker.session import Sessions
 from broker.websocket import WebSocketSide
@@ -41,10 +43,12 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
-    from broker.config import Config
+    from broker.breakdown import TurnRecord
+    from broker.config import Config, Tracing
     from broker.port import Service
 
     OpenEngine = Callable[[Config], AbstractAsyncContextManager[Service]]
+    Exporters = tuple[Callable[[TurnRecord], None], ...]
 
 log = logging.getLogger(__name__)
 
@@ -66,16 +70,40 @@ async def serve(
 ) -> None:
     """Run the daemon until it is asked to stop. `announce` gets the ready line. Raises ConfigError, StartError."""
     check_exposure(config.server.host, config.auth.keys)
-    async with open_engine(config) as engine:
+    async with open_tracing(config.tracing) as exporters, open_engine(config) as engine:
         async with trio.open_nursery() as nursery:
             asked_to_stop = trio.Event()
             await nursery.start(_watch_signals, asked_to_stop, nursery.cancel_scope)
-            await _serve_port(config, engine, announce, asked_to_stop)
+            await _serve_port(config, engine, Observations(exporters), announce, asked_to_stop)
             nursery.cancel_scope.cancel()
 
 
+@asynccontextmanager
+async def open_tracing(settings: Tracing) -> AsyncIterator[Exporters]:
+    """Who is to be told of turns. Raises StartError where the extra is asked for and not installed."""
+    if not settings.enabled:
+        yield ()
+        return
+    try:
+        from broker.tracing import Tracing as Spans
+    except ImportError as error:
+        raise StartError(
+            f"tracing.enabled needs OpenTelemetry: pip install 'homeport[otel]' ({error})"
+        ) from error
+    spans = Spans.to(settings.endpoint)
+    try:
+        yield (spans.export,)
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _LAST_WORDS_S):
+            await trio.to_thread.run_sync(spans.close, abandon_on_cancel=True)
+
+
 async def _serve_port(
-    config: Config, engine: Service, announce: Callable[[str], None], asked_to_stop: trio.Event
+    config: Config,
+    engine: Service,
+    observations: Observations,
+    announce: Callable[[str], None],
+    asked_to_stop: trio.Event,
 ) -> None:
     settings = config.server
     port = Port(
@@ -97,6 +125,7 @@ async def _serve_port(
         ),
         clock=SystemClock(),
         new_id=new_id,
+        observations=observations,
     )
     http = HttpSide(port)
     door = Door(
@@ -110,6 +139,7 @@ async def _serve_port(
     async with trio.open_nursery() as connections:
         await connections.start(port.background.serve)
         async with trio.open_nursery() as accepting:
+            accepting.start_soon(watch_loop, port.observations)
             accepting.start_soon(
                 partial(trio.serve_listeners, door.serve, listeners, handler_nursery=connections)
             )

@@ -11,7 +11,7 @@ from broker import keeping
 from broker.errors import NotFound
 from broker.foresight import session_labels
 from broker.recall import Recall
-from broker.routes.body import read_body, tenant_of
+from broker.routes.body import begun, read_body, tenant_of
 from broker.routes.turns import TurnResponse
 from broker.session import ConnectionScope
 from broker.wire.chat_in import parse_chat
@@ -43,9 +43,11 @@ class _Chat:
         tenant = tenant_of(request)
         scope = ConnectionScope(labels=session_labels(request.scope["headers"]))
         await self._port.expect(tenant, scope.labels)
-        chat = parse_chat(parse_object(await read_body(request, self._port)))
+        body = await read_body(request, self._port)
+        breakdown = begun(request, self._port, "chat")
+        chat = parse_chat(parse_object(body))
         answer = ChatAnswer(streams=chat.turn.stream, include_usage=chat.include_usage)
-        return TurnResponse(chat.turn, answer, tenant, scope, self._port)
+        return TurnResponse(chat.turn, answer, tenant, scope, self._port, breakdown)
 
     async def retrieve(self, request: Request) -> Response:
         node = await self._stored(request)

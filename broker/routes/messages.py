@@ -16,7 +16,7 @@ from starlette.routing import Route
 from broker.errors import BadRequest
 from broker.foresight import session_labels
 from broker.recall import Recall
-from broker.routes.body import read_body, request_id_of, tenant_of
+from broker.routes.body import begun, read_body, request_id_of, tenant_of
 from broker.routes.turns import TurnResponse
 from broker.session import ConnectionScope
 from broker.turn import conversation
@@ -83,12 +83,14 @@ class _Messages:
             await self._close(tenant, labels)
         else:
             await self._port.expect(tenant, labels)
-        asked = parse_messages(parse_object(await read_body(request, self._port)))
+        body = await read_body(request, self._port)
+        breakdown = begun(request, self._port, "messages")
+        asked = parse_messages(parse_object(body))
         if not labels and asked.user_id is not None:
             labels = (asked.user_id,)
         answer = MessagesAnswer(asked.turn.stream, self._machine(request, tenant, asked))
         scope = ConnectionScope(labels=labels)
-        return TurnResponse(asked.turn, answer, tenant, scope, self._port)
+        return TurnResponse(asked.turn, answer, tenant, scope, self._port, breakdown)
 
     async def _close(self, tenant: Tenant, labels: tuple[str, ...]) -> None:
         """The session's turns so far are not gone on from: their KV goes before that of those which wait."""
