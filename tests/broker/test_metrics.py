@@ -14,7 +14,7 @@ from engine.api import CachedTokens, DiskReport, EngineReport, TierReport, Usage
 from tests.broker.rig import open_rig
 from tests.fakes import saying
 
-LABELS = {"tier", "source", "reason", "cause", "stage", "status", "transport", "state", "path", "result", "kept_on", "le"}  # fmt: skip
+LABELS = {"tier", "source", "reason", "cause", "stage", "status", "transport", "state", "path", "result", "kept_on", "outcome", "le"}  # fmt: skip
 NAME = re.compile(r"homeport_[a-z]+(_[a-z]+)*")
 NOTHING = EngineReport(0, 0, 0, 0, 0, 0, {}, 0, {}, 0, 0, 0, {}, (), ())
 IDLE = EdgeReport(0, {}, AdmissionStatistics(0, 0, 0), 0)
