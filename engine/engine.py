@@ -631,7 +631,7 @@ class Engine:
         if sequence.load_started is None:
             sequence.load_started = began
         self._perform(actions)
-        if actions and not sequence.began:
+        if not sequence.began and any(_from_host(action) for action in actions):
             sequence.copied_s += self._clock() - began
         for ahead in self._prefetches.holds:
             self._cache.credit(hold, ahead)
@@ -967,6 +967,10 @@ def _session_report(lease: Lease, now: float) -> SessionReport:
         idle_s=now - lease.idle_since,
         tokens_on=tokens_on,
     )
+
+
+def _from_host(action: Action) -> bool:
+    return isinstance(action, Copy) and action.source is Tier.HOST
 
 
 def _found(match: Match) -> list[Part]:

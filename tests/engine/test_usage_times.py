@@ -59,14 +59,25 @@ def test_a_restore_s_seconds_are_its_tier_s(tier):
     bench.run(prompt, 4)
     bench.inbox.put(Demote(1, tier, None))
     bench.until_quiet()
-    usage_of = bench.finished
     request = submit(bench, prompt, at=clock.now)
     bench.until_quiet()
-    usage = usage_of(request).usage
+    usage = bench.finished(request).usage
     name = tier.name.lower()
-    assert usage.load_by_tier.keys() == {name} | ({"host"} & usage.load_by_tier.keys())
+    assert usage.load_by_tier.keys() == {name}
     assert usage.load_by_tier[name] > 0
     assert sum(usage.load_by_tier.values()) == pytest.approx(usage.load_s)
+
+
+def test_a_private_copy_of_a_shared_tail_is_not_the_host_s():
+    bench = Bench(device=32, host=32)
+    clock = ticking(bench)
+    prompt = prompt_of(41)
+    bench.run(prompt, 4)
+    request = submit(bench, (*prompt, 1, 2), at=clock.now)
+    bench.until_quiet()
+    usage = bench.finished(request).usage
+    assert usage.cached.device == usage.cached.total > 40
+    assert usage.load_by_tier.keys() == {"device"}
 
 
 def test_a_restore_that_is_cancelled_has_waited_until_then():
