@@ -1,5 +1,5 @@
-"""The command line. `homeport serve` is the daemon; `sessions`, `tiers`, `demote`, `pin`, `unpin` and `forget` ask a running
-one over HTTP; `config check` and `verify` read files.
+"""The command line. `homeport serve` is the daemon; `sessions`, `turns`, `tiers`, `top`, `demote`, `pin`, `unpin` and `forget`
+ask a running one over HTTP; `config check` and `verify` read files.
 
 Exit status: 0 done, 1 failed (the reason is one line on stderr), 2 wrong usage or configuration. `verify`: 1 for a
 damaged store, 2 for one that cannot be read.
@@ -16,10 +16,12 @@ import signal
 import socket
 import sys
 import urllib.parse
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from broker import top
 from broker.config import Config, ConfigError, load
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_URL = "http://127.0.0.1:8321"
 _ASK_TIMEOUT_S = 60.0
+_WIDE = 220  # columns of what is not a terminal
 
 
 class CommandFailed(Exception):
@@ -82,6 +85,31 @@ def _parser() -> argparse.ArgumentParser:
     tiers = commands.add_parser("tiers", help="what a running daemon keeps where")
     _add_daemon(tiers)
     tiers.set_defaults(run=_tiers)
+
+    turns = commands.add_parser(
+        "turns", help="the last turns of a running daemon, and where their time went"
+    )
+    _add_daemon(turns)
+    turns.add_argument(
+        "--limit", type=int, default=20, metavar="N", help="how many, newest first (%(default)s)"
+    )
+    turns.set_defaults(run=_turns)
+
+    live = commands.add_parser(
+        "top", help="tiers, sessions and turns of a running daemon, live; q quits"
+    )
+    _add_daemon(live)
+    live.add_argument(
+        "--every",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="between two looks (%(default)s)",
+    )
+    live.add_argument(
+        "--once", action="store_true", help="look once and print, as without a terminal"
+    )
+    live.set_defaults(run=_top)
 
     demote = commands.add_parser("demote", help="move sessions' KV down a tier now")
     _add_daemon(demote)
@@ -276,6 +304,42 @@ def _sessions(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _turns(arguments: argparse.Namespace) -> int:
+    answer = _ask(arguments, "GET", f"/admin/turns?limit={arguments.limit}")
+    if arguments.json:
+        print(json.dumps(answer, indent=2))
+        return 0
+    rows = [("RESPONSE", "AGO", "STATUS", "OVER", *top.TURN_COLUMNS)]
+    for turn in answer["turns"]:
+        over = f"{turn['dialect']}/{turn['transport']}"
+        status = turn["status"] if turn["reason"] is None else turn["reason"]
+        ago = top.took(answer["now"] - turn["ended_at"])
+        name = turn["response_id"] or turn["request_id"]
+        rows.append((name, ago, status, over, *top.turn_cells(turn)))
+    print(_table(rows))
+    return 0
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from broker.terminal import look, watch
+
+    def ask(path: str) -> Any:
+        return _ask(arguments, "GET", path)
+
+    if arguments.json or arguments.once or not sys.stdout.isatty():
+        snapshot = look(ask)
+        lines = top.render(snapshot, None, width=_WIDE, height=None)
+        print(json.dumps(asdict(snapshot), indent=2) if arguments.json else "\n".join(lines))
+    elif not 0.1 <= arguments.every <= 3600:
+        raise CommandFailed(
+            f"--every must be between 0.1 and 3600 seconds, not {arguments.every:g}"
+        )
+    else:
+        with suppress(KeyboardInterrupt):
+            watch(ask, arguments.every, CommandFailed)
+    return 0
+
+
 def _tiers(arguments: argparse.Namespace) -> int:
     answer = _ask(arguments, "GET", "/admin/tiers")
     if arguments.json:
@@ -439,15 +503,7 @@ def _mib(count: int) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest entry; the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        first, *others = row
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
+    return "\n".join(top.table(rows))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
       engine            model, threads, store: `open_engine`, given from outside so that tests bring their own
         signals         the first SIGTERM or SIGINT asks for an orderly end, the second for an end now
           connections   every accepted connection, WebSocket or HTTP, and the background responses
-            accepting   the listeners, clients' and operators', and the look whether work moves
+            accepting   the listeners, clients' and operators', and the looks whether work moves, and how late the loop is
 
 Leaving a level stops what is inside it first, so an orderly end is: stop accepting; tell the connections, whose
 running turns have `server.grace`; cancel what is left; the engine writes what is dirty and its threads return.
@@ -37,6 +37,8 @@ from broker.admission import Admission
 from broker.config import Address
 from broker.http import HttpSide, common_app, operators_app
 from broker.listen import Door
+from broker.loop_lag import watch_loop
+from broker.observations import Observations
 from broker.port import Port
 from broker.session import Sessions
 from broker.websocket import WebSocketSide
@@ -45,10 +47,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
 
-    from broker.config import Config
+    from broker.breakdown import TurnRecord
+    from broker.config import Config, Tracing
     from broker.port import Service
 
     OpenEngine = Callable[[Config], AbstractAsyncContextManager[Service]]
+    Exporters = tuple[Callable[[TurnRecord], None], ...]
 
 log = logging.getLogger(__name__)
 
@@ -76,17 +80,39 @@ async def serve(
     check_exposure(config)
     tls = _tls(config)
     sys.setswitchinterval(_SWITCH_S)
-    async with open_engine(config) as engine:
+    async with open_tracing(config.tracing) as exporters, open_engine(config) as engine:
         async with trio.open_nursery() as nursery:
             asked_to_stop = trio.Event()
             await nursery.start(_watch_signals, asked_to_stop, nursery.cancel_scope)
-            await _serve_port(config, engine, announce, asked_to_stop, tls)
+            observations = Observations(exporters)
+            await _serve_port(config, engine, observations, announce, asked_to_stop, tls)
             nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def open_tracing(settings: Tracing) -> AsyncIterator[Exporters]:
+    """Who is to be told of turns. Raises StartError where the extra is asked for and not installed."""
+    if not settings.enabled:
+        yield ()
+        return
+    try:
+        from broker.tracing import Tracing as Spans
+    except ImportError as error:
+        raise StartError(
+            f"tracing.enabled needs OpenTelemetry: pip install 'homeport[otel]' ({error})"
+        ) from error
+    spans = Spans.to(settings.endpoint)
+    try:
+        yield (spans.export,)
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _LAST_WORDS_S):
+            await trio.to_thread.run_sync(spans.close, abandon_on_cancel=True)
 
 
 async def _serve_port(
     config: Config,
     engine: Service,
+    observations: Observations,
     announce: Callable[[str], None],
     asked_to_stop: trio.Event,
     tls: ssl.SSLContext | None,
@@ -107,6 +133,7 @@ async def _serve_port(
         ),
         clock=SystemClock(),
         new_id=new_id,
+        observations=observations,
     )
     sides = [HttpSide(port, common_app(port))]
     door = partial(
@@ -155,6 +182,7 @@ async def _accept(
                     )
                 )
             accepting.start_soon(port.liveness.serve)
+            accepting.start_soon(watch_loop, port.observations)
             common = next(iter(doors.values()))[0]
             announce(f"homeport ready {_url(settings.host, common, secure=secure)}")
             await asked_to_stop.wait()

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from broker.access import Tenant
+    from broker.breakdown import Breakdown
     from broker.port import Port
     from broker.session import ConnectionScope
     from broker.wire.requests import TurnRequest
@@ -142,7 +143,9 @@ class Background:
                 if not job.over:
                     job.stop("server_stopped")
 
-    async def start(self, request: TurnRequest, tenant: Tenant, scope: ConnectionScope) -> Job:
+    async def start(
+        self, request: TurnRequest, tenant: Tenant, scope: ConnectionScope, breakdown: Breakdown
+    ) -> Job:
         """Queue a response. Raises BrokerError for what could never be answered."""
         port = self._port
         assert self._nursery is not None, "not served"
@@ -157,7 +160,7 @@ class Background:
         job = Job(tenant, port.new_stream(request))
         self._jobs[tenant.name, job.response_id] = job
         self._say(job, job.stream.queue())
-        self._nursery.start_soon(self._run, job, request, scope)
+        self._nursery.start_soon(self._run, job, request, scope, breakdown)
         await job.recorded.wait()
         return job
 
@@ -210,7 +213,9 @@ class Background:
         """Delete what is known of a response that was not stored."""
         return await self._records.delete(tenant.name, response_id)
 
-    async def _run(self, job: Job, request: TurnRequest, scope: ConnectionScope) -> None:
+    async def _run(
+        self, job: Job, request: TurnRequest, scope: ConnectionScope, breakdown: Breakdown
+    ) -> None:
         await self._write(job)
         job.recorded.set()
         stored = False
@@ -223,7 +228,7 @@ class Background:
                 with job.scope:
                     outcome = await self._port.turn(
                         request,
-                        transport="background",
+                        breakdown=breakdown,
                         tenant=job.tenant,
                         scope=scope,
                         emit=emit,

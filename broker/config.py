@@ -237,6 +237,12 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True)
+class Tracing:
+    enabled: bool = False
+    endpoint: str = "http://127.0.0.1:4318/v1/traces"
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     server: Server = Server()
     auth: Auth = Auth()
@@ -250,6 +256,7 @@ class Config:
     background: Background = Background()
     dev: Dev = Dev()
     log: Log = Log()
+    tracing: Tracing = Tracing()
 
 
 def load(files: Sequence[Path] = (), assignments: Sequence[str] = ()) -> Config:
@@ -457,6 +464,10 @@ def _check_whole(config: Config) -> None:
     if config.engine.mixed_tokens > config.engine.step_tokens:
         raise ConfigError(
             "engine.mixed_tokens is more than engine.step_tokens, of which it is a part"
+        )
+    if not config.tracing.endpoint.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"tracing.endpoint must be an http:// or https:// URL, not {config.tracing.endpoint!r}"
         )
     if config.model.name in config.model.aliases:
         raise ConfigError(f"model.aliases names {config.model.name!r}, which is model.name itself")

@@ -1,7 +1,8 @@
 """Numbers to Prometheus text. Pure: reports in, one string out.
 
 Laws
-    Names are `homeport_*`, counters end in `_total`, units come last. No label names a tenant, a session or an id.
+    Names are `homeport_*`, counters end in `_total` and nothing else does, units come last. No label names a tenant,
+    a session or an id. The HELP of each says what is counted, and in what.
     Every series of a known label set is always there, at 0 if need be: an absent series cannot be alerted on.
     Token counts are the engine's measurements, passed on.
 """
@@ -11,16 +12,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from broker.breakdown import SOURCES, Stage, Status
+from broker.observations import Observations
 from tiers.ledger import EVICTION_CAUSES, REASONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from broker.admission import AdmissionStatistics
+    from broker.histogram import HistogramReport
+    from broker.observations import Observed
     from engine.api import EngineReport
 
-_SOURCES = ("computed", "device", "host", "disk", "remote")
 _TIERS = ("device", "host", "disk")
+_BELOW = ("host", "disk")  # tiers that blocks are put into, and brought back from
+_SPILL_REASONS = ("behind", "degraded", "full", "io", "checksum", "key")
 _DISK_STATES = ("off", "ok", "degraded")
 _DISK_READS = ("cached", "direct", "bounced", "buffered", "mapped")
 _VERIFY_REASONS = (
@@ -47,6 +53,7 @@ class EdgeReport:
     sessions: int  # response ids in memory
     stored_total: Mapping[str, int] = field(default_factory=dict)  # {disk|memory: responses}
     background: int = 0  # responses that run without their client
+    observed: Observed = field(default_factory=lambda: Observations().report())
 
 
 def render(engine: EngineReport, edge: EdgeReport) -> str:
@@ -62,13 +69,59 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
                 f"homeport_{name}{{{inner}}} {value}" if inner else f"homeport_{name} {value}"
             )
 
+    def put_histograms(
+        name: str, meaning: str, series: Iterable[tuple[dict[str, str], HistogramReport]]
+    ) -> None:
+        lines.append(f"# HELP homeport_{name} {meaning}")
+        lines.append(f"# TYPE homeport_{name} histogram")
+        for labels, histogram in series:
+            lines.extend(_histogram_lines(f"homeport_{name}", labels, histogram))
+
     def one(value: float) -> list[Sample]:
         return [({}, value)]
 
-    def by(label: str, counts: Mapping[str, int], always: Iterable[str]) -> list[Sample]:
+    def by(label: str, counts: Mapping[str, float], always: Iterable[str]) -> list[Sample]:
         known = dict.fromkeys(always, 0) | dict(counts)
         return [({label: key}, value) for key, value in known.items()]
 
+    seen = edge.observed
+    put_histograms(
+        "time_to_first_token_seconds",
+        "Seconds from a request's last byte to the first token that was sampled for it, of turns that sampled any.",
+        [({}, seen.first_token)],
+    )
+    put_histograms(
+        "inter_token_seconds",
+        "Seconds between tokens of a turn, as its connection took them: a reader that does not read shows here too.",
+        [({}, seen.inter_token)],
+    )
+    put_histograms(
+        "turn_seconds",
+        "Seconds from a request's last byte to its turn's end, however it ended.",
+        [({}, seen.turn)],
+    )
+    put_histograms(
+        "turn_stage_seconds",
+        "Seconds that turns spent in each stage; a turn's stages add up to its whole time.",
+        [({"stage": stage.value}, seen.stages[stage.value]) for stage in Stage],
+    )
+    put(
+        "turns_ended_total",
+        "counter",
+        "Turns that are over, by how they ended.",
+        by("status", seen.ended_total, [status.value for status in Status]),
+    )
+    put(
+        "restore_wait_seconds_total",
+        "counter",
+        "Seconds that turns waited for KV, by the tier that it came from; device: it was on its way for others.",
+        by("tier", seen.restore_s_total, _TIERS),
+    )
+    put_histograms(
+        "event_loop_lag_seconds",
+        "Seconds by which the event loop came late to something that was due.",
+        [({}, seen.loop_lag)],
+    )
     put("running", "gauge", "Sequences in the batch.", one(engine.running))
     put("waiting", "gauge", "Requests the engine has not started.", one(engine.waiting))
     put("loading", "gauge", "Sequences whose KV is being restored.", one(engine.loading))
@@ -79,7 +132,7 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
         "tokens_total",
         "counter",
         "Tokens by where their KV came from; sampled ones are computed.",
-        by("source", engine.tokens_total, _SOURCES),
+        by("source", engine.tokens_total, SOURCES),
     )
     put(
         "recomputed_tokens_total",
@@ -90,13 +143,13 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
     put(
         "amplification",
         "gauge",
-        "(fresh + recomputed) / fresh prompt tokens; 1 is a cache that forgets nothing.",
+        "Ratio of computed to fresh prompt tokens; 1 is a cache that forgets nothing.",
         one(engine.amplification),
     )
     put(
         "hit_share",
         "gauge",
-        "Reused tokens, of all that were cached once and asked for again.",
+        "Ratio of reused to reusable tokens (cached once and asked for again): the achieved share of the best hit rate.",
         one(engine.hit_share),
     )
     put("output_tokens_total", "counter", "Tokens sampled.", one(engine.output_tokens_total))
@@ -122,14 +175,34 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
             for cause in EVICTION_CAUSES
         ],
     )
-    put("spills_total", "counter", "Blocks written to disk.", one(engine.spills_total))
+    put(
+        "spills_total",
+        "counter",
+        "Blocks put into a lower tier.",
+        by("tier", engine.spilled_total, _BELOW),
+    )
     put(
         "spill_failures_total",
         "counter",
-        "Blocks the disk refused.",
-        one(engine.spill_failures_total),
+        "Blocks that the disk did not take, by why; they stay in memory, or are recomputed.",
+        by("reason", engine.spill_failures_by_reason, _SPILL_REASONS),
     )
-    put("fetches_total", "counter", "Blocks read from disk.", one(engine.fetches_total))
+    put(
+        "restores_total",
+        "counter",
+        "Blocks brought back from a lower tier.",
+        by("tier", engine.restored_total, _BELOW),
+    )
+    sizes = {tier.tier: tier.block_bytes for tier in engine.tiers}
+    put(
+        "restored_bytes_total",
+        "counter",
+        "Bytes brought back from a lower tier, as they are kept there.",
+        [
+            ({"tier": tier}, engine.restored_total.get(tier, 0) * sizes.get(tier, 0))
+            for tier in _BELOW
+        ],
+    )
     failures = {
         "disk": dict.fromkeys(_VERIFY_REASONS, 0) | engine.verify_failures_total,
         "host": dict.fromkeys(("checksum", "key"), 0) | engine.host_failures_total,
@@ -179,18 +252,48 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
         "Write transactions that the disk refused.",
         by("reason", disk.failures_total, ("full", "io")),
     )
-    put("disk_degraded_seconds", "gauge", "For how long it has refused.", one(disk.degraded_s))
+    put("disk_degraded_seconds", "gauge", "Seconds for which it has refused.", one(disk.degraded_s))
+    put(
+        "disk_written_bytes_total",
+        "counter",
+        "Bytes of blocks written to disk, tails that grew and were written again included.",
+        one(disk.written_bytes_total),
+    )
+    put(
+        "disk_new_bytes_total",
+        "counter",
+        "Bytes that all KV computed so far would take on disk, written once.",
+        one(disk.new_bytes_total),
+    )
+    put(
+        "disk_write_amplification",
+        "gauge",
+        "Ratio of bytes written to new bytes; below 1 where KV was dropped before it was written.",
+        one(disk.written_bytes_total / disk.new_bytes_total if disk.new_bytes_total else 0),
+    )
+    put(
+        "disk_writer_lag_seconds",
+        "gauge",
+        "Seconds that the oldest write under way has waited to be durable.",
+        one(disk.writer_lag_s),
+    )
+    put(
+        "disk_oldest_dirty_seconds",
+        "gauge",
+        "Seconds that the oldest block which is to be written has waited to be begun; tiers.disk.max_lag bounds it.",
+        one(disk.oldest_dirty_s),
+    )
     put("disk_commits_total", "counter", "Write transactions.", one(disk.commits_total))
     put(
         "disk_commit_seconds_total",
         "counter",
-        "Time spent in write transactions.",
+        "Seconds spent in write transactions.",
         one(disk.commit_s_total),
     )
     put(
         "disk_oldest_read_seconds",
         "gauge",
-        "Age of the oldest read of the store, as last checked: an old one keeps freed pages.",
+        "Seconds that the oldest read of the store has lasted, as last checked: an old one keeps freed pages.",
         one(disk.oldest_read_s),
     )
     put("pins", "gauge", "Pinned sessions.", one(len(engine.pins)))
@@ -210,7 +313,7 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
     put(
         "tier_capacity_bytes",
         "gauge",
-        "Size of a tier.",
+        "Bytes that a tier may hold.",
         [(at, t.capacity_bytes) for at, t in tiers],
     )
     put(
@@ -237,7 +340,7 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
         "turns_total",
         "counter",
         "Turns admitted.",
-        by("transport", edge.turns_total, ("http", "websocket")),
+        by("transport", edge.turns_total, ("http", "websocket", "background", "compact")),
     )
     put("turns_admitted", "gauge", "Turns under way.", one(edge.admission.admitted))
     put("turns_queued", "gauge", "Turns waiting for a place.", one(edge.admission.waiting))
@@ -255,3 +358,19 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
     )
     put("sessions", "gauge", "Responses that can be continued from memory.", one(edge.sessions))
     return "\n".join([*lines, ""])
+
+
+def _histogram_lines(
+    name: str, labels: Mapping[str, str], histogram: HistogramReport
+) -> Iterator[str]:
+    """Prometheus' buckets are cumulative."""
+    common = [f'{label}="{text}"' for label, text in labels.items()]
+    so_far = 0
+    for bound, count in zip((*histogram.bounds, "+Inf"), histogram.counts, strict=True):
+        so_far += count
+        inner = ",".join([*common, f'le="{bound}"'])
+        yield f"{name}_bucket{{{inner}}} {so_far}"
+    inner = ",".join(common)
+    at = f"{{{inner}}}" if inner else ""
+    yield f"{name}_sum{at} {histogram.sum}"
+    yield f"{name}_count{at} {so_far}"

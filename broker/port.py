@@ -5,12 +5,14 @@ Laws
     asks about a turn without one (its tokens, a compaction) has its own verb here.
     A turn of a conversation holds it from before its prompt is made until its items are appended, and these are there
     before the client hears that the turn is over.
+    Every turn that reached `Port.turn` is observed once, when all of it is over, however it ended.
     `stopping` is set once. From then on no turn starts; those under way have `config.server.grace`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +21,20 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from broker.background import Background
+from broker.breakdown import Stage, Status
 from broker.conversations import Conversations
-from broker.errors import BrokerError, ContextTooLong, NotFound, Overloaded, QuotaExceeded
+from broker.errors import (
+    BrokerError,
+    ContextTooLong,
+    NotFound,
+    Overloaded,
+    QuotaExceeded,
+    TurnFailed,
+)
 from broker.foresight import expect
 from broker.liveness import Liveness
 from broker.metrics import EdgeReport
+from broker.observations import Observations
 from broker.recall import Recall
 from broker.turn import Engine, Outcome, compact, count_prompt, new_stream, run_turn
 from broker.wire.retention import Retention
@@ -34,6 +45,7 @@ if TYPE_CHECKING:
 
     from broker.access import Access, Tenant
     from broker.admission import Admission
+    from broker.breakdown import Breakdown
     from broker.config import Config
     from broker.session import ConnectionScope, Sessions
     from broker.turn import Cancellation, Clock, Outcome
@@ -69,6 +81,7 @@ class Port:
     admission: Admission
     clock: Clock
     new_id: Callable[[str], str]  # "msg" -> "msg_…", at least 128 random bits
+    observations: Observations = field(default_factory=Observations)
     stopping: trio.Event = field(default_factory=trio.Event)
     websockets: int = 0
     turns_total: Counter[str] = field(default_factory=Counter)  # {transport: turns}
@@ -109,7 +122,7 @@ class Port:
         self,
         request: TurnRequest,
         *,
-        transport: str,
+        breakdown: Breakdown,
         tenant: Tenant,
         scope: ConnectionScope,
         emit: Emit,
@@ -125,7 +138,7 @@ class Port:
         try:
             return await self._turn(
                 request,
-                transport=transport,
+                breakdown=breakdown,
                 tenant=tenant,
                 scope=scope,
                 emit=emit,
@@ -141,7 +154,7 @@ class Port:
         self,
         request: TurnRequest,
         *,
-        transport: str,
+        breakdown: Breakdown,
         tenant: Tenant,
         scope: ConnectionScope,
         emit: Emit,
@@ -149,9 +162,11 @@ class Port:
         cancellation: Cancellation | None,
         queued: ResponseStream | None,
     ) -> Outcome:
-        self.check_open()
-        self.check_model(request.model)
         async with AsyncExitStack() as place:
+            place.enter_context(self._observed(breakdown))
+            self.check_open()
+            self.check_model(request.model)
+            breakdown.model = request.model or self.config.model.name
             await place.enter_async_context(
                 self.admission.place(
                     tenant.name, self._weigh(request, tenant, scope), patient=queued is not None
@@ -160,7 +175,7 @@ class Port:
             request, emit = await place.enter_async_context(
                 self.conversations.turn(tenant, request, emit)
             )
-            self.turns_total[transport] += 1
+            self.turns_total[breakdown.origin.transport] += 1
             outcome = await run_turn(
                 request,
                 engine=self.engine,
@@ -173,7 +188,10 @@ class Port:
                 retention=self._retention,
                 cancellation=cancellation,
                 queued=queued,
+                breakdown=breakdown,
             )
+            breakdown.status = Status(outcome.response["status"])
+            breakdown.reason = _reason(outcome.response)
             if outcome.behind is not None:
                 if background is None:
                     await outcome.behind()
@@ -182,6 +200,24 @@ class Port:
         if outcome.durable is not None:
             self._note_stored(disk_takes=outcome.durable)
         return outcome
+
+    @contextmanager
+    def _observed(self, breakdown: Breakdown) -> Iterator[None]:
+        """A turn, until its place is given back: a warm-up's prefill is a part of it."""
+        breakdown.enter(Stage.QUEUE, trio.current_time())
+        try:
+            yield
+        except BrokerError as error:
+            if breakdown.status is None:
+                fault = isinstance(error, TurnFailed)
+                breakdown.status = Status.FAILED if fault else Status.REFUSED
+                breakdown.reason = error.code
+            raise
+        finally:
+            if breakdown.status is None:
+                left = trio.current_effective_deadline() == -math.inf
+                breakdown.status = Status.ABANDONED if left else Status.FAILED
+            self.observations.ended(breakdown.record(trio.current_time(), self.clock.now()))
 
     async def count_prompt(
         self, request: TurnRequest, *, tenant: Tenant, scope: ConnectionScope
@@ -283,7 +319,16 @@ class Port:
             sessions=self.sessions.statistics().nodes,
             stored_total=dict(self.stored_total),
             background=self.background.running,
+            observed=self.observations.report(),
         )
+
+
+def _reason(response: Mapping[str, Any]) -> str | None:
+    """Why it is not complete."""
+    if (error := response.get("error")) is not None:
+        return str(error["code"])
+    details = response.get("incomplete_details")
+    return None if details is None else str(details["reason"])
 
 
 async def _run_in(place: AsyncExitStack, work: Callable[[], Awaitable[None]]) -> None:

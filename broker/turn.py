@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import trio
 
 from broker import compaction
+from broker.breakdown import Breakdown, Origin, Stage
 from broker.cuts import token_positions
 from broker.diagnosis import NOT_FOUND, UNAVAILABLE, diagnose
 from broker.divergence import Divergence, diverged_at, item_at
@@ -210,6 +211,7 @@ async def run_turn(
     retention: Retention = _ANY_RETENTION,
     cancellation: Cancellation | None = None,
     queued: ResponseStream | None = None,
+    breakdown: Breakdown | None = None,
 ) -> Outcome:
     """Serve one request. `emit` is awaited for each event in turn.
 
@@ -229,6 +231,7 @@ async def run_turn(
         retention,
         cancellation or Cancellation(),
         queued,
+        breakdown or _unobserved(),
     )
     try:
         outcome = await turn.run()
@@ -289,6 +292,10 @@ async def compact(
     return await turn.compact()
 
 
+def _unobserved() -> Breakdown:
+    return Breakdown(Origin("", "", ""), trio.current_time())
+
+
 async def _nobody(event: dict[str, Any]) -> None:
     raise AssertionError(f"nobody listens to {event['type']}")
 
@@ -306,15 +313,17 @@ class _Turn:
     retention: Retention = _ANY_RETENTION
     cancellation: Cancellation = field(default_factory=Cancellation)
     queued: ResponseStream | None = None
+    breakdown: Breakdown = field(default_factory=_unobserved)
     started: bool = False  # the first event is out: from now on, errors are events
 
     async def run(self) -> Outcome:
+        self.breakdown.enter(Stage.RENDER, trio.current_time())
         resolved = await self.resolve()
         stream = self.queued or new_stream(
             self.request, self.engine, self.clock, self.new_id, self.retention
         )
         stream.resolved(resolved.request)
-        self.cancellation.response_id = stream.response_id
+        self.breakdown.response_id = self.cancellation.response_id = stream.response_id
         if not self.request.generate:
             return await self._warm_up(resolved, stream)
         try:
@@ -436,8 +445,11 @@ class _Turn:
         divergence = self._divergence(resolved, prompt)
         if divergence is not None:
             stream.diverged(divergence.at, divergence.part)
+            self.breakdown.diverged = (divergence.at, divergence.part)
         for warm in self._being_computed(prompt):
+            self.breakdown.enter(Stage.QUEUE, trio.current_time())
             await self._patiently(stream, partial(self._landed, warm))
+        self.breakdown.enter(Stage.RENDER, trio.current_time())
         most = room if request.max_output_tokens is None else request.max_output_tokens
         text = self.engine.text
         thinking = text.thinks_after(prompt)
@@ -465,6 +477,7 @@ class _Turn:
         )
         cut = False
         async with self._generating(submit) as outputs:
+            self.breakdown.submitted(trio.current_time())
             self.cancellation.stops(lambda: self.engine.cancel(submit.request))
             cuts = self._cuts(resolved, prompt)  # while the engine is at work
             output = await self._patiently(stream, outputs.receive)
@@ -473,11 +486,13 @@ class _Turn:
             if before is not None:
                 before.lease = None  # the engine ends it with this turn; a fork from here must not end it again
             assert isinstance(output, Began), "a request begins before anything else"
+            self.breakdown.enter(Stage.PREFILL, trio.current_time())
             stream.prompt_known(len(prompt), output.cached, cuts)
             await (self.emit(stream.keepalive()) if self.started else self._start(stream))
             while not isinstance(output, Finished):
                 assert not isinstance(output, Refused), "refused after it began"
                 if isinstance(output, Sampled) and not cut:
+                    self.breakdown.sampled(len(output.tokens), trio.current_time())
                     await self._say(speech.feed(output))
                     if speech.stopped:
                         self.engine.cancel(submit.request)
@@ -485,6 +500,7 @@ class _Turn:
                         cut = True
                         self.engine.cancel(submit.request)
                 output = await self._patiently(stream, outputs.receive)
+        self.breakdown.ran(output.usage, trio.current_time())
         reason = None if speech.stopped else _INCOMPLETE[output.reason]
         if cut:  # whatever else was sampled until the engine knew of it
             reason = "cancelled" if self.cancellation.requested else "steered"
@@ -644,6 +660,7 @@ class _Turn:
         submit = self._submit(resolved, self.new_id("cmp"), prompt, sampling, None)
         sampled: list[int] = []
         async with self.engine.generate(submit) as outputs:
+            self.breakdown.submitted(trio.current_time())
             if stream is not None:
                 self.cancellation.stops(partial(self.engine.cancel, submit.request))
             while True:
@@ -658,8 +675,10 @@ class _Turn:
                         break
                     case _:
                         pass
+        self.breakdown.ran(output.usage, trio.current_time())
         if output.lease is not None:  # nobody continues it
             self.engine.reclass(output.lease, SessionClass.CLOSED)
+        self.breakdown.enter(Stage.RENDER, trio.current_time())
         if output.reason is FinishReason.FAILED or output.usage is None:
             raise TurnFailed("The conversation could not be summarised; try again.")
         if output.reason is FinishReason.CANCELLED:
@@ -681,7 +700,9 @@ class _Turn:
         self, stream: ResponseStream, node: Node, events: list[dict[str, Any]]
     ) -> Outcome:
         """Make the response durable, then say that it is over. A disk that refuses changes what is said, not that."""
+        self.breakdown.enter(Stage.STORE, trio.current_time())
         durable = await self._persist(node)
+        self.breakdown.enter(Stage.SEND, trio.current_time())
         if durable is False:
             events = stream.kept_in_memory(events)
             node.response = stream.response()
@@ -714,6 +735,7 @@ class _Turn:
     async def _prefill(self, resolved: Resolved, node: Node, landed: trio.Event) -> None:
         warming, before = self.connection.warming, resolved.before
         try:
+            self.breakdown.enter(Stage.QUEUE, trio.current_time())
             for earlier in self._being_computed(node.tokens, before=node.response_id):
                 await earlier.landed.wait()
             supersedes = None if before is None else before.lease
@@ -723,7 +745,10 @@ class _Turn:
                 resolved, node.response_id, node.tokens, Sampling(max_tokens=0), supersedes
             )
             async with self.engine.generate(submit) as outputs:
+                self.breakdown.submitted(trio.current_time())
                 async for output in outputs:
+                    if isinstance(output, Finished):
+                        self.breakdown.ran(output.usage, trio.current_time())
                     if isinstance(output, Finished) and output.lease is not None:
                         node.lease = output.lease
                         self.connection.leased(output.lease, submit.supersedes)
@@ -751,9 +776,10 @@ class _Turn:
         sampling: Sampling,
         supersedes: LeaseId | None,
     ) -> Submit:
+        self.breakdown.session = session = self._session(resolved, response_id)
         return Submit(
             request=self.engine.new_request(),
-            session=self._session(resolved, response_id),
+            session=session,
             salt=self.tenant.salt,
             prompt=prompt,
             sampling=sampling,

@@ -37,6 +37,7 @@ import trio
 from trio_websocket import ConnectionClosed, wrap_server_stream
 
 from broker.boundary import confessed
+from broker.breakdown import Origin, Stage, TraceContext
 from broker.errors import BadRequest, BrokerError, ClientError, NotFound, Overloaded, error_event
 from broker.foresight import session_labels
 from broker.listen import linger, refuse
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from trio_websocket import WebSocketConnection
 
     from broker.access import Tenant
+    from broker.breakdown import Breakdown
     from broker.config import WebSocket
     from broker.listen import Arrival
     from broker.port import Emit, Port
@@ -70,7 +72,7 @@ if TYPE_CHECKING:
     from broker.wire.responses_out import Event
     from broker.wire.ws_frames import Frame
 
-    Asked = Create | ArticleOpening | ArticleItem | Refused  # what waits in a lane
+    Asked = Create | ArticleOpening | ArticleItem | Refused
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +115,7 @@ class WebSocketSide:
                 await _echo(arrival, port.config.websocket)
             else:
                 scope = ConnectionScope(labels=session_labels(arrival.headers), socket=True)
-                await Connection(port, tenant, scope).run(arrival)
+                await Connection(port, tenant, scope, _trace(arrival)).run(arrival)
         await linger(arrival.stream)
 
     def _check_path(self, path: str) -> None:
@@ -256,6 +258,13 @@ class Metered(trio.abc.Stream):
         """The door closes the stream, after a moment for the peer to read our last words."""
 
 
+class Waiting(NamedTuple):
+    """What waits in a lane, and the account of the turn that it may become."""
+
+    frame: Asked
+    breakdown: Breakdown
+
+
 class Text(NamedTuple):
     text: str
     from_lane: bool  # and so holds one of the outbox's `_EVENTS` places
@@ -271,7 +280,7 @@ class Lane:
     """Turns that run one after the other. The default lane has no name."""
 
     name: str | None
-    asked: trio.MemorySendChannel[Asked]
+    asked: trio.MemorySendChannel[Waiting]
     steering: Steering
     waiting: int = 0  # frames that wait or are served
     running: Cancellation | None = None
@@ -284,6 +293,7 @@ class Connection:
     port: Port
     tenant: Tenant
     scope: ConnectionScope
+    trace: TraceContext | None = None  # the handshake's: of every turn here
     dialogue: Dialogue = field(default_factory=Dialogue)
     lanes: dict[str | None, Lane] = field(default_factory=dict)
     quiet: trio.Event = field(default_factory=trio.Event)  # set when we stop and nothing runs
@@ -331,13 +341,15 @@ class Connection:
             except ConnectionClosed as ended:
                 await self._answer_violation(ended.reason.code)
                 break
+            arrived = trio.current_time()
             if isinstance(message, bytes):
                 self._close(1003, "Text frames only.")
             elif len(message) < _LARGE_FRAME:
-                self._take(parse_frame(message))
+                self._take(parse_frame(message), arrived)
             else:
                 self._take(
-                    await trio.to_thread.run_sync(parse_frame, message, abandon_on_cancel=True)
+                    await trio.to_thread.run_sync(parse_frame, message, abandon_on_cancel=True),
+                    arrived,
                 )
         self.nursery.cancel_scope.cancel()
 
@@ -350,18 +362,20 @@ class Connection:
             await self.closed.wait()
             await self.stream.send_all(struct.pack("!BBH", _CLOSE_FRAME, 2, code))
 
-    def _take(self, frame: Frame) -> None:
+    def _take(self, frame: Frame, arrived: float) -> None:
         """One frame: started, queued or answered, without waiting."""
         if self.expired:
             return
         match frame:
             case Create():
-                self._ask(frame, frame.request.stream_id, frame.request.previous_response_id)
+                self._ask(
+                    frame, frame.request.stream_id, frame.request.previous_response_id, arrived
+                )
             case Refused():
-                self._ask(frame, frame.stream_id, frame.previous_response_id)
+                self._ask(frame, frame.stream_id, frame.previous_response_id, arrived)
                 self._spend_empty()
             case ArticleOpening() | ArticleItem():
-                self._ask(frame, None, None)
+                self._ask(frame, None, None, arrived)
             case Cancel():
                 for lane in self.lanes.values():
                     if lane.running and frame.means(lane.name, lane.running.response_id):
@@ -388,7 +402,7 @@ class Connection:
                 return
         self._reply(unknown_target(steer))
 
-    def _ask(self, frame: Asked, name: str | None, parent: str | None) -> None:
+    def _ask(self, frame: Asked, name: str | None, parent: str | None, arrived: float) -> None:
         """Put a create in its lane. One too many is refused there, in its turn."""
         settings = self.port.config.websocket
         try:
@@ -404,7 +418,14 @@ class Connection:
             late = Overloaded("Too many requests wait on this connection.", retry_after_s=1.0)
             frame = Refused(late, name, parent)
         lane.waiting += 1
-        lane.asked.send_nowait(frame)
+        lane.asked.send_nowait(Waiting(frame, self._begun(arrived)))
+
+    def _begun(self, arrived: float) -> Breakdown:
+        """The account of a turn whose frame came then and is understood now."""
+        origin = Origin(self.port.new_id("req"), "responses", "websocket", self.trace)
+        breakdown = self.port.observations.begin(origin, arrived)
+        breakdown.enter(Stage.QUEUE, trio.current_time())
+        return breakdown
 
     def _new_lane(self, name: str | None, settings: WebSocket) -> Lane:
         if name is not None and len(self.lanes.keys() - {None}) >= settings.max_lanes:
@@ -415,25 +436,25 @@ class Connection:
                 param="stream_id",
             )
         bound = settings.max_queued + settings.max_in_flight + _REFUSALS
-        send, receive = trio.open_memory_channel["Asked"](bound)
+        send, receive = trio.open_memory_channel[Waiting](bound)
         lane = self.lanes[name] = Lane(name, send, Steering(name, self.port.new_id))
         self.turns.start_soon(self._serve_lane, lane, receive)
         return lane
 
     # lanes
 
-    async def _serve_lane(self, lane: Lane, asked: trio.MemoryReceiveChannel[Asked]) -> None:
-        async for frame in asked:
+    async def _serve_lane(self, lane: Lane, asked: trio.MemoryReceiveChannel[Waiting]) -> None:
+        async for frame, breakdown in asked:
             async with confessed(self._apologise):
                 try:
-                    await self._serve(lane, frame)
+                    await self._serve(lane, frame, breakdown)
                 except BrokerError as error:
                     await self._say(error_event(error, stream_id=lane.name))
             lane.waiting -= 1
             if self.port.stopping.is_set() and not self.asked:
                 self.quiet.set()
 
-    async def _serve(self, lane: Lane, frame: Asked) -> None:
+    async def _serve(self, lane: Lane, frame: Asked, breakdown: Breakdown) -> None:
         """One create, to its terminal event. Raises BrokerError for what becomes an error event."""
         if isinstance(frame, Refused):
             self.scope.failed(lane.name, frame.previous_response_id)
@@ -444,16 +465,22 @@ class Connection:
                     request = frame.request
                     # A successor would have to wait for what a conversation appends, or for another compaction.
                     steerable = request.conversation is None and request.compaction is None
-                    await self._turns(lane, request, self._say, steerable=steerable)
+                    await self._turns(lane, request, self._say, breakdown, steerable=steerable)
                 case ArticleOpening():
-                    await self._article_turn(lane, self.dialogue.open(frame.request))
+                    await self._article_turn(lane, self.dialogue.open(frame.request), breakdown)
                 case ArticleItem():
-                    await self._article_turn(lane, self.dialogue.proceed(frame.item))
+                    await self._article_turn(lane, self.dialogue.proceed(frame.item), breakdown)
                 case _:
                     assert_never(frame)
 
     async def _turns(
-        self, lane: Lane, request: TurnRequest, emit: Emit, *, steerable: bool
+        self,
+        lane: Lane,
+        request: TurnRequest,
+        emit: Emit,
+        breakdown: Breakdown,
+        *,
+        steerable: bool,
     ) -> None:
         """A client's request, and the successors that its steers make."""
 
@@ -465,35 +492,38 @@ class Connection:
         request, left_behind = lane.steering.join(request)
         await self._say_all(left_behind)
         try:
-            outcome = await self._run_turn(lane, request, say)
+            outcome = await self._run_turn(lane, request, say, breakdown)
         except BrokerError as error:
             await self._say_all(lane.steering.refused(error.message))
             raise
         while (following := lane.steering.successor(request)) is not None:
             steered = outcome.node
             try:
-                outcome = await self._run_turn(lane, following, say)
+                account = self._begun(trio.current_time())
+                outcome = await self._run_turn(lane, following, say, account)
             except BrokerError as error:
                 await self._say_all(lane.steering.refused(error.message))
                 assert steered is not None, "a failed response has no successor"
                 self.scope.remember(lane.name, steered)  # the client may still go on from it
                 break
 
-    async def _article_turn(self, lane: Lane, request: TurnRequest) -> None:
+    async def _article_turn(self, lane: Lane, request: TurnRequest, breakdown: Breakdown) -> None:
         async def say_and_be_done(event: Event) -> None:
             await self._say(event)
             if event["type"] in TERMINAL_EVENTS:
                 self.dialogue.answered(event["response"])
                 await self._say(done_event(event))
 
-        await self._turns(lane, request, say_and_be_done, steerable=False)
+        await self._turns(lane, request, say_and_be_done, breakdown, steerable=False)
 
-    async def _run_turn(self, lane: Lane, request: TurnRequest, emit: Emit) -> Outcome:
+    async def _run_turn(
+        self, lane: Lane, request: TurnRequest, emit: Emit, breakdown: Breakdown
+    ) -> Outcome:
         lane.running = Cancellation()
         try:
             return await self.port.turn(
                 request,
-                transport="websocket",
+                breakdown=breakdown,
                 tenant=self.tenant,
                 scope=self.scope,
                 emit=emit,
@@ -633,6 +663,11 @@ async def _echo(arrival: Arrival, settings: WebSocket) -> None:
                 await ws.send_message(await ws.get_message())
         except ConnectionClosed:
             nursery.cancel_scope.cancel()
+
+
+def _trace(arrival: Arrival) -> TraceContext | None:
+    header = dict(arrival.headers).get(b"traceparent")
+    return None if header is None else TraceContext.parse(header.decode("latin-1"))
 
 
 def _check_handshake(arrival: Arrival) -> None:

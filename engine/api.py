@@ -52,6 +52,9 @@ class Submit:
     sampling: Sampling
     supersedes: LeaseId | None = None  # the lease of the turn that this one continues
     keep_s: float = 0.0  # its blocks are protected from eviction for so long after the turn
+    at: float | None = field(
+        default=None, compare=False
+    )  # when it was put into the inbox, on the engine's clock; the service says so
     matcher: Matcher | None = field(
         default=None, compare=False, repr=False
     )  # the service's, for `sampling.constraint`; moved by the engine alone
@@ -171,7 +174,8 @@ class CachedTokens:
 class Usage:
     """`prompt_tokens == cached.total + computed_tokens`, and `recomputed` says why each of the latter was computed.
 
-    Times are seconds on the engine's monotonic clock.
+    Times are seconds on the engine's monotonic clock. The four follow one another without a gap, from the inbox to
+    `Finished`.
     """
 
     prompt_tokens: int
@@ -181,6 +185,10 @@ class Usage:
     queue_s: float = 0.0  # from Submit until the first action on its behalf
     load_s: float = 0.0  # restoring from lower tiers
     prefill_s: float = 0.0  # until the first sampled token
+    decode_s: float = 0.0  # from there until the end
+    load_by_tier: dict[str, float] = field(
+        default_factory=dict
+    )  # {tier waited for: seconds}; sums to load_s once it began. Device: what was arriving for others already
     recomputed: dict[str, int] = field(
         default_factory=dict
     )  # {reason: tokens}; sums to computed_tokens
@@ -271,6 +279,7 @@ class TierReport:
     blocks: int
     leased_blocks: int
     held_refs: int
+    block_bytes: int = 0  # of one block as it is kept there
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +308,12 @@ class DiskReport:
     commits_total: int = 0
     commit_s_total: float = 0.0  # spent in them
     oldest_read_s: float = 0.0  # the longest read under way, as found by the last check
+    writer_lag_s: float = (
+        0.0  # how long the oldest block or manifest under way to the disk has been
+    )
+    oldest_dirty_s: float = 0.0  # how long the oldest block that is to be written waits already
+    written_bytes_total: int = 0  # of blocks, rewritten tails included
+    new_bytes_total: int = 0  # of the KV that was computed, in the form in which the disk keeps it
     reads_total: dict[str, int] = field(
         default_factory=dict
     )  # {way, as tiers.store has it: records}
@@ -336,6 +351,13 @@ class EngineReport:
     host_failures_total: dict[str, int] = field(
         default_factory=dict
     )  # {reason: blocks} refused in memory
+    spill_failures_by_reason: dict[str, int] = field(
+        default_factory=dict
+    )  # {reason: blocks}; sums to spill_failures_total
+    restored_total: dict[str, int] = field(
+        default_factory=dict
+    )  # {host|disk: blocks brought back from there}
+    spilled_total: dict[str, int] = field(default_factory=dict)  # {host|disk: blocks put there}
     pins: tuple[PinReport, ...] = ()
     rates: dict[str, float] = field(
         default_factory=dict

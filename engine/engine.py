@@ -90,7 +90,7 @@ if TYPE_CHECKING:
     from engine.restore import RestoreCosts, RestoreLimits
     from engine.scheduler import Chunk, Scheduler
     from tiers.block import Action
-    from tiers.cache import Hold, Lease, TieredCache, TierStatistics
+    from tiers.cache import CacheStatistics, Hold, Lease, TieredCache
     from tiers.disk import DiskReader, DiskWriter
     from tiers.disk import Reply as DiskReply
     from tiers.index import Match
@@ -124,8 +124,10 @@ class Counters:
     output: int = 0
     drafts: Counter[str] = dataclasses.field(default_factory=Counter)  # {right|wrong: tokens}
     spills: int = 0
-    spill_failures: int = 0
     fetches: int = 0
+    to_host: int = 0  # blocks copied there
+    from_host: int = 0  # and back to the device
+    spill_failures: Counter[str] = dataclasses.field(default_factory=Counter)  # {reason: blocks}
     recomputed: Counter[str] = dataclasses.field(default_factory=Counter)  # {reason: prompt tokens}
     verify_failures: Counter[str] = dataclasses.field(default_factory=Counter)  # {reason: records}
     host_failures: Counter[str] = dataclasses.field(default_factory=Counter)  # {reason: blocks}
@@ -461,7 +463,7 @@ class Engine:
                 self._counters.verify_failures[reason] += 1
                 self._reads.answered()
             case Spill():
-                self._counters.spill_failures += 1
+                self._counters.spill_failures[reason] += 1
             case Drop():
                 self._dropped(action)
             case Copy():
@@ -522,7 +524,7 @@ class Engine:
                     self._copy(action)
                 case Spill():
                     if self._writer.refuses_blocks:
-                        self._counters.spill_failures += 1
+                        self._counters.spill_failures["degraded"] += 1
                         self._cache.failed(action, self._clock(), "full")
                         continue
                     try:
@@ -544,7 +546,7 @@ class Engine:
             spill,
             _,
         ) in spills:  # the writer is behind: these blocks stay dirty, or are forgotten when their slot is needed
-            self._counters.spill_failures += 1
+            self._counters.spill_failures["behind"] += 1
             self._cache.failed(spill, self._clock(), "full")
         if manifest is not None:
             self._writer.persist(manifest, ticket)
@@ -563,7 +565,10 @@ class Engine:
         landed = self._clock()
         self._cache.landed(action, landed)
         if action.source is Tier.HOST:
+            self._counters.from_host += 1
             self._costs.observe_copies(1, landed - began)
+        elif action.target is Tier.HOST:
+            self._counters.to_host += 1
 
     def _copied(self, now: float) -> None:
         """One that took its time was answered. Beside steps of the model it would be their length that is measured."""
@@ -642,9 +647,12 @@ class Engine:
         sequence.load = self._load_of(found, now)
         if not sequence.began:
             sequence.recomputed = reasons
+        began = self._clock()
         if sequence.load_started is None:
-            sequence.load_started = now
+            sequence.load_started = began
         self._perform(actions)
+        if not sequence.began and any(_from_host(action) for action in actions):
+            sequence.copied_s += self._clock() - began
         for ahead in self._prefetches.holds:
             self._cache.credit(hold, ahead)
         self._release_all(self._prefetches.take_served(hold), now)
@@ -690,7 +698,7 @@ class Engine:
 
     def _begin(self, sequence: Sequence, hold: Hold, now: float) -> None:
         sequence.began = True
-        sequence.prefill_started = now
+        sequence.loaded(self._clock())  # copies were made since
         sequence.cached = CachedTokens(
             device=hold.by_tier.get(Tier.DEVICE, 0),
             host=hold.by_tier.get(Tier.HOST, 0),
@@ -845,7 +853,7 @@ class Engine:
             self._release_all([sequence.hold], now)
         if not sequence.began:
             self._outputs.append(Began(sequence.request, sequence.cached))
-        self._outputs.append(Finished(sequence.request, reason, sequence.usage(), lease, keys))
+        self._outputs.append(Finished(sequence.request, reason, sequence.usage(now), lease, keys))
 
     # -- checking what was restored -------------------------------------------------------------------------------
 
@@ -899,7 +907,10 @@ class Engine:
                 tier.name.lower(): sum(cache.evictions[tier].values()) for tier in Tier
             },
             spills_total=counters.spills,
-            spill_failures_total=counters.spill_failures,
+            spill_failures_total=counters.spill_failures.total(),
+            spill_failures_by_reason=dict(counters.spill_failures),
+            spilled_total={"host": counters.to_host, "disk": counters.spills},
+            restored_total={"host": counters.from_host, "disk": counters.fetches},
             fetches_total=counters.fetches,
             verify_failures_total=dict(counters.verify_failures),
             tiers=tuple(
@@ -910,6 +921,7 @@ class Engine:
                     blocks=of.pool.held,
                     leased_blocks=of.leased,
                     held_refs=of.refs,
+                    block_bytes=size,
                 )
                 for tier, of in cache.tiers.items()
                 for size in (self._stored_bytes if tier is Tier.DISK else block_bytes,)
@@ -919,7 +931,7 @@ class Engine:
             amplification=_amplification(counters.recomputed),
             hit_share=_hit_share(counters),
             eviction_causes={tier.name.lower(): dict(cache.evictions[tier]) for tier in Tier},
-            disk=self._disk_report(cache.tiers[Tier.DISK]),
+            disk=self._disk_report(cache, now),
             host_failures_total=dict(counters.host_failures),
             canary=self._canaries.report(),
             pins=tuple(
@@ -930,8 +942,10 @@ class Engine:
             drafts_total=dict(counters.drafts),
         )
 
-    def _disk_report(self, tier: TierStatistics) -> DiskReport:
-        writer = self._writer.statistics()
+    def _disk_report(self, cache: CacheStatistics, now: float) -> DiskReport:
+        tier, writer = cache.tiers[Tier.DISK], self._writer.statistics()
+        dirty_since = cache.oldest_dirty
+        new_blocks = self._counters.computed / self._cache.block_tokens
         return DiskReport(
             state=writer.state.value if tier.pool.capacity else "off",
             reason=writer.reason,
@@ -944,6 +958,10 @@ class Engine:
             commits_total=writer.batches,
             commit_s_total=writer.commit_total_s,
             oldest_read_s=writer.oldest_read_s,
+            writer_lag_s=writer.lag_s,
+            oldest_dirty_s=0.0 if dirty_since is None else max(0.0, now - dirty_since),
+            written_bytes_total=writer.written_bytes,
+            new_bytes_total=int(new_blocks * self._stored_bytes),
             reads_total=self._reader.reads(),
         )
 
@@ -971,6 +989,10 @@ def _session_report(lease: Lease, now: float) -> SessionReport:
         idle_s=now - lease.idle_since,
         tokens_on=tokens_on,
     )
+
+
+def _from_host(action: Action) -> bool:
+    return isinstance(action, Copy) and action.source is Tier.HOST
 
 
 def _found(match: Match) -> list[Part]:

@@ -1,8 +1,9 @@
 """The arenas of the memory tiers, and the bytes of each action. Decides nothing: the tables said what moves where.
 
-Here copies are made at once; where the device is a GPU, engine/transfers.py lets them overlap. What goes to the host tier is sealed: the key and a digest of the bytes are kept beside the
-slot, and whatever leaves it, towards the device or the disk, must still match. So neither a flipped bit in memory, nor
-another block's bytes, nor an older block's in a slot that was given away, is ever attended to or written to disk.
+Here copies are made at once; where the device is a GPU, engine/transfers.py lets them overlap. What goes to the host
+tier is sealed: the key and a digest of the bytes are kept beside the slot, and whatever leaves it, towards the device or
+the disk, must still match. So neither a flipped bit in memory, nor another block's bytes, nor an older block's in a slot
+that was given away, is ever attended to or written to disk.
 
 Laws
     `copy` and `payload` raise `StoreError` with reason checksum or key where a host slot does not hold what was put
@@ -11,8 +12,9 @@ Laws
     have a valid record there, which must be dropped.
 
 For a spill, `payload` is what the disk writer reads: on a CPU arena the live bytes of a slot
-that stays put until the answer, on a CUDA arena a host copy, which is there after `arrival`. For a fetch, `buffer` is where a disk reader puts the
-verified bytes: the slot itself where memory is addressable, else a staging buffer that `settle` moves to the device.
+that stays put until the answer, on a CUDA arena a host copy, which is there after `arrival`. For a fetch, `buffer` is
+where a disk reader puts the verified bytes: the slot itself where memory is addressable, else a staging buffer that
+`settle` moves to the device.
 """
 
 from __future__ import annotations

@@ -60,13 +60,18 @@ class Sequence:
     )  # {reason: prompt tokens}; known once it began
     began: bool = False
     load_started: float | None = None
+    copied_s: float = 0.0  # of its load: copies between memories
+    load_by_tier: dict[str, float] = field(
+        default_factory=dict
+    )  # {tier waited for: seconds}; known once it began
     prefill_started: float | None = None
     first_sampled: float | None = None
     draft: Draft = field(default_factory=Draft)
 
     @classmethod
     def of(cls, submit: Submit, now: float) -> Sequence:
-        return cls(submit=submit, arrived=now, tokens=list(submit.prompt))
+        arrived = now if submit.at is None else submit.at
+        return cls(submit=submit, arrived=arrived, tokens=list(submit.prompt))
 
     @property
     def request(self) -> RequestId:
@@ -110,11 +115,26 @@ class Sequence:
     def prefill_only(self) -> bool:
         return self.submit.sampling.max_tokens == 0
 
-    def usage(self) -> Usage:
-        """Of the prompt, `cached` was reused and the rest counts as computed, cancelled remainders included."""
-        started = self.load_started if self.load_started is not None else self.arrived
-        prefill = self.prefill_started if self.prefill_started is not None else started
-        first = self.first_sampled if self.first_sampled is not None else prefill
+    def loaded(self, now: float) -> None:
+        """Its load is over: say what it waited for. Copies are made while it starts, reads are waited for."""
+        assert self.load_started is not None
+        self.prefill_started = now
+        took = now - self.load_started
+        if self.reads_disk:
+            copied = min(self.copied_s, took)
+            by_tier = {"host": copied, "disk": took - copied}
+        else:
+            by_tier = {"host" if self.copied_s else "device": took}
+        self.load_by_tier = {tier: seconds for tier, seconds in by_tier.items() if seconds}
+
+    def usage(self, now: float) -> Usage:
+        """Of the prompt, `cached` was reused and the rest counts as computed, cancelled remainders included.
+
+        What it never came to has taken no time: the part that it was in lasts until now.
+        """
+        first = self.first_sampled if self.first_sampled is not None else now
+        prefill = self.prefill_started if self.prefill_started is not None else first
+        started = self.load_started if self.load_started is not None else prefill
         return Usage(
             prompt_tokens=self.prompt_tokens,
             cached=self.cached,
@@ -123,5 +143,7 @@ class Sequence:
             queue_s=started - self.arrived,
             load_s=prefill - started,
             prefill_s=first - prefill,
+            decode_s=now - first,
+            load_by_tier=self.load_by_tier,
             recomputed=self.recomputed if self.began else {"cancelled": self.prompt_tokens},
         )

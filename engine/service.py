@@ -125,6 +125,7 @@ class EngineService:
         self._inbox = parts.inbox
         self._scrubber = parts.scrubber
         self._store = parts.store
+        self._clock = parts.clock
         self._requests = itertools.count(1)
         self._tickets = itertools.count(1)
         self._channels: dict[RequestId, trio.MemorySendChannel[Output]] = {}
@@ -147,7 +148,7 @@ class EngineService:
             submit = replace(submit, matcher=matcher)
         send, receive = trio.open_memory_channel[Output](submit.sampling.max_tokens + 4)
         self._channels[submit.request] = send
-        self._inbox.put(_seeded(submit))
+        self._inbox.put(replace(_seeded(submit), at=self._clock()))
         try:
             yield receive
         finally:
@@ -356,6 +357,7 @@ class _Parts:
     costs: RestoreCosts
     remember: Callable[[Rates], None]  # for the next start
     measure_disk: Callable[[], None]  # and tell the engine
+    clock: Callable[[], float]  # the engine's
 
 
 @asynccontextmanager
@@ -545,6 +547,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         costs=costs,
         remember=remember,
         measure_disk=measure_disk,
+        clock=time.monotonic,
     )
 
 

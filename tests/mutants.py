@@ -1032,6 +1032,63 @@ MUTANTS = (
         "mixed[t, i] += 0",
         ("tests/engine/test_fused_cpu.py",),
     ),
+    # what operators see
+    Mutant(
+        "what was seen of the engine counts beside what it measured",
+        "broker/breakdown.py",
+        "        del self._laps[kept:]\n",
+        "",
+        ("tests/broker/test_breakdown.py",),
+    ),
+    Mutant(
+        "tokens that come together take their time each",
+        "broker/breakdown.py",
+        "self._gap((now - self._last) / tokens, tokens)",
+        "self._gap(now - self._last, tokens)",
+        ("tests/broker/test_breakdown.py",),
+    ),
+    Mutant(
+        "a client's word is in the log",
+        "broker/breakdown.py",
+        '"response": self.response_id or "-",',
+        '"response": self.session,',
+        ("tests/broker/test_breakdown.py", "tests/broker/test_observations.py"),
+    ),
+    Mutant(
+        "a client that left is a fault of ours",
+        "broker/port.py",
+        "Status.ABANDONED if left else Status.FAILED",
+        "Status.FAILED",
+        ("tests/broker/test_observations.py",),
+    ),
+    Mutant(
+        "a histogram's buckets are not cumulative",
+        "broker/metrics.py",
+        "so_far += count",
+        "so_far = count",
+        ("tests/broker/test_metrics.py",),
+    ),
+    Mutant(
+        "waiting in the engine's inbox is nobody's time",
+        "engine/sequence.py",
+        "arrived = now if submit.at is None else submit.at",
+        "arrived = now",
+        ("tests/engine/test_usage_times.py",),
+    ),
+    Mutant(
+        "the caller's trace ends here",
+        "broker/tracing.py",
+        "context=_parent(turn.origin.trace),",
+        "context=None,",
+        ("tests/broker/test_tracing.py",),
+    ),
+    Mutant(
+        "a session's name commands the operator's terminal",
+        "broker/top.py",
+        'letter if letter.isprintable() else "?"',
+        "letter",
+        ("tests/broker/test_top.py",),
+    ),
     # sockets: lanes, ids, warm-ups, steers
     Mutant(
         "socket: a cancel forgets the response before it",

@@ -94,6 +94,7 @@ class CacheStatistics:
     refs: int
     leases: int
     dirty: int
+    oldest_dirty: float | None  # since when the first block that is to be written waits
     flying: int
     evictions: dict[Tier, dict[str, int]]  # {tier: {cause: places given up}}
     pinned: int  # blocks that pins cover
@@ -1161,6 +1162,7 @@ class TieredCache:
             refs=sum(block.refs for block in blocks),
             leases=len(self._leases.all),
             dirty=len(self._dirty),
+            oldest_dirty=next(iter(self._dirty.values()), None),
             flying=len(self._flights),
             evictions={tier: dict(self._evictions[tier]) for tier in Tier},
             pinned=len(self._leases.pinned()),

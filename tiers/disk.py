@@ -154,6 +154,7 @@ class WriteBlocks:
     manifest: Manifest | None
     ticket: int | None
     ready: Callable[[], None] = nothing_to_wait_for
+    offered_at: float | None = None  # on the writer's monotonic clock; None: a part of another one
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +217,8 @@ class WriterStatistics:
     failures: dict[str, int]  # {StoreError.reason: transactions}
     commit_last_s: float
     commit_total_s: float
+    lag_s: float  # how long the oldest write under way has waited
+    written_bytes: int  # payloads in transactions that were committed
     oldest_read_s: float  # as found by the last check
     cleared_readers: int  # places of readers that died
 
@@ -267,6 +270,8 @@ class DiskWriter:
         self._failures: Counter[str] = Counter()
         self._commit_last_s = 0.0
         self._commit_total_s = 0.0
+        self._written_bytes = 0
+        self._oldest_offer: float | None = None  # of the batch that is being committed
         self._trouble: _Trouble | None = None  # replaced by the thread, read by anybody
         self._readers = ReaderCheck(0.0, 0)
         self._check_at = monotonic() + _CHECK_READERS_S
@@ -296,20 +301,21 @@ class DiskWriter:
             self._refused += 1
             return False
         self._offered_bytes += size
+        now = self._monotonic()
         chunk: list[tuple[Spill, memoryview]] = []
         chunk_bytes = 0
         for item in items:
             if chunk and chunk_bytes + item[1].nbytes > self._batch_bytes:
-                self._inbox.put(WriteBlocks(tuple(chunk), None, None, ready))
+                self._inbox.put(WriteBlocks(tuple(chunk), None, None, ready, now))
                 chunk, chunk_bytes = [], 0
             chunk.append(item)
             chunk_bytes += item[1].nbytes
-        self._inbox.put(WriteBlocks(tuple(chunk), manifest, ticket, ready))
+        self._inbox.put(WriteBlocks(tuple(chunk), manifest, ticket, ready, now))
         return True
 
     def persist(self, manifest: Manifest, ticket: int | None) -> None:
         """Queue a manifest alone. Never refused; any thread may call this and the following."""
-        self._inbox.put(WriteBlocks((), manifest, ticket))
+        self._inbox.put(WriteBlocks((), manifest, ticket, offered_at=self._monotonic()))
 
     def drop(self, action: Drop) -> None:
         self._inbox.put(action)
@@ -336,7 +342,7 @@ class DiskWriter:
         self._inbox.put(Stop())
 
     def statistics(self) -> WriterStatistics:
-        trouble = self._trouble
+        trouble, offered = self._trouble, self._oldest_offer
         return WriterStatistics(
             pending_bytes=self._offered_bytes - self._answered_bytes,
             batches=self._batches,
@@ -348,6 +354,8 @@ class DiskWriter:
             failures=dict(self._failures),
             commit_last_s=self._commit_last_s,
             commit_total_s=self._commit_total_s,
+            lag_s=0.0 if offered is None else max(0.0, self._monotonic() - offered),
+            written_bytes=self._written_bytes,
             oldest_read_s=self._readers.oldest_s,
             cleared_readers=self._readers.cleared,
         )
@@ -374,7 +382,10 @@ class DiskWriter:
                     self._discard(key)
                 case WriteBlocks() | Drop():
                     batch, held = self._gather(command)
+                    offers = (one.offered_at for one in batch if isinstance(one, WriteBlocks))
+                    self._oldest_offer = next(offers, None)
                     self._commit(batch)
+                    self._oldest_offer = None
 
     def _next(self) -> _Command:
         """What comes next; every minute a look at the readers, and while the disk is degraded one at the store."""
@@ -493,6 +504,7 @@ class DiskWriter:
         self._commit_last_s = self._monotonic() - began
         self._commit_total_s += self._commit_last_s
         self._batches += 1
+        self._written_bytes += sum(len(block.payload) for block in blocks)
         self._note_success(with_blocks=bool(blocks))
         return None
 

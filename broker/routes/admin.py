@@ -3,6 +3,27 @@
 probes       whether we live and take turns: without a key; and the description of all routes, with one
 operators'   what shows or moves everybody's: metrics, sessions, the tiers, demotion, the list of pins
 owners'      what concerns one session of the key that asks: to pin it, to delete it
+
+GET /admin/sessions     sessions whose KV is kept warm
+    {"sessions": [{session, session_class, tokens, idle_s, tokens_on: {device, host, disk, remote: tokens}}]}
+    A token may be in several tiers; `session_class` is burst, tool_wait, human_wait or closed.
+GET /admin/tiers        the engine's report, `engine.api.EngineReport`, without its sessions; totals since the start
+    {running, waiting, loading, leases, refs, dirty, tokens_total: {source: n}, output_tokens_total, spilled_total: {tier: n},
+     restored_total: {tier: n}, evictions_total: {tier: n}, eviction_causes: {tier: {cause: n}}, recomputed_total: {reason: n},
+     tiers: [{tier, capacity_bytes, used_bytes, blocks, leased_blocks, held_refs, block_bytes}], disk: {state, reason, …},
+     amplification, hit_share, pins: […], …}
+GET /admin/edge         the sockets' side
+    {websockets, turns_total: {transport: n}, ended_total: {status: n}, turns_admitted, turns_queued, turns_refused_total,
+     background, responses, stored_total: {disk|memory: n}}
+GET /admin/turns        the last turns that ended, newest first; `limit` (default 50) of the `KEPT_TURNS` that are kept
+    {"now": seconds since the epoch, "turns": [{request_id, response_id, session, model, dialect, transport, trace_id, status, reason, ended_at, total_s,
+     first_token_s, stages_s: {parse, queue, render, restore, prefill, decode, store, send: seconds},
+     restore_s: {device, host, disk: seconds}, prompt_tokens, output_tokens,
+     tokens: {computed, device, host, disk, remote: prompt tokens}, recomputed: {reason: prompt tokens},
+     diverged: {at: token, part: field} or null}]}
+    `stages_s` adds up to `total_s`, `tokens` to `prompt_tokens`, `recomputed` to `tokens.computed`. `ended_at` is seconds
+    since the epoch, `first_token_s` null where nothing was sampled, `response_id` and `session` null for a turn that was
+    refused before it had them. `status` is completed, incomplete, cancelled, failed, refused or abandoned.
 """
 
 from __future__ import annotations
@@ -19,6 +40,7 @@ from broker import keeping
 from broker.config import duration
 from broker.errors import BadRequest, Forbidden
 from broker.metrics import render
+from broker.observations import KEPT_TURNS
 from broker.openapi import document
 from broker.routes.body import read_body, tenant_of
 from broker.wire.fields import optional_name
@@ -34,6 +56,8 @@ if TYPE_CHECKING:
 
     Answering = Callable[[Request], Awaitable[Response]]
 
+_TURNS = 50  # where `limit` does not say
+_LIMIT_CHARS = 6
 OPEN_PATHS = ("/healthz", "/readyz")  # need no key
 
 
@@ -52,6 +76,8 @@ def operator_routes(port: Port) -> list[Route]:
         Route("/metrics", _operators(routes.metrics), methods=["GET"]),
         Route("/admin/sessions", _operators(routes.sessions), methods=["GET"]),
         Route("/admin/tiers", _operators(routes.tiers), methods=["GET"]),
+        Route("/admin/edge", _operators(routes.edge), methods=["GET"]),
+        Route("/admin/turns", _operators(routes.turns), methods=["GET"]),
         Route("/admin/demote", _operators(routes.demote), methods=["POST"]),
         Route("/admin/pins", _operators(routes.pins), methods=["GET"]),
     ]
@@ -112,6 +138,32 @@ class _Admin:
         report = dataclasses.asdict(await self._port.engine.inspect())
         del report["sessions"]
         return JSONResponse(report)
+
+    async def edge(self, request: Request) -> Response:
+        report = self._port.report()
+        return JSONResponse(
+            {
+                "websockets": report.websockets,
+                "turns_total": report.turns_total,
+                "ended_total": report.observed.ended_total,
+                "turns_admitted": report.admission.admitted,
+                "turns_queued": report.admission.waiting,
+                "turns_refused_total": report.admission.refused_total,
+                "background": report.background,
+                "responses": report.sessions,
+                "stored_total": report.stored_total,
+            }
+        )
+
+    async def turns(self, request: Request) -> Response:
+        limit = request.query_params.get("limit", str(_TURNS))
+        if not limit.isdecimal() or len(limit) > _LIMIT_CHARS or not 1 <= int(limit) <= KEPT_TURNS:
+            raise BadRequest(
+                f"'limit' must be between 1 and {KEPT_TURNS}.", code="invalid_value", param="limit"
+            )
+        last = self._port.observations.last(int(limit))
+        now = self._port.clock.now()
+        return JSONResponse({"now": now, "turns": [turn.as_json() for turn in last]})
 
     async def demote(self, request: Request) -> Response:
         body = parse_object(await read_body(request, self._port))

@@ -1,4 +1,5 @@
-"""What a request brings: its body, bounded in bytes and in time, and the tenant and the id that `Guard` gave it."""
+"""What a request brings: its body, bounded in bytes and in time, the tenant and the id that `Guard` gave it, and where
+a turn's account begins."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from broker.breakdown import Origin, TraceContext
 from broker.errors import ClientError, TooLarge
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
     from broker.access import Tenant
+    from broker.breakdown import Breakdown
     from broker.port import Port
 
 _DRAINED_BODIES = (
@@ -47,6 +50,14 @@ async def read_body(request: Request, port: Port) -> bytes:
     if len(body) > http.max_body:
         raise too_large
     return bytes(body)
+
+
+def begun(request: Request, port: Port, dialect: str) -> Breakdown:
+    """The account of the turn whose body was just read."""
+    header = request.headers.get("traceparent")
+    trace = None if header is None else TraceContext.parse(header)
+    origin = Origin(request_id_of(request.scope), dialect, "http", trace)
+    return port.observations.begin(origin, trio.current_time())
 
 
 def tenant_of(request: Request) -> Tenant:

@@ -12,7 +12,7 @@ from broker import keeping
 from broker.errors import NotFound
 from broker.foresight import session_labels
 from broker.recall import Recall
-from broker.routes.body import read_body, tenant_of
+from broker.routes.body import begun, read_body, tenant_of
 from broker.routes.turns import TurnResponse
 from broker.session import ConnectionScope
 from broker.wire.chat_in import parse_chat
@@ -45,10 +45,11 @@ class _Chat:
         scope = ConnectionScope(labels=session_labels(request.scope["headers"]))
         await self._port.expect(tenant, scope.labels)
         body = await read_body(request, self._port)
+        breakdown = begun(request, self._port, "chat")
         chat = parse_chat(parse_object(body))
         turn = replace(chat.turn, wire_bytes=len(body))
         answer = ChatAnswer(streams=turn.stream, include_usage=chat.include_usage)
-        return TurnResponse(turn, answer, tenant, scope, self._port)
+        return TurnResponse(turn, answer, tenant, scope, self._port, breakdown)
 
     async def retrieve(self, request: Request) -> Response:
         node = await self._stored(request)

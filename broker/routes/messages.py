@@ -16,7 +16,7 @@ from starlette.routing import Route
 from broker.errors import BadRequest
 from broker.foresight import session_labels
 from broker.recall import Recall
-from broker.routes.body import read_body, request_id_of, tenant_of
+from broker.routes.body import begun, read_body, request_id_of, tenant_of
 from broker.routes.turns import TurnResponse
 from broker.session import ConnectionScope
 from broker.turn import conversation
@@ -84,13 +84,14 @@ class _Messages:
         else:
             await self._port.expect(tenant, labels)
         body = await read_body(request, self._port)
+        breakdown = begun(request, self._port, "messages")
         asked = parse_messages(parse_object(body))
         if not labels and asked.user_id is not None:
             labels = (asked.user_id,)
         answer = MessagesAnswer(asked.turn.stream, self._machine(request, tenant, asked))
         scope = ConnectionScope(labels=labels)
         turn = replace(asked.turn, wire_bytes=len(body))
-        return TurnResponse(turn, answer, tenant, scope, self._port)
+        return TurnResponse(turn, answer, tenant, scope, self._port, breakdown)
 
     async def _close(self, tenant: Tenant, labels: tuple[str, ...]) -> None:
         """The session's turns so far are not gone on from: their KV goes before that of those which wait."""

@@ -21,7 +21,7 @@ from broker.errors import BadRequest, NotFound
 from broker.foresight import session_labels
 from broker.recall import Recall, input_items
 from broker.routes.answering import Answering
-from broker.routes.body import read_body, tenant_of
+from broker.routes.body import begun, read_body, tenant_of
 from broker.routes.following import Following, events_gone
 from broker.routes.paging import page
 from broker.routes.turns import TurnResponse
@@ -83,10 +83,13 @@ class _Responses:
         tenant = tenant_of(request)
         scope = _scope(request)
         await self._port.expect(tenant, scope.labels)
-        turn = await self._parsed(request)
+        body = await read_body(request, self._port)
+        breakdown = begun(request, self._port, "responses")
+        turn = _understood(body)
         if not turn.background:
-            return TurnResponse(turn, ResponsesAnswer(turn.stream), tenant, scope, self._port)
-        job = await self._port.background.start(turn, tenant, scope)
+            answer = ResponsesAnswer(turn.stream)
+            return TurnResponse(turn, answer, tenant, scope, self._port, breakdown)
+        job = await self._port.background.start(turn, tenant, scope, breakdown.in_background())
         return Following(job, after=-1) if turn.stream else JSONResponse(job.response)
 
     async def input_tokens(self, request: Request) -> Response:
@@ -154,9 +157,7 @@ class _Responses:
         return JSONResponse(page(listed, request.query_params))
 
     async def _parsed(self, request: Request) -> TurnRequest:
-        body = await read_body(request, self._port)
-        turn = parse_create(parse_object(body), transport=Transport.HTTP)
-        return replace(turn, wire_bytes=len(body))
+        return _understood(await read_body(request, self._port))
 
     async def _response(self, tenant: Tenant, response_id: str) -> Mapping[str, Any]:
         """A response as it stands: stored, or a background one's. Raises NotFound."""
@@ -180,6 +181,11 @@ class _Responses:
         if node is None:
             raise _no_response(response_id)
         return node
+
+
+def _understood(body: bytes) -> TurnRequest:
+    turn = parse_create(parse_object(body), transport=Transport.HTTP)
+    return replace(turn, wire_bytes=len(body))
 
 
 def _scope(request: Request) -> ConnectionScope:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from broker.access import Tenant
+    from broker.breakdown import Breakdown
     from broker.port import Port
     from broker.session import ConnectionScope
     from broker.wire.requests import TurnRequest
@@ -65,12 +66,14 @@ class TurnResponse(Response):
         tenant: Tenant,
         connection: ConnectionScope,
         port: Port,
+        breakdown: Breakdown,
     ) -> None:
         self._turn = turn
         self._answer = answer
         self._tenant = tenant
         self._connection = connection
         self._port = port
+        self._breakdown = breakdown
         self._started = False
         self._terminal: Event | None = None
         self._refusal: BrokerError | None = None
@@ -97,7 +100,7 @@ class TurnResponse(Response):
         try:
             await self._port.turn(
                 self._turn,
-                transport="http",
+                breakdown=self._breakdown,
                 tenant=self._tenant,
                 scope=self._connection,
                 emit=self._emit,

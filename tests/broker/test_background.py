@@ -9,6 +9,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from broker.access import OPEN
+from broker.breakdown import Origin
 from broker.event_log import EventLog
 from broker.port import Port
 from broker.session import ConnectionScope
@@ -166,7 +167,8 @@ async def test_waiting_for_a_place_has_no_deadline(autojump_clock):
         await held.wait()
         jobs = port.background
         request = parse_create(QUEUED, transport=Transport.HTTP)
-        job = await jobs.start(request, OPEN, ConnectionScope())
+        breakdown = port.observations.begin(Origin("req", "responses", "background"), 0.0)
+        job = await jobs.start(request, OPEN, ConnectionScope(), breakdown)
         await trio.sleep(500)
         assert job.response["status"] == "queued"
         rig.engine.go()

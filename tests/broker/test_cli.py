@@ -3,8 +3,10 @@
 import http.server
 import json
 import os
+import pty
 import socket
 import stat
+import sys
 import urllib.request
 from contextlib import asynccontextmanager
 from functools import partial
@@ -163,6 +165,62 @@ async def turn(url, **body):
             return json.load(answer)["id"]
 
     return await trio.to_thread.run_sync(post)
+
+
+async def test_turns_are_listed_with_where_their_time_went(tmp_path, capsys):
+    async with daemon(tmp_path) as (url, _):
+        body = json.dumps({"input": "Hi."}).encode()
+        await trio.to_thread.run_sync(_post, f"{url}/v1/responses", body)
+        assert await run("turns", "--url", url) == 0
+        head, line = capsys.readouterr().out.splitlines()
+        assert head.split()[:4] == ["RESPONSE", "AGO", "STATUS", "OVER"]
+        assert head.split()[-8:] == [
+            "PARSE", "QUEUE", "RENDER", "RESTORE", "PREFILL", "DECODE", "STORE", "SEND"
+        ]  # fmt: skip
+        assert line.split()[2:4] == ["completed", "responses/http"]
+        assert len(line.split()) == len(head.split())
+        assert await run("turns", "--url", url, "--json", "--limit", "1") == 0
+        (turn,) = json.loads(capsys.readouterr().out)["turns"]
+        assert turn["response_id"] == line.split()[0]
+        assert await run("turns", "--url", url, "--limit", "0") == 1
+        assert "'limit' must be between" in capsys.readouterr().err
+
+
+async def test_top_looks_once_where_there_is_no_terminal(tmp_path, capsys):
+    async with daemon(tmp_path) as (url, _):
+        assert await run("top", "--url", url) == 0
+        out = capsys.readouterr().out
+        assert "my/thread" in out
+        assert "25%" in out
+        assert await run("top", "--url", url, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["edge"]["websockets"] == 0
+    assert await run("top", "--url", "http://127.0.0.1:1") == 1
+    assert "no daemon at" in capsys.readouterr().err
+
+
+async def test_top_draws_on_a_terminal_until_q(tmp_path):
+    parent, child = pty.openpty()
+    drawn = b""
+    async with daemon(tmp_path) as (url, _):
+        argv = [sys.executable, "-m", "broker", "top", "--url", url, "--every", "0.1"]
+        size = {"TERM": "xterm", "LINES": "30", "COLUMNS": "120"}
+        process = await trio.lowlevel.open_process(
+            argv, stdin=child, stdout=child, stderr=child, env=os.environ | size
+        )
+        os.close(child)
+        with trio.fail_after(120):
+            while b"q quits" not in drawn:
+                drawn += await trio.to_thread.run_sync(os.read, parent, 1 << 16)
+            os.write(parent, b"q")
+            assert await process.wait() == 0
+    os.close(parent)
+    assert b"my/thread" in drawn
+
+
+def _post(url, body):
+    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
 
 
 async def test_demote_says_how_much_moved(tmp_path, capsys):

@@ -787,6 +787,9 @@ def test_metrics_show_every_number_of_the_report_without_rounding():
         ),
         canary={"checked": 37, "mismatched": 38},
         host_failures_total={"checksum": 39},
+        spilled_total={"disk": 10},
+        spill_failures_by_reason={"behind": 11},
+        restored_total={"disk": 12},
         pins=(PinReport("a", 40, 1.0), PinReport("b", 50, 1.0)),
     )
     text = render(report, EdgeReport(19, {"websocket": 20}, AdmissionStatistics(21, 22, 23), 24))

@@ -156,7 +156,7 @@ class FakeDisk:
     def statistics(self) -> WriterStatistics:
         state = DiskState.DEGRADED if self.full or self.refuses_blocks else DiskState.OK
         reason = "full" if state is DiskState.DEGRADED else None
-        return WriterStatistics(0, 0, 0, 0, state, reason, 0.0, {}, 0.0, 0.0, 0.0, 0)
+        return WriterStatistics(0, 0, 0, 0, state, reason, 0.0, {}, 0.0, 0.0, 0.0, 0, 0.0, 0)
 
     def persist(self, manifest: Manifest, ticket: int | None) -> None:
         def answer() -> object:

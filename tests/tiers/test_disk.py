@@ -163,6 +163,23 @@ async def test_what_is_offered_is_durable_when_answered(tmp_path):
         assert store.find_response("", "r2") is None
 
 
+async def test_the_writer_says_how_long_its_oldest_write_waits_and_what_it_wrote():
+    answers, store, clock = Answers(), Gate(MemoryStore(**SHAPE)), Clock()
+    writer = writer_of(store, answers, monotonic=clock)
+    writer.offer_blocks([spill(0)])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, writer.run)
+        assert await trio.to_thread.run_sync(store.entered.wait, 10)
+        clock.now = 2.5
+        writer.offer_blocks([spill(1)])  # younger than what is being written
+        assert writer.statistics().lag_s == 2.5
+        assert writer.statistics().written_bytes == 0
+        store.open.set()
+        writer.stop()
+    assert writer.statistics().lag_s == 0.0
+    assert writer.statistics().written_bytes == 2 * PAYLOAD_BYTES
+
+
 async def test_what_gathers_while_a_commit_runs_is_one_transaction():
     answers, store = Answers(), Gate(MemoryStore(**SHAPE))
     writer = writer_of(store, answers)
