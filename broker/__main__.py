@@ -174,6 +174,14 @@ def _parser() -> argparse.ArgumentParser:
 
     events_bench.add_arguments(events)
     events.set_defaults(run=events_bench.main)
+
+    peers = benchmarks.add_parser(
+        "serve", help="the same sessions against another server, by turns, as ratios"
+    )
+    from broker.bench import serve as serve_bench
+
+    serve_bench.add_arguments(peers)
+    peers.set_defaults(run=serve_bench.main)
     return parser
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from broker.bench.client import Refused
 from broker.bench.daemon import DidNotStart
 from broker.bench.scenario import COLD, SCENARIOS, Plan, Sample, measure
+from broker.bench.table import aligned
 from broker.bench.workload import Workload
 from broker.config import Server
 
@@ -179,14 +180,7 @@ def table(rows: Sequence[Row]) -> str:
                 {True: "yes", False: "NO", None: "-"}[row.same],
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return "\n".join(aligned(lines))
 
 
 def _report(plan: Plan, rows: Sequence[Row], samples: Sequence[Sample]) -> dict[str, object]:

@@ -134,7 +134,7 @@ class Socket:
         headers: Mapping[bytes, bytes] | None = None,
     ) -> Socket:
         """`url` is the daemon's http address. Raises OSError, or trio_websocket's handshake errors."""
-        host, port = _address(url)
+        host, port = address(url)
         stream = await trio.open_tcp_stream(host, port)
         nursery.start_soon(_hold, stream)
         fields = [(b"Authorization", f"Bearer {key}".encode())] if key else []
@@ -198,16 +198,16 @@ async def _hold(stream: trio.SocketStream) -> None:
 
 def http_turn(url: str, body: Item, key: str | None = None) -> Turn:
     """One streamed `POST /v1/responses` on a connection of its own. Blocks; raises `Refused` or OSError."""
-    host, port = _address(url)
+    host, port = address(url)
     connection = http.client.HTTPConnection(host, port, timeout=TURN_TIMEOUT_S)
     payload = json.dumps({**body, "stream": True})
     try:
         connection.connect()
         collector = Collector()
-        connection.request("POST", "/v1/responses", payload, _headers(key))
+        connection.request("POST", "/v1/responses", payload, headers(key))
         answer = connection.getresponse()
         if answer.status != http.client.OK:
-            raise Refused(answer.status, json.loads(answer.read())["error"])
+            raise Refused(answer.status, refusal(answer.read().decode(errors="replace")))
         for line in answer:
             if line.startswith(b"data: {"):
                 turn = collector.feed(json.loads(line[len(b"data: ") :]))
@@ -220,30 +220,38 @@ def http_turn(url: str, body: Item, key: str | None = None) -> Turn:
 
 def call(method: str, url: str, path: str, body: Item | None = None, key: str | None = None) -> Any:
     """One plain HTTP call: the decoded JSON, or text for what is not JSON. Blocks; raises `Refused` or OSError."""
-    host, port = _address(url)
+    host, port = address(url)
     connection = http.client.HTTPConnection(host, port, timeout=TURN_TIMEOUT_S)
     try:
         payload = None if body is None else json.dumps(body)
-        connection.request(method, path, payload, _headers(key))
+        connection.request(method, path, payload, headers(key))
         answer = connection.getresponse()
         text = answer.read().decode()
-        is_json = "json" in (answer.headers["content-type"] or "")
         if answer.status >= http.client.BAD_REQUEST:
-            error = json.loads(text)["error"] if is_json else {"message": text[:200]}
-            raise Refused(answer.status, error)
-        return json.loads(text) if is_json else text
+            raise Refused(answer.status, refusal(text))
+        return json.loads(text) if "json" in (answer.headers["content-type"] or "") else text
     finally:
         connection.close()
 
 
-def _headers(key: str | None) -> dict[str, str]:
+def refusal(text: str) -> Item:
+    """The error object of an answer. Not every server has OpenAI's form: then what it said is the message."""
+    try:
+        told = json.loads(text)
+    except ValueError:
+        told = None
+    error = told.get("error") if isinstance(told, dict) else None
+    return error if isinstance(error, dict) else {"message": text[:300]}
+
+
+def headers(key: str | None) -> dict[str, str]:
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
     return headers
 
 
-def _address(url: str) -> tuple[str, int]:
+def address(url: str) -> tuple[str, int]:
     parts = urlsplit(url)
     if parts.hostname is None:
         raise ValueError(f"not an http address: {url}")

@@ -58,6 +58,11 @@ class Daemon:
         assert self._process is not None, "not running"
         return self._url
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "not running"
+        return self._process.pid
+
     def start(self) -> float:
         """Start and wait for the ready line; seconds that took. Raises `DidNotStart`."""
         assert self._process is None, "already running"

@@ -31,12 +31,12 @@ import trio
 from tqdm import tqdm
 
 from broker.bench import raw_disk
+from broker.bench.table import aligned
 from broker.config import Server
 
 if TYPE_CHECKING:
     import argparse
     from collections import Counter
-    from collections.abc import Sequence
 
     from broker.bench.moves import Bench, Growth
     from tiers.store import Way
@@ -144,7 +144,7 @@ def _decisions(place: Path, args: argparse.Namespace) -> str:
     verdict = _verdict(
         f"regret, at worst: {worst:.3f}", f"at most {_MOST_REGRET}", good=worst <= _MOST_REGRET
     )
-    return "\n".join(("", *_aligned(lines), "", verdict))
+    return "\n".join(("", *aligned(lines), "", verdict))
 
 
 def _report(bench: Bench, growth: Growth, args: argparse.Namespace) -> str:
@@ -172,7 +172,7 @@ def _report(bench: Bench, growth: Growth, args: argparse.Namespace) -> str:
         f"{bench.readers} readers; {args.rounds} rounds; load average "
         + " ".join(f"{load:.1f}" for load in os.getloadavg()),
         "",
-        *_aligned(lines),
+        *aligned(lines),
         "",
         f"O_DIRECT read: {threads} threads, {size / 2**20:.0f} MiB a request; by their medians the best "
         f"of {len(bench.direct)} ways",
@@ -207,14 +207,3 @@ def _ways(ways: Counter[Way]) -> str:
 
 def _verdict(found: str, wanted: str, *, good: bool) -> str:
     return f"{found} ({wanted}: {'yes' if good else 'NO'})"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
