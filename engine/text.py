@@ -293,6 +293,8 @@ class Text:
 
     def prefix(self, conversation: Conversation) -> TokenIds:
         """The ids that any longer conversation begins with: for prefilling before there is a question."""
+        if not conversation.messages and not conversation.tools:
+            return ()  # templates cannot be asked about nothing
         return self._join(self._pieces(conversation, add_generation_prompt=False))
 
     def _pieces(

@@ -78,6 +78,8 @@ class ByteTokenizer:
         enable_thinking: bool | None = None,  # nothing to this template
     ) -> str:
         assert not tokenize
+        if not conversation:
+            raise ValueError("an empty conversation")  # as transformers has it
         text = "".join(f"<|start|>{m['role']}\n{m['content']}<|end|>\n" for m in conversation)
         return text + "<|start|>assistant\n" if add_generation_prompt else text
 

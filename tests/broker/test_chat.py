@@ -76,6 +76,17 @@ async def test_a_tools_result_goes_on_from_what_was_sampled():
         assert after.prompt[: len(before.prompt) + len(sampled)] == before.prompt + sampled
 
 
+async def test_a_system_message_that_changed_is_answered_and_blamed():
+    """The time in it was a status 500: what stands before the first message was rendered as a conversation of none."""
+    async with open_rig() as rig:
+        browser = rig.browser()
+        first = await chat(browser, {"role": "system", "content": "It is 9:00."}, ASKED)
+        later = {"role": "system", "content": "It is 9:01."}
+        second = await chat(browser, later, ASKED, said(first), ASKED)
+        assert check_completion(second.json)["content"] == "Hello there."
+        assert second.json["homeport:cache"]["part"] == "input[0]"
+
+
 async def test_a_streamed_turn_is_gone_on_from_as_well():
     async with open_rig(reply=saying(CALL, "Done.")) as rig:
         browser = rig.browser()

@@ -158,6 +158,7 @@ def test_the_prefix_of_a_conversation_begins_every_longer_one(smollm: Text) -> N
     prefix = smollm.prefix(short)
     assert smollm.prompt(longer)[: len(prefix)] == prefix
     assert smollm.prompt(short)[: len(prefix)] == prefix != smollm.prompt(short)
+    assert smollm.prefix(Conversation(())) == ()
 
 
 @given(ids=st.lists(st.integers(0, 49151), max_size=60), cut=st.integers(0, 60))
