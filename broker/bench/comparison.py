@@ -204,6 +204,11 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def gaps_within(arrivals: Sequence[float], begin: float, end: float) -> list[float]:
-    """The gaps of one stream that overlap [begin, end)."""
+def gaps_inside(arrivals: Sequence[float], begin: float, end: float) -> list[float]:
+    """The gaps of one stream that begin and end in a time."""
+    return [late - early for early, late in pairwise(arrivals) if begin <= early and late <= end]
+
+
+def gaps_touching(arrivals: Sequence[float], begin: float, end: float) -> list[float]:
+    """The gaps of one stream of which any part is in a time."""
     return [late - early for early, late in pairwise(arrivals) if early < end and late > begin]

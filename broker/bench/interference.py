@@ -6,7 +6,8 @@ One trial, with so many streams:
 
 Laws
     The gaps of `alone` and of `beside` are of the same streams, seconds apart. A gap belongs to `beside` if any of it
-    does: a restore may be shorter than one gap.
+    does, also the last one, whose end is waited for: a restore may be shorter than one gap, and inside it. One belongs to
+    `alone` if all of it does.
     The restored session's socket stays open: nothing is fetched ahead of the turn that is timed. What it found on disk
     stands in the table; a trial that found nothing there measured something else.
     A stream that ends before its trial does spoils the trial: `EndedEarly`.
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from broker.bench.client import Socket, call
-from broker.bench.comparison import Sample, Unit, gaps_within
+from broker.bench.comparison import Sample, Unit, gaps_inside, gaps_touching
 from broker.bench.conversation import opening
 
 if TYPE_CHECKING:
@@ -96,12 +97,9 @@ class Stream:
     async def until(self, count: int) -> None:
         """Raises EndedEarly."""
         while len(self.arrivals) < count:
-            self.check()
+            if self._over:
+                raise EndedEarly(f"a stream ended after {len(self.arrivals)} tokens")
             await self._news.wait()
-
-    def check(self) -> None:
-        if self._over:
-            raise EndedEarly(f"a stream ended after {len(self.arrivals)} tokens")
 
 
 async def trial(
@@ -123,16 +121,13 @@ async def trial(
         turn = await other()
         first = sent + turn.ttft_s
         for stream in running:
-            stream.check()
+            await stream.until(len(stream.arrivals) + 1)
         nursery.cancel_scope.cancel()
-    return Trial(
-        alone_s=_gaps(running, quiet, sent), beside_s=_gaps(running, sent, first), turn=turn
-    )
-
-
-def _gaps(streams: list[Stream], begin: float, end: float) -> tuple[float, ...]:
-    each = (gaps_within(stream.arrivals, begin, end) for stream in streams)
-    return tuple(itertools.chain.from_iterable(each))
+    said = [stream.arrivals for stream in running]
+    alone = (gaps_inside(arrivals, quiet, sent) for arrivals in said)
+    beside = (gaps_touching(arrivals, sent, first) for arrivals in said)
+    chained = itertools.chain.from_iterable
+    return Trial(tuple(chained(alone)), tuple(chained(beside)), turn)
 
 
 @dataclass(slots=True)
@@ -176,11 +171,11 @@ class Returning:
 
 
 def request(nonce: int, depth: int) -> Item:
-    """A first turn that nothing of is cached, over the Responses API."""
-    system, user = opening(nonce, depth).messages
+    """A first turn of which nothing is cached, over the Responses API. The depth is in its input: instructions would
+    not be gone on from."""
+    said = opening(nonce, depth).messages
     return {
-        "instructions": system["content"],
-        "input": user["content"],
+        "input": [{"type": "message", **message} for message in said],
         "max_output_tokens": 2,
         "temperature": 0,
     }

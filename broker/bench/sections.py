@@ -33,7 +33,6 @@ from broker.bench.cases import (
 )
 from broker.bench.comparison import Ratio, Sample, Unit
 from broker.bench.conversation import opening
-from broker.bench.daemon import Daemon
 from broker.bench.interference import ALONE, BESIDE, Interference
 from broker.bench.machine import load
 from broker.bench.report import table
@@ -41,9 +40,9 @@ from broker.bench.side import Homeport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-    from pathlib import Path
 
     from broker.bench.cases import Case
+    from broker.bench.daemon import Daemon
     from broker.bench.peer import Peer
     from broker.bench.report import Report
     from broker.bench.side import Side
@@ -76,9 +75,6 @@ class Plan:
     budgets: tuple[int, ...] = (32, 64, 128, 256, 512)
     fresh: int = 16  # prompts
     slot_files: bool = False
-    settings: tuple[str, ...] = ()
-    models: Path | None = None
-    program: tuple[str, ...] = (sys.executable, "-m", "broker")
 
 
 QUICK = Plan(
@@ -98,14 +94,19 @@ QUICK = Plan(
 
 
 class Run:
-    """A plan on its way. `folder` holds the state of its daemons."""
+    """A plan on its way. `new_daemon` makes one that does not run yet, on an empty state directory, with more settings."""
 
-    def __init__(self, plan: Plan, nonces: Nonces, folder: Path, report: Report) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        nonces: Nonces,
+        report: Report,
+        new_daemon: Callable[[tuple[str, ...]], Daemon],
+    ) -> None:
         self._plan = plan
         self._nonces = nonces
-        self._folder = folder
         self._report = report
-        self._daemons = 0
+        self._new_daemon = new_daemon
 
     async def against(self, peer: Peer, begin: Callable[[Sequence[str]], None]) -> None:
         """The sections that need both. `begin` is given the versions, once both sides answer."""
@@ -223,14 +224,8 @@ class Run:
 
     @asynccontextmanager
     async def _homeport(self, *settings: str, name: str = "homeport") -> AsyncIterator[Homeport]:
-        """A daemon on an empty state directory. Raises DidNotStart."""
-        self._daemons += 1
-        daemon = Daemon(
-            self._folder / f"daemon-{self._daemons}",
-            settings=(*self._plan.settings, *settings),
-            models=self._plan.models,
-            program=self._plan.program,
-        )
+        """Raises DidNotStart."""
+        daemon = self._new_daemon(settings)
         await trio.to_thread.run_sync(daemon.start)
         try:
             yield Homeport(daemon, name)

@@ -25,6 +25,7 @@ Exit status 1: a side did not start, or refused. What was measured until then is
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import shlex
 import sys
@@ -40,7 +41,7 @@ import trio
 from broker.bench.agent import leaves
 from broker.bench.cases import Nonces, Sizes
 from broker.bench.client import Refused
-from broker.bench.daemon import DidNotStart
+from broker.bench.daemon import Daemon, DidNotStart
 from broker.bench.interference import EndedEarly
 from broker.bench.machine import machine
 from broker.bench.peer import Peer
@@ -67,6 +68,7 @@ _LISTS = (
     ("--crowds", "sessions at once"),
     ("--budgets", "values of engine.mixed_tokens"),
 )
+_LOG_LINES = 20  # of each server, when one of them failed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,20 +126,32 @@ def main(args: argparse.Namespace) -> int:
             OSError, DidNotStart, Refused, EndedEarly, TimeoutExpired, trio.TooSlowError
         ) as group:  # fmt: skip
             failures = [f"{type(error).__name__}: {error}" for error in leaves(group)]
+            for log in sorted(Path(folder).glob("*.log")):
+                failures += log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
     if failures:
-        print(f"bench: {'; '.join(failures)}", file=sys.stderr)
+        print("bench:", "\n".join(failures), file=sys.stderr)
     return 1 if failures else 0
 
 
 async def _run(args: argparse.Namespace, plan: Plan, folder: Path) -> None:
     report = Report(args.markdown)
     nonces = Nonces(random.SystemRandom().randrange(100_000))  # a peer may have seen another run
-    run = Run(plan, nonces, folder, report)
+    program = shlex.split(args.homeport) if args.homeport else (sys.executable, "-m", "broker")
+    states = (folder / f"homeport-{number}" for number in itertools.count())
+
+    def new_daemon(settings: tuple[str, ...]) -> Daemon:
+        every = (*args.settings, *settings)
+        return Daemon(next(states), settings=every, models=args.models, program=program)
+
+    run = Run(plan, nonces, report, new_daemon)
 
     def begin(versions: Sequence[str]) -> None:
         now = datetime.now(UTC)
         command = spoken(["homeport", "bench", "serve", *sys.argv[3:]])
-        report.begin(f"{now:%Y-%m-%d %H:%M} UTC", [command, machine(), *versions])
+        report.begin(
+            f"{now:%Y-%m-%d %H:%M} UTC",
+            [command, machine(), *(spoken(one.split()) for one in versions)],
+        )
 
     if _peer_given(args):
         peer = Peer(
@@ -182,9 +196,6 @@ def plan_of(args: argparse.Namespace) -> Plan:
         streams=args.streams or plan.streams,
         budgets=tuple(args.budgets or plan.budgets),
         slot_files=args.slot_files,
-        settings=tuple(args.settings),
-        models=args.models,
-        program=tuple(shlex.split(args.homeport)) if args.homeport else plan.program,
     )
 
 

@@ -1,6 +1,6 @@
 """`homeport serve` with a stub model: the real broker, command line, engine thread, tiers and LMDB.
 
-    python -m tests.campaign.stub_daemon --state-dir DIR --set key.path=value ... [--fail-call N --error ENOSPC]
+    python -m tests.campaign.stub_daemon --state-dir DIR --set key.path=value ... [--fail-call N --error ENOSPC] [--endless]
 
 Started like this it takes the seconds that importing torch takes; `zygote.py` starts it in a few hundredths of one.
 """
@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import nullcontext
+from unittest.mock import patch
 
 from broker.__main__ import main as homeport
-from tests.campaign import stub
+from tests.campaign import chain, stub
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fail-call", type=int, help="the store's call, from 1, that fails")
     parser.add_argument("--fail-calls", type=int, default=1, help="so many in a row fail")
     parser.add_argument("--error", choices=("ENOSPC", "EIO"), default="EIO")
+    parser.add_argument("--endless", action="store_true", help="no answer ends by itself")
     arguments = parser.parse_args(argv)
     serve = ["serve", "--port", "0", "--state-dir", arguments.state_dir]
     for one in stub.settings() if not arguments.assignments else arguments.assignments:
@@ -31,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         from tests.campaign.failing import failing_store
 
         failing = failing_store(arguments.fail_call, arguments.fail_calls, arguments.error)
-    with stub.stubbed(), failing:
+    endless = patch.object(chain, "END", ord("e")) if arguments.endless else nullcontext()
+    with stub.stubbed(), failing, endless:
         return homeport(serve)
 
 
