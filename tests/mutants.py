@@ -66,6 +66,7 @@ SOCKET, SESSION, TURN, STEERING = (
 LANES, STEERS, IDS = (
     f"tests/broker/test_{name}.py" for name in ("websocket", "steering", "id_rules")
 )
+COMPARISON = "broker/bench/comparison.py"
 STEERS_PURE = "tests/broker/wire/test_steering.py"
 
 TRANSFERS, MOVES = "engine/transfers.py", ("tests/engine/test_transfers.py",)
@@ -1322,6 +1323,57 @@ MUTANTS = (
         "(look is not None and (not look.work or look != self._last))",
         "look is not None",
         ("tests/broker/test_liveness.py",),
+    ),
+    # homeport bench serve
+    Mutant(
+        "a gain in seconds is ours over theirs",
+        COMPARISON,
+        "    return theirs / mine\n",
+        "    return mine / theirs\n",
+        ("tests/broker/test_bench_comparison.py",),
+    ),
+    Mutant(
+        "a first token is any delta",
+        "broker/bench/chat.py",
+        "if any(delta.get(key) for key in _SPOKEN):",
+        "if delta:",
+        ("tests/broker/test_bench_comparison.py",),
+    ),
+    Mutant(
+        "a gap that holds a whole restore is overlooked",
+        COMPARISON,
+        "if early < end and late > begin]",
+        "if begin <= early and late <= end]",
+        ("tests/broker/test_bench_comparison.py",),
+    ),
+    Mutant(
+        "a turn that ended early passes for a fast one",
+        COMPARISON,
+        "if said >= wanted or said <= 1:",
+        "if said:",
+        ("tests/broker/test_bench_comparison.py",),
+    ),
+    Mutant(
+        "the session whose restore is timed is not moved away",
+        "broker/bench/interference.py",
+        "                await session.leave()\n",
+        "",
+        ("tests/broker/test_bench_serve.py",),
+    ),
+    Mutant(
+        "the slot file is not loaded",
+        "broker/bench/cases.py",
+        "load_s = await by_hand.load()",
+        "load_s = 0.0",
+        ("tests/broker/test_bench_serve.py",),
+    ),
+    Mutant(
+        "nothing is rendered as a conversation of none",
+        "engine/text.py",
+        "        if not conversation.messages and not conversation.tools:\n"
+        "            return ()  # templates cannot be asked about nothing\n",
+        "",
+        ("tests/broker/test_chat.py",),
     ),
 )
 

@@ -8,8 +8,8 @@ Laws
     The gaps of `alone` and of `beside` are of the same streams, seconds apart. A gap belongs to `beside` if any of it
     does, also the last one, whose end is waited for: a restore may be shorter than one gap, and inside it. One belongs to
     `alone` if all of it does.
-    The restored session's socket stays open: nothing is fetched ahead of the turn that is timed. What it found on disk
-    stands in the table; a trial that found nothing there measured something else.
+    The restored session's socket stays open: nothing is fetched ahead of the turn that is timed. What counts as cached is
+    what it found on disk: a trial that found nothing there measured something else, and the table shows it.
     A stream that ends before its trial does spoils the trial: `EndedEarly`.
 """
 
@@ -57,8 +57,8 @@ class Trial:
     beside_s: tuple[float, ...]
     turn: Turn
 
-    def samples(self, row: str, number: int) -> list[Sample]:
-        tokens = self.turn.prompt_tokens, self.turn.cached_tokens
+    def samples(self, row: str, number: int, cached_tokens: int) -> list[Sample]:
+        tokens = self.turn.prompt_tokens, cached_tokens
         out = []
         for side, gaps in ((ALONE, self.alone_s), (BESIDE, self.beside_s)):
             for name, value in (
@@ -199,7 +199,7 @@ class Interference:
             for number in range(rounds):
                 await session.leave()
                 done = await trial(self.url, self.streams, self.alone_tokens, session.back)
-                samples += done.samples("a restore", number)
+                samples += done.samples("a restore", number, done.turn.by_tier["disk"])
                 tick("a restore")
             nursery.cancel_scope.cancel()
         return samples
@@ -213,7 +213,7 @@ class Interference:
                 calm = await socket.turn(self._fresh(row, number, ALONE))
                 other = partial(socket.turn, self._fresh(row, number, BESIDE))
                 done = await trial(self.url, self.streams, self.alone_tokens, other)
-                samples += done.samples(row, number)
+                samples += done.samples(row, number, done.turn.cached_tokens)
                 samples += [
                     Sample(f"{row}, its own first token", side, number, turn.ttft_s)
                     for side, turn in ((ALONE, calm), (BESIDE, done.turn))
