@@ -9,7 +9,6 @@ Laws
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -120,7 +119,9 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """One stream on a context of some depth. The prompt is the same in every round: only the first one computes it."""
+    """One stream on a context of some depth. The prompt is the same in every round: only the first one computes it.
+
+    A server that drafts tokens is measured with what it drafts; Homeport without is `--set engine.draft_tokens=0`."""
 
     depth: int
     output: int
@@ -283,18 +284,21 @@ async def at_once(
 def crowd_samples(row: str, side: Side, number: int, done: Sequence[Completion]) -> list[Sample]:
     seconds = max(each.ended for each in done) - min(each.sent for each in done)
     said = sum(each.output_tokens for each in done)
-    gaps = list(itertools.chain.from_iterable(each.gaps_s for each in done))
+    gaps = [1e3 * gap for each in done for gap in each.gaps_s]
+    rates = [each.decode_rate for each in done if each.decode_rate is not None]
     first = statistics.median(each.ttft_s for each in done)
     middle = sorted(done, key=lambda each: each.ttft_s)[len(done) // 2]
     samples = [
         sample(f"{row}, output of all", side, number, middle, said / seconds, Unit.RATE),
         sample(f"{row}, first token", side, number, middle, first),
     ]
-    if gaps:
-        between = {"between tokens": statistics.median(gaps), "p99": quantile(gaps, 0.99)}
+    if rates:
+        each_ms = 1e3 / statistics.median(rates)
         samples += [
-            sample(f"{row}, {name}", side, number, middle, 1e3 * gap, Unit.MILLISECONDS)
-            for name, gap in between.items()
+            sample(f"{row}, each further token", side, number, middle, each_ms, Unit.MILLISECONDS),
+            sample(
+                f"{row}, p99 gap", side, number, middle, quantile(gaps, 0.99), Unit.MILLISECONDS
+            ),
         ]
     return samples
 

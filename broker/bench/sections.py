@@ -51,6 +51,7 @@ TWO_SIDED = ("turn", "prefill", "decode", "evicted", "restart", "concurrent", "m
 ALONE_SECTIONS = ("transports", "interference", "spilling")
 SECTIONS = (*TWO_SIDED, *ALONE_SECTIONS)
 _ON, _OFF = "tiers on", "tiers off"
+_NO_DRAFTS = "engine.draft_tokens=0"  # one token a step: a gap is a step
 _TIERS_OFF = ("tiers.host.capacity=0B", "tiers.disk.capacity=0B")
 _AT_DEPTH = Sizes(depth=4000, delta=200, output=24)
 _IN_A_CROWD = Sizes(depth=512, delta=200, output=64)
@@ -186,16 +187,16 @@ class Run:
         plan, before = self._plan, load()
         tables = []
         with _progress("interference", plan.rounds * (1 + len(plan.budgets))) as tick:
-            async with self._homeport() as ours:
+            async with self._homeport(_NO_DRAFTS) as ours:
                 restores = await self._trials(ours).restores(plan.rounds, tick)
             tables.append(table(restores, BESIDE, ALONE, Ratio.SHARE))
             prefills: list[Sample] = []
             for budget in plan.budgets:
                 row = f"a prefill, mixed_tokens {budget}"
-                async with self._homeport(f"engine.mixed_tokens={budget}") as ours:
+                async with self._homeport(_NO_DRAFTS, f"engine.mixed_tokens={budget}") as ours:
                     prefills += await self._trials(ours).prefills(row, plan.rounds, tick)
             tables.append(table(prefills, BESIDE, ALONE, Ratio.SHARE))
-        self._section("interference", before, tables, f"{plan.streams} streams run")
+        self._section("interference", before, tables, f"{plan.streams} streams run, without drafts")
 
     def _trials(self, ours: Homeport) -> Interference:
         plan = self._plan

@@ -88,7 +88,7 @@ async def test_both_sides_are_measured_in_every_section_and_the_results_are_writ
         "decode at 20", "decode at 60", "after 2 other sessions, first token",
         "after 2 other sessions, whole turn", "restart, first token of the next turn",
         "restart, until it is ready", "restart with slot files, first token",
-        "1 at once, output of all", "3 at once, between tokens", "3 at once, p99", "peak resident memory",
+        "1 at once, output of all", "3 at once, each further token", "3 at once, p99 gap", "peak resident memory",
     ):  # fmt: skip
         assert "-" not in found[row][1:4], row  # both sides, and a ratio
     assert (tmp_path / "results.md").read_text().count("```") == 2 * len(TWO_SIDED)
