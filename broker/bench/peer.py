@@ -89,7 +89,9 @@ class Peer:
 
     async def ask(self, conversation: Conversation, output_tokens: int) -> Completion:
         request = body(conversation, output_tokens, self._model, self._more)
-        return await trio.to_thread.run_sync(complete, self._running_url, request, self._key)
+        return await trio.to_thread.run_sync(
+            complete, self._running_url, request, self._key, abandon_on_cancel=True
+        )
 
     async def settle(self) -> None:
         """Nothing that we could ask about."""

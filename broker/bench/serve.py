@@ -28,6 +28,7 @@ import argparse
 import itertools
 import random
 import shlex
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -121,9 +122,9 @@ def main(args: argparse.Namespace) -> int:
     failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="homeport-bench-") as folder:
         try:
-            trio.run(_run, args, plan, Path(folder))
+            trio.run(_run_unless_stopped, args, plan, Path(folder))
         except* (
-            OSError, DidNotStart, Refused, EndedEarly, TimeoutExpired, trio.TooSlowError
+            Stopped, OSError, DidNotStart, Refused, EndedEarly, TimeoutExpired, trio.TooSlowError
         ) as group:  # fmt: skip
             failures = [f"{type(error).__name__}: {error}" for error in leaves(group)]
             for log in sorted(Path(folder).glob("*.log")):
@@ -131,6 +132,25 @@ def main(args: argparse.Namespace) -> int:
     if failures:
         print("bench:", "\n".join(failures), file=sys.stderr)
     return 1 if failures else 0
+
+
+class Stopped(Exception):
+    """By a signal."""
+
+
+async def _run_unless_stopped(args: argparse.Namespace, plan: Plan, folder: Path) -> None:
+    """Whatever ends it, what it started is ended. Raises Stopped."""
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_watch_signals)
+        await _run(args, plan, folder)
+        nursery.cancel_scope.cancel()
+
+
+async def _watch_signals(task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            raise Stopped(signal.Signals(number).name)
 
 
 async def _run(args: argparse.Namespace, plan: Plan, folder: Path) -> None:

@@ -58,7 +58,9 @@ class Homeport:
 
     async def ask(self, conversation: Conversation, output_tokens: int) -> Completion:
         request = body(conversation, output_tokens, None, COUNTED)
-        return await trio.to_thread.run_sync(complete, self.daemon.url, request)
+        return await trio.to_thread.run_sync(
+            complete, self.daemon.url, request, abandon_on_cancel=True
+        )
 
     async def settle(self) -> None:
         """Until everything is written. Raises trio.TooSlowError."""
