@@ -73,6 +73,9 @@ class Runner:
         self._block_tokens = arena.geometry.block_tokens
         self._rows = arena.blocks.numpy()  # [slots, layers, 2, kv_heads, block_tokens, head_dim]
 
+    def warm_up(self, sequences: int) -> None:
+        """There is nothing to compile or capture."""
+
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits [`batch.wanted`, vocabulary]."""
         wanted = []
