@@ -145,6 +145,8 @@ OPERATIONS = (
     Operation("GET", "/admin/sessions", "Sessions that are kept warm (operators)"),
     Operation("DELETE", "/admin/sessions/{session}", "Delete a session of the key's own"),
     Operation("GET", "/admin/tiers", "What is kept where (operators)"),
+    Operation("GET", "/admin/edge", "Sockets, turns and responses (operators)"),
+    Operation("GET", "/admin/turns", "The last turns, by stage (operators)", query=("limit",)),
     Operation(
         "POST",
         "/admin/demote",

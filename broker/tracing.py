@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _API_TYPES = {"responses": "responses", "chat": "chat_completions"}
 _FINISH_REASONS = {None: "stop", "max_output_tokens": "length"}
-_FLUSH_MS = 1500
+_EXPORT_S = 1.5  # for a batch, tries included: less than a shutdown waits for the last one
 
 
 class Tracing:
@@ -60,7 +60,7 @@ class Tracing:
     @classmethod
     def to(cls, endpoint: str) -> Tracing:
         """OTLP over HTTP, in batches, from a thread of the library's."""
-        return cls(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        return cls(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_S)))
 
     def export(self, turn: TurnRecord) -> None:
         began = turn.ended_at - turn.total_s
@@ -86,7 +86,7 @@ class Tracing:
 
     def close(self) -> None:
         """Send what is left, if somebody takes it soon. May wait: not for the event loop."""
-        self._provider.force_flush(_FLUSH_MS)
+        self._provider.force_flush()
         self._provider.shutdown()
 
 

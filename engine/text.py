@@ -273,6 +273,8 @@ class Text:
 
     def render(self, conversation: Conversation) -> tuple[Piece, ...]:
         """The pieces of a prompt that asks for the next assistant message. Raises UnrenderableError."""
+        if not conversation.messages:
+            raise UnrenderableError("there is no message to answer")
         return self._pieces(conversation, add_generation_prompt=True)
 
     def prompt(self, conversation: Conversation, after: TokenIds | None = None) -> TokenIds:

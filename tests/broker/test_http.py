@@ -43,6 +43,8 @@ ROUTES = [
     ("GET", "/metrics"),
     ("GET", "/admin/sessions"),
     ("GET", "/admin/tiers"),
+    ("GET", "/admin/edge"),
+    ("GET", "/admin/turns"),
     ("POST", "/admin/demote"),
     ("GET", "/admin/pins"),
     ("POST", "/admin/pins"),

@@ -1,6 +1,7 @@
 """Spans as the SDK's own exporter collects them: a turn, its stages without a gap, and the caller's trace."""
 
 import builtins
+import threading
 
 import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -159,5 +160,7 @@ async def test_without_the_extra_it_is_off_and_asking_for_it_says_what_to_instal
 
 async def test_a_collector_that_is_not_there_costs_no_turn():
     sets = ["tracing.enabled=true", 'tracing.endpoint="http://127.0.0.1:9/v1/traces"']
+    before = threading.active_count()
     async with open_tracing(load([], sets).tracing) as (export,):
         export(turn())
+    assert threading.active_count() <= before + 1, "trio's own; the exporter has given up"

@@ -69,6 +69,7 @@ def service(store, digest):
         scrubber=None,
         grammars=None,
         grammar_timeout_s=1.0,
+        clock=lambda: 0.0,
     )
     return EngineService(parts), parts.inbox
 
