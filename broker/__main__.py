@@ -300,7 +300,7 @@ def _sessions(arguments: argparse.Namespace) -> int:
         pin = pins.get(one["session"])
         rows.append(
             (
-                one["session"],
+                top.plain(one["session"]),
                 one["session_class"],
                 str(one["tokens"]),
                 f"{one['idle_s']:.0f}s",

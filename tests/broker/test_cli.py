@@ -38,7 +38,8 @@ class Reporting(FakeService):
         )
         on = {"device": 1500, "disk": 1472}
         sessions = tuple(
-            SessionReport(name, "TOOL_WAIT", 1500, 12.4, on) for name in ("resp_abc", "my/thread")
+            SessionReport(name, "TOOL_WAIT", 1500, 12.4, on)
+            for name in ("resp_abc", "my/thread", "\x1b[2Jbold")
         )
         return replace(
             await super().inspect(),
@@ -89,6 +90,7 @@ async def test_tiers_and_sessions_are_tables_and_json(tmp_path, capsys):
         assert lines[1].split() == [
             *("resp_abc", "TOOL_WAIT", "1500", "12s", "1500", "0", "1472", "-")
         ]
+        assert lines[3].startswith("?[2Jbold"), "a client's name does nothing to the terminal"
         assert await run("sessions", "--url", url, "--json") == 0
         assert json.loads(capsys.readouterr().out)["sessions"][0]["tokens"] == 1500
 
