@@ -17,6 +17,7 @@ Laws
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import secrets
@@ -80,13 +81,16 @@ async def serve(
     check_exposure(config)
     tls = _tls(config)
     sys.setswitchinterval(_SWITCH_S)
-    async with open_tracing(config.tracing) as exporters, open_engine(config) as engine:
-        async with trio.open_nursery() as nursery:
-            asked_to_stop = trio.Event()
-            await nursery.start(_watch_signals, asked_to_stop, nursery.cancel_scope)
-            observations = Observations(exporters)
-            await _serve_port(config, engine, observations, announce, asked_to_stop, tls)
-            nursery.cancel_scope.cancel()
+    try:
+        async with open_tracing(config.tracing) as exporters, open_engine(config) as engine:
+            async with trio.open_nursery() as nursery:
+                asked_to_stop = trio.Event()
+                await nursery.start(_watch_signals, asked_to_stop, nursery.cancel_scope)
+                observations = Observations(exporters)
+                await _serve_port(config, engine, observations, announce, asked_to_stop, tls)
+                nursery.cancel_scope.cancel()
+    finally:
+        gc.unfreeze()
 
 
 @asynccontextmanager
@@ -184,6 +188,9 @@ async def _accept(
             accepting.start_soon(port.liveness.serve)
             accepting.start_soon(watch_loop, port.observations)
             common = next(iter(doors.values()))[0]
+            # What was loaded stays for good. To walk over it in every full collection would stop the events for 250 ms.
+            gc.collect()
+            gc.freeze()
             announce(f"homeport ready {_url(settings.host, common, secure=secure)}")
             await asked_to_stop.wait()
             log.info(

@@ -80,6 +80,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_EVENT_PASSES = (
+    3  # of the loop: the step is taken, its turns wake, and then those who write to their sockets
+)
+
 MIN_DEVICE_SLOTS = 4  # fewer cannot hold a prompt, its copy of a shared tail and the next block
 
 
@@ -124,6 +128,7 @@ class EngineService:
         self.max_context = parts.engine.max_context
         self._inbox = parts.inbox
         self._scrubber = parts.scrubber
+        self._shares_cores = parts.transfers is None
         self._store = parts.store
         self._clock = parts.clock
         self._requests = itertools.count(1)
@@ -241,7 +246,16 @@ class EngineService:
 
     def emit(self, step: Step) -> None:
         """Called on the engine thread: hand one step over to the trio thread, and wait until it is taken."""
-        trio.from_thread.run_sync(self._deliver, step)
+        if self._shares_cores:
+            trio.from_thread.run(self._hand_over, step)
+        else:
+            trio.from_thread.run_sync(self._deliver, step)
+
+    async def _hand_over(self, step: Step) -> None:
+        """Where the model computes on the loop's own cores, its next step would hold these events up: they go first."""
+        self._deliver(step)
+        for _ in range(_EVENT_PASSES):
+            await trio.lowlevel.checkpoint()
 
     def _deliver(self, step: Step) -> None:
         for output in step.outputs:

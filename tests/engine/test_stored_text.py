@@ -70,6 +70,7 @@ def service(store, digest):
         grammars=None,
         grammar_timeout_s=1.0,
         clock=lambda: 0.0,
+        transfers=None,
     )
     return EngineService(parts), parts.inbox
 
