@@ -80,9 +80,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_EVENT_PASSES = (
-    3  # of the loop: the step is taken, its turns wake, and then those who write to their sockets
-)
+# Of the loop: a step's turns wake, then those who write to their sockets, and one more: trio runs in any order.
+_EVENT_PASSES = 3
 
 MIN_DEVICE_SLOTS = 4  # fewer cannot hold a prompt, its copy of a shared tail and the next block
 

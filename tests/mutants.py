@@ -863,6 +863,13 @@ MUTANTS = (
         ("tests/engine/test_sampler.py",),
     ),
     Mutant(
+        "a step's events wait for the next step",
+        "engine/service.py",
+        "_EVENT_PASSES = 3",
+        "_EVENT_PASSES = 1",
+        ("tests/engine/test_emit.py",),
+    ),
+    Mutant(
         "drafts are believed",
         "engine/engine.py",
         "choices[right].token == chunk.draft[right]:",
