@@ -17,6 +17,7 @@ import logging
 import random
 import secrets
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
@@ -386,7 +387,7 @@ async def open_engine(
     """
     state = StateDir.open(settings.state_dir)
     try:
-        parts = await trio.to_thread.run_sync(_build, settings, state, wall_clock)
+        parts = await trio.to_thread.run_sync(_built, settings, state, wall_clock)
         try:
             async with _running(parts) as service:
                 yield service
@@ -424,6 +425,16 @@ async def _host(body: Callable[[], None]) -> None:
     """One thread for a body's whole life. Its own inbox ends it; cancellation waits for that."""
     with trio.CancelScope(shield=True):
         await trio.to_thread.run_sync(body, limiter=trio.CapacityLimiter(1))
+
+
+def _built(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], float]) -> _Parts:
+    """`_build`, on a thread that then ends, and with it the pool of OpenMP threads that it had for measuring.
+
+    trio keeps its threads for a while. With that pool beside the engine's own there are more threads than cores: then
+    OpenMP sleeps at every barrier instead of spinning, and a decode of 10 ms takes 21.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_build, settings, state, wall_clock).result()
 
 
 def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], float]) -> _Parts:
