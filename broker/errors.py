@@ -134,11 +134,9 @@ class TooLarge(ClientError):
     code = "request_too_large"
 
 
-class QuotaExceeded(ClientError):
-    """What one key may have at once is used up. Waiting helps only if the client ends something of its own."""
+class _ComeBack(BrokerError):
+    """Too much at once: it says when to come back."""
 
-    status = 429
-    code = "rate_limit_exceeded"
     type = "too_many_requests"
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
@@ -147,10 +145,18 @@ class QuotaExceeded(ClientError):
 
     @property
     def headers(self) -> dict[str, str]:
-        return _retry_after(self.retry_after_s)
+        """Whole seconds, rounded up: clients parse an integer."""
+        return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
 
 
-class Overloaded(BrokerError):
+class QuotaExceeded(_ComeBack, ClientError):
+    """What one key may have at once is used up. Waiting helps only if the client ends something of its own."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+
+class Overloaded(_ComeBack):
     """Too much waits already.
 
     503 over HTTP, where one coding agent gives up for good on a 429 but retries a 5xx; 429 with a retry-after
@@ -160,15 +166,6 @@ class Overloaded(BrokerError):
     status = 503
     event_status = 429
     code = "overloaded"
-    type = "too_many_requests"
-
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return _retry_after(self.retry_after_s)
 
 
 class TurnFailed(BrokerError):
@@ -186,11 +183,6 @@ def failure(code: str, message: str) -> BrokerError:
     if code in (TurnFailed.code, ""):
         return TurnFailed(message)
     return ClientError(message, code=code)
-
-
-def _retry_after(seconds: float) -> dict[str, str]:
-    """Whole seconds, rounded up: clients parse an integer."""
-    return {"retry-after": str(max(1, math.ceil(seconds)))}
 
 
 def error_object(error: BrokerError) -> dict[str, Any]:

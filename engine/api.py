@@ -40,6 +40,11 @@ class Sampling:
         None  # say how likely each sampled id was, and this many of the likeliest; None: do not
     )
 
+    @property
+    def penalises(self) -> bool:
+        """What may be said next depends on every id that was sampled before."""
+        return bool(self.presence_penalty or self.frequency_penalty)
+
 
 @dataclass(frozen=True, slots=True)
 class Submit:

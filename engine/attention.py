@@ -32,6 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from engine import paged_cpu, paged_cuda
+from engine.batch import padded_tables
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,13 +141,10 @@ class PagedForward:
         at_most = 1
         if on_cpu or in_place:
             at_most = paged_cpu.MAX_QUERIES if on_cpu else paged_cuda.MAX_QUERIES
-        slots: list[int] = []
         for segment in batch.segments:
-            past = segment.context - segment.count
-            slots += [segment.table[i // size] for i in range(past, segment.context)]
             (few if segment.count <= at_most else many).append(segment)
         rows = [position % size for position in batch.positions]
-        self._slots = torch.tensor(slots, device=arena.device)  # [tokens]
+        self._slots = torch.tensor(batch.slots(size), device=arena.device)  # [tokens]
         self._rows = torch.tensor(rows, device=arena.device)  # [tokens]
         self._few = paged_cpu.plan(few, size) if few and on_cpu else None
         self._paged = paged_cuda.plan(few, arena) if few and in_place else None
@@ -206,16 +204,10 @@ class PagedForward:
 
 
 def pad(segments: Sequence[Segment], arena: Arena) -> Padded:
-    size = arena.geometry.block_tokens
-    blocks = [-(-segment.context // size) for segment in segments]
-    longest = max(blocks)
-    tables = [
-        [*segment.table[:used], *[segment.table[0]] * (longest - used)]
-        for segment, used in zip(segments, blocks, strict=True)
-    ]
-    device = arena.device
+    size, device = arena.geometry.block_tokens, arena.device
+    tables = padded_tables(segments, size)
     contexts = torch.tensor([segment.context for segment in segments], device=device)
-    unseen = torch.arange(longest * size, device=device)[None] >= contexts[:, None]
+    unseen = torch.arange(len(tables[0]) * size, device=device)[None] >= contexts[:, None]
     return Padded(
         rows=torch.tensor([segment.start for segment in segments], device=device),
         tables=torch.tensor(tables, device=device),

@@ -49,3 +49,21 @@ class Batch:
             for end in (segment.start + segment.count,)
             for at in range(end - segment.logits, end)
         ]
+
+    def slots(self, block_tokens: int) -> list[Slot]:
+        """Where each token's KV is written: its slot. The row in it is its position modulo `block_tokens`."""
+        return [
+            segment.table[position // block_tokens]
+            for segment in self.segments
+            for position in range(segment.context - segment.count, segment.context)
+        ]
+
+
+def padded_tables(segments: Sequence[Segment], block_tokens: int) -> list[list[int]]:
+    """What each context needs of its table, as long as the longest: behind it stands slot 0, which nobody may read."""
+    blocks = [-(-segment.context // block_tokens) for segment in segments]
+    longest = max(blocks)
+    return [
+        [*segment.table[:used], *[0] * (longest - used)]
+        for segment, used in zip(segments, blocks, strict=True)
+    ]

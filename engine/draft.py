@@ -146,6 +146,4 @@ class Drafts:
 
 def _drafts_for(drafted: sequence.Sequence) -> bool:
     """What a grammar or a penalty lets a token be depends on those before it: it is sampled when these are known."""
-    sampling = drafted.submit.sampling
-    penalised = sampling.presence_penalty or sampling.frequency_penalty
-    return not penalised and drafted.submit.matcher is None
+    return not drafted.submit.sampling.penalises and drafted.submit.matcher is None

@@ -1046,7 +1046,6 @@ def _sampling_states(chunk: Chunk) -> list[SamplingState]:
 
 def _sampling_state(sequence: Sequence) -> SamplingState:
     sampling = sequence.submit.sampling
-    penalised = sampling.presence_penalty or sampling.frequency_penalty
     return SamplingState(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -1055,6 +1054,6 @@ def _sampling_state(sequence: Sequence) -> SamplingState:
         matcher=sequence.submit.matcher,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
-        said=sequence.tokens[sequence.prompt_tokens :] if penalised else (),
+        said=sequence.tokens[sequence.prompt_tokens :] if sampling.penalises else (),
         top_logprobs=sampling.top_logprobs,
     )

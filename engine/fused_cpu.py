@@ -109,11 +109,6 @@ class FusedModel:
     def run(self, batch: Batch, arena: Arena) -> torch.Tensor:
         """As `Runner.run`."""
         size = arena.geometry.block_tokens
-        slots = [
-            segment.table[position // size]
-            for segment in batch.segments
-            for position in range(segment.context - segment.count, segment.context)
-        ]
         sampled = batch.wanted
         positions = np.array(batch.positions, np.int64)
         width = -(-self.vocabulary // LANES) * LANES
@@ -124,7 +119,7 @@ class FusedModel:
             arena.blocks.numpy(),
             np.array(batch.tokens, np.int64),
             positions,
-            np.array(slots, np.int64),
+            np.array(batch.slots(size), np.int64),
             positions % size,
             plan.tables,
             plan.starts,

@@ -127,12 +127,8 @@ class FusedCuda:
 
     def run(self, batch: Batch, arena: Arena) -> torch.Tensor:
         """As `Runner.run`, for a batch of any size, launch by launch."""
-        device, size = arena.device, arena.geometry.block_tokens
-        slots = [
-            segment.table[position // size]
-            for segment in batch.segments
-            for position in range(segment.context - segment.count, segment.context)
-        ]
+        device = arena.device
+        slots = batch.slots(arena.geometry.block_tokens)
         numbers = torch.tensor(
             [list(batch.tokens), list(batch.positions), slots], dtype=torch.int32, device=device
         )

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.batch import padded_tables
 from engine.fused_cuda import Inputs
 from engine.paged_cuda import MAX_QUERIES, Plan, parts, power_of_two, queries_for
 
@@ -59,11 +60,6 @@ def shape_of(batch: Batch) -> Shape | None:
 
 def numbers_of(batch: Batch, shape: Shape, block_tokens: int) -> list[int]:
     """What `Buffers.numbers` holds for a batch: tokens, positions, slots; starts, counts, contexts; padded."""
-    slots = [
-        segment.table[position // block_tokens]
-        for segment in batch.segments
-        for position in range(segment.context - segment.count, segment.context)
-    ]
     tokens = [0] * (shape.tokens - len(batch.tokens))
     sequences = [0] * (shape.sequences - len(batch.segments))
     return [
@@ -71,7 +67,7 @@ def numbers_of(batch: Batch, shape: Shape, block_tokens: int) -> list[int]:
         *tokens,
         *batch.positions,
         *tokens,
-        *slots,
+        *batch.slots(block_tokens),
         *[-1] * len(tokens),
         *[segment.start for segment in batch.segments],
         *sequences,
@@ -108,12 +104,8 @@ class Buffers:
     def fill(self, batch: Batch) -> None:
         numbers = numbers_of(batch, self.shape, self._size)
         self._numbers.copy_(torch.tensor(numbers, dtype=torch.int32))
-        blocks = [-(-segment.context // self._size) for segment in batch.segments]
-        tables = [
-            [*segment.table[:used], *[0] * (max(blocks) - used)]
-            for segment, used in zip(batch.segments, blocks, strict=True)
-        ]
-        here = self._tables[: len(tables), : max(blocks)]
+        tables = padded_tables(batch.segments, self._size)
+        here = self._tables[: len(tables), : len(tables[0])]
         here.copy_(torch.tensor(tables, dtype=torch.int32))
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.batch import padded_tables
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -78,12 +80,8 @@ def parts(sequences: int, arena: Arena) -> int:
 
 
 def plan(segments: Sequence[Segment], arena: Arena) -> Plan:
-    size, device = arena.geometry.block_tokens, arena.device
-    blocks = [-(-segment.context // size) for segment in segments]
-    tables = [
-        [*segment.table[:used], *[0] * (max(blocks) - used)]
-        for segment, used in zip(segments, blocks, strict=True)
-    ]
+    device = arena.device
+    tables = padded_tables(segments, arena.geometry.block_tokens)
 
     def numbers(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)

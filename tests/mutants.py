@@ -907,8 +907,8 @@ MUTANTS = (
     Mutant(
         "a grammar is drafted past",
         "engine/draft.py",
-        "    return not penalised and drafted.submit.matcher is None",
-        "    return not penalised",
+        "return not drafted.submit.sampling.penalises and drafted.submit.matcher is None",
+        "return not drafted.submit.sampling.penalises",
         ("tests/engine/test_grammar.py",),
     ),
     Mutant(
