@@ -10,19 +10,18 @@ Laws
 
 from __future__ import annotations
 
-import http.client
 import json
 import time
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from broker.bench.client import TURN_TIMEOUT_S, Refused, address, headers, refusal
+from broker.bench.client import Refused, posted, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_DATA, _DONE = b"data:", b"[DONE]"
+_DONE = b"[DONE]"
 _SPOKEN = ("content", "reasoning_content", "reasoning")
 _LEAST_FOR_RATE = 2  # tokens: one has no gap
 
@@ -103,24 +102,10 @@ class Recorder:
 
 
 def complete(url: str, body: Mapping[str, Any], key: str | None = None) -> Completion:
-    """One streamed completion on a connection of its own. Blocks; raises `Refused` or OSError."""
-    host, port = address(url)
-    connection = http.client.HTTPConnection(host, port, timeout=TURN_TIMEOUT_S)
-    payload = json.dumps(body)
-    try:
-        connection.connect()
-        recorder = Recorder()
-        connection.request("POST", "/v1/chat/completions", payload, headers(key))
-        answer = connection.getresponse()
-        if answer.status != http.client.OK:
-            raise Refused(answer.status, refusal(answer.read().decode(errors="replace")))
-        for line in answer:
-            if not line.startswith(_DATA):
-                continue
-            data = line[len(_DATA) :].strip()
+    """One streamed completion. Blocks; raises `Refused` or OSError."""
+    with posted(url, "/v1/chat/completions", body, key, Recorder) as (recorder, events):
+        for data in events:
             if data == _DONE:
-                return recorder.end()
+                break
             recorder.feed(json.loads(data))
         return recorder.end()  # there are servers that just close
-    finally:
-        connection.close()

@@ -12,21 +12,24 @@ from __future__ import annotations
 import http.client
 import json
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from broker.bench.workload import Item
 
 MESSAGE_BYTES = 64 << 20  # the library's own limit of 1 MiB is below a long response.completed
 TURN_TIMEOUT_S = 600.0  # a cold prefill on two cores may take a minute; ten is a hang
 
+T = TypeVar("T")
+_DATA = b"data:"
 _FIRST = ("response.output_text.delta", "response.function_call_arguments.delta")
 _TERMINAL = ("response.completed", "response.incomplete", "response.failed")
 
@@ -196,25 +199,35 @@ async def _hold(stream: trio.SocketStream) -> None:
         await trio.sleep_forever()
 
 
-def http_turn(url: str, body: Item, key: str | None = None) -> Turn:
-    """One streamed `POST /v1/responses` on a connection of its own. Blocks; raises `Refused` or OSError."""
+@contextmanager
+def posted(
+    url: str, path: str, body: Mapping[str, Any], key: str | None, listen: Callable[[], T]
+) -> Iterator[tuple[T, Iterator[bytes]]]:
+    """A POST on a connection of its own, and the data of its events as they come. `listen` makes who hears them, once there
+    is a connection: from then on time counts. Blocks; raises `Refused` or OSError."""
     host, port = address(url)
     connection = http.client.HTTPConnection(host, port, timeout=TURN_TIMEOUT_S)
-    payload = json.dumps({**body, "stream": True})
+    payload = json.dumps(body)
     try:
         connection.connect()
-        collector = Collector()
-        connection.request("POST", "/v1/responses", payload, headers(key))
+        listener = listen()
+        connection.request("POST", path, payload, headers(key))
         answer = connection.getresponse()
         if answer.status != http.client.OK:
             raise Refused(answer.status, refusal(answer.read().decode(errors="replace")))
-        for line in answer:
-            if line.startswith(b"data: {"):
-                turn = collector.feed(json.loads(line[len(b"data: ") :]))
-                if turn is not None:
-                    return turn
+        yield listener, (line[len(_DATA) :].strip() for line in answer if line.startswith(_DATA))
     finally:
         connection.close()
+
+
+def http_turn(url: str, body: Item, key: str | None = None) -> Turn:
+    """One streamed `POST /v1/responses`. Blocks; raises `Refused` or OSError."""
+    streamed = {**body, "stream": True}
+    with posted(url, "/v1/responses", streamed, key, Collector) as (collector, events):
+        for data in events:
+            turn = collector.feed(json.loads(data)) if data.startswith(b"{") else None
+            if turn is not None:
+                return turn
     raise ConnectionError("the stream ended without a terminal event")
 
 
