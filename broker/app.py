@@ -332,6 +332,8 @@ async def open_model_engine(config: Config) -> AsyncIterator[Service]:
         model_name=config.model.name,
         device=config.model.device,
         dtype=config.model.dtype,
+        kv_dtype=config.model.kv_dtype,
+        prefill_dtype=config.model.prefill_dtype,
         block_tokens=config.engine.block_tokens,
         step_tokens=config.engine.step_tokens,
         mixed_tokens=config.engine.mixed_tokens,

@@ -72,7 +72,7 @@ def forecast(
 ) -> list[str]:
     """Lines for an operator: what is held, then warnings."""
     known, mix = shape or Shape(), mix or Mix()
-    dtype = _dtype(config, machine)
+    dtype = _kv_dtype(config, machine)
     token = known.token_bytes(_ELEMENT_BYTES[dtype])
     block_tokens, tiers = config.engine.block_tokens, config.tiers
     device = _whole(tiers.device.capacity, int(token * block_tokens), block_tokens)
@@ -218,10 +218,12 @@ def _on_cuda(config: Config, machine: Machine) -> bool:
     return machine.cuda if config.model.device == "auto" else config.model.device == "cuda"
 
 
-def _dtype(config: Config, machine: Machine) -> str:
-    if config.model.dtype != "auto":
-        return config.model.dtype
-    return "bfloat16" if _on_cuda(config, machine) else "float32"
+def _kv_dtype(config: Config, machine: Machine) -> str:
+    if config.model.kv_dtype != "auto":
+        return config.model.kv_dtype
+    if not _on_cuda(config, machine):
+        return "float16"
+    return config.model.dtype if config.model.dtype != "auto" else "bfloat16"
 
 
 def _record_bytes(config: Config, shape: Shape, dtype: str) -> int:

@@ -14,11 +14,13 @@ How it works
 
     which segments                  how
     few query tokens                in place, engine/paged_cpu.py or engine/paged_cuda.py; without Triton: padded tables, gathered
-    many, no past                   SDPA over the fresh keys and values; the arena is not read
-    many, on a past                 that layer's blocks gathered, SDPA with a lower-right causal mask; on CUDA torch's flash
+    many                            that layer's blocks gathered, SDPA with a lower-right causal mask; on CUDA torch's flash
                                     attention, which knows such a mask without being shown one
 
-    A forward pass of our own (engine/fused_cuda.py) writes KV itself, and asks for the second half alone: `read`.
+    On the CPU, KV may be narrower than what is computed with it (float16 beside float32): it is narrowed when it is
+    written and widened when it is read, so a token sees its own batch's KV as every later one will.
+
+    A forward pass of our own (engine/fused_cuda.py, engine/prefill_cpu.py) writes KV itself, and asks for the second half alone: `read`.
 """
 
 from __future__ import annotations
@@ -60,10 +62,10 @@ class UnknownAttention(Exception):
     """The model asks for attention that this file does not compute."""
 
 
-def backend(device: torch.device) -> str:
+def backend(device: torch.device, prefill: torch.dtype) -> str:
     """Which of the kernels below compute, for who must tell their rounding apart."""
     if device.type == "cpu":
-        return "fused_cpu, paged_cpu, sdpa cpu"
+        return f"fused_cpu, prefill_cpu {str(prefill).removeprefix('torch.')}, paged_cpu, sdpa cpu"
     own = "fused_cuda, paged_cuda, " if paged_cuda.available() else ""
     return f"{own}sdpa {device.type}"
 
@@ -162,18 +164,17 @@ class PagedForward:
         """Write this layer's fresh keys and values, and attend. Shapes are those of `Paged.attend`."""
         here = self._arena.blocks[:, layer]  # [slots, 2, kv_heads, block_tokens, head_dim]
         fresh = torch.stack((key, value)).permute(2, 0, 1, 3)  # [tokens, 2, kv_heads, head_dim]
-        here[self._slots, :, :, self._rows] = fresh
+        here[self._slots, :, :, self._rows] = narrowed(fresh, here.dtype)
         tokens = query.transpose(0, 1).contiguous()  # [tokens, query_heads, head_dim]
-        return self.read(layer, tokens, scaling, fresh=(key, value))
+        return self.read(layer, tokens, scaling)
 
     def read(
         self,
         layer: int,
         tokens: torch.Tensor,  # [tokens, query_heads, head_dim] contiguous
         scaling: float,
-        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,  # as `attend`'s keys and values
     ) -> torch.Tensor:
-        """Attend, this layer's keys and values being written. Those without a past are taken from `fresh` if given."""
+        """Attend, this layer's keys and values being written."""
         out = torch.empty_like(tokens)
         here = self._arena.blocks[:, layer]  # [slots, 2, kv_heads, block_tokens, head_dim]
         if self._few is not None:
@@ -186,10 +187,7 @@ class PagedForward:
             )
         for many in self._many:
             run = slice(many.start, many.start + many.count)
-            if many.mask is None and fresh is not None:
-                keys, values = fresh[0][:, run], fresh[1][:, run]
-            else:
-                keys, values = _gather(here, many.table)[:, :, : many.context]
+            keys, values = _gather(here, many.table)[:, :, : many.context].to(tokens.dtype)
             attended = scaled_dot_product_attention(
                 tokens[run].transpose(0, 1)[None],
                 keys[None],
@@ -240,9 +238,7 @@ def _many(segment: Segment, arena: Arena) -> Many:
     if segment.context > segment.count and arena.device.type != "cpu":
         mask = causal_lower_right(segment.count, segment.context)
     elif segment.context > segment.count:
-        mask = torch.zeros(
-            segment.count, segment.context, dtype=arena.blocks.dtype, device=arena.device
-        )
+        mask = torch.zeros(segment.count, segment.context, device=arena.device)
         past = segment.context - segment.count
         mask[:, past:] = torch.full(
             (segment.count, segment.count), -torch.inf, dtype=mask.dtype, device=mask.device
@@ -254,6 +250,14 @@ def _many(segment: Segment, arena: Arena) -> Many:
         table=torch.tensor(segment.table[:used], device=arena.device),
         mask=mask,
     )
+
+
+def narrowed(kv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In the arena's dtype. What float16 cannot hold becomes the largest that it can, and NaN stays NaN."""
+    if dtype is torch.float16 and kv.dtype is not dtype:
+        highest = torch.finfo(dtype).max
+        kv = kv.clamp(-highest, highest)
+    return kv.to(dtype)
 
 
 def _gather(here: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ the logits of each of its tokens, a prefill at most those of its last.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ class Segment:
     context: int
     table: Sequence[Slot]  # may be longer than the context needs
     logits: int  # of so many of its tokens, the last ones, the logits are wanted
+
+    @property
+    def decodes(self) -> bool:
+        return self.logits == self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,18 @@ class Batch:
             for end in (segment.start + segment.count,)
             for at in range(end - segment.logits, end)
         ]
+
+    def part(self, segments: Sequence[Segment]) -> Batch:
+        """Some of the segments, laid end to end."""
+        kept: list[Segment] = []
+        tokens: list[int] = []
+        positions: list[int] = []
+        for segment in segments:
+            run = slice(segment.start, segment.start + segment.count)
+            kept.append(replace(segment, start=len(tokens)))
+            tokens += self.tokens[run]
+            positions += self.positions[run]
+        return Batch(tokens, positions, tuple(kept))
 
     def slots(self, block_tokens: int) -> list[Slot]:
         """Where each token's KV is written: its slot. The row in it is its position modulo `block_tokens`."""

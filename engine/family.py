@@ -6,10 +6,9 @@ A model is recognised only if it has exactly the parameters that we know, so not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PROJECTIONS = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
@@ -49,3 +48,14 @@ def recognise(model: Any) -> Family | None:
     if weights.keys() != known | {EMBEDDING, LAST_NORM, HEAD}:
         return None
     return Family(weights, layers, biased, normed)
+
+
+def together(model: Any, prefix: str, names: tuple[str, ...]) -> torch.Tensor:
+    """Lay parameters end to end, and make each of them a view of its part."""
+    parameters = [model.get_parameter(prefix + name) for name in names]
+    whole = torch.cat([parameter.detach() for parameter in parameters])
+    begin = 0
+    for parameter in parameters:
+        parameter.data = whole[begin : begin + len(parameter)]
+        begin += len(parameter)
+    return whole

@@ -1,8 +1,8 @@
-"""A whole forward pass of a few tokens on the CPU: what decodes run on, where the model is of the Llama family.
+"""Forward passes on the CPU, where the model is of the Llama family: decodes here, prompts by engine/prefill_cpu.py.
 
-transformers' forward is some 400 small operations for each token, in Python, and reads every weight as float32. This one
-is one compiled call that holds no GIL and reads weights as they were made (engine/packed_cpu.py). Batches of more than
-`MAX_TOKENS` go through transformers, whose products for many tokens are better.
+transformers' forward is some 400 small operations for each token, in Python, and reads every weight as float32. Decodes
+are one compiled call that holds no GIL and reads weights as they were made (engine/packed_cpu.py); of more than `MAX_TOKENS`
+tokens, several. What is computed as a decode and what as a prompt is a segment's own affair, never its neighbours'.
 
 Measured 2026-11 on two cores (AMD EPYC, load 2.2), the default model, ms a step, this against transformers' forward:
 
@@ -15,10 +15,12 @@ Laws
     What it computes is what transformers computes, in another order of sums: `engine.model.compare` holds one against
     the other at every load, and a model that is not exactly of the known shape is not taken.
     KV that one of them wrote is the other's to read.
+    A decode's result does not depend, to the bit, on what it is batched with.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +43,17 @@ from engine.family import (
 )
 from engine.kernels_cpu import LANES, Form, Net
 from engine.packed_cpu import lay_out, pack
+from engine.prefill_cpu import Prefill
 
 if TYPE_CHECKING:
-    from engine.batch import Batch
+    from collections.abc import Sequence
+
+    from engine.batch import Batch, Segment
     from tiers.arena import Arena
 
-MAX_TOKENS = 32  # of a batch; see the table
+Array = np.ndarray[Any, Any]
+
+MAX_TOKENS = 32  # of a pass; see the table
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,12 +61,13 @@ class FusedModel:
     """A model's weights, packed. Used by one thread."""
 
     net: Net
+    prefill: Prefill
     vocabulary: int
     forms: dict[str, int]  # {form: matrices}
     packed_bytes: int
 
     @classmethod
-    def of(cls, model: Any) -> FusedModel | None:
+    def of(cls, model: Any, prefill_dtype: torch.dtype) -> FusedModel | None:
         """Of a transformers model. None for one that `forward` does not compute: another family, or parameters that it does not know."""
         found = recognise(model)
         if found is None or any(w.dtype is not torch.float32 for w in found.weights.values()):
@@ -97,6 +105,7 @@ class FusedModel:
         )
         return cls(
             net=net,
+            prefill=Prefill.of(model, found, prefill_dtype),
             vocabulary=weights[HEAD].shape[0],
             forms={
                 form.name: count
@@ -107,16 +116,30 @@ class FusedModel:
         )
 
     def run(self, batch: Batch, arena: Arena) -> torch.Tensor:
-        """As `Runner.run`."""
+        """As `Runner.run`, for a batch of any size."""
+        decodes = [segment for segment in batch.segments if segment.decodes]
+        rest = [segment for segment in batch.segments if not segment.decodes]
+        parts = [(part, self._few) for part in grouped(decodes, MAX_TOKENS)]
+        if rest:
+            parts.append((rest, self._many))
+        if len(parts) == 1:
+            return parts[0][1](batch, arena)
+        logits = torch.empty(sum(segment.logits for segment in batch.segments), self.vocabulary)
+        before = itertools.accumulate((segment.logits for segment in batch.segments), initial=0)
+        first = {segment.start: row for segment, row in zip(batch.segments, before, strict=False)}
+        for segments, computed_by in parts:
+            rows = [first[each.start] + row for each in segments for row in range(each.logits)]
+            logits[rows] = computed_by(batch.part(segments), arena)
+        return logits
+
+    def _few(self, batch: Batch, arena: Arena) -> torch.Tensor:
         size = arena.geometry.block_tokens
-        sampled = batch.wanted
         positions = np.array(batch.positions, np.int64)
-        width = -(-self.vocabulary // LANES) * LANES
-        logits = np.empty((len(sampled), width), np.float32)
+        logits = self._room(len(batch.wanted))
         plan = paged_cpu.plan(batch.segments, size)
         kernels_cpu.forward(
             self.net,
-            arena.blocks.numpy(),
+            paged_cpu.in_numpy(arena.blocks),
             np.array(batch.tokens, np.int64),
             positions,
             np.array(batch.slots(size), np.int64),
@@ -125,8 +148,35 @@ class FusedModel:
             plan.starts,
             plan.counts,
             plan.contexts,
-            np.array(sampled, np.int64),
+            np.array(batch.wanted, np.int64),
             logits,
             paged_cpu.threads(),
         )
+        return self._shown(logits)
+
+    def _many(self, batch: Batch, arena: Arena) -> torch.Tensor:
+        states = self.prefill.run(self.net, batch, arena)
+        logits = self._room(len(states))
+        if len(states):
+            head = 4 * arena.geometry.layers
+            kernels_cpu.multiply(self.net.matrices, head, states, logits, paged_cpu.threads())
+        return self._shown(logits)
+
+    def _room(self, rows: int) -> Array:
+        return np.empty((rows, -(-self.vocabulary // LANES) * LANES), np.float32)
+
+    def _shown(self, logits: Array) -> torch.Tensor:
         return torch.from_numpy(logits)[:, : self.vocabulary]
+
+
+def grouped(segments: Sequence[Segment], at_most: int) -> list[list[Segment]]:
+    """In their order, so many tokens a group; a segment of more is a group of its own."""
+    groups: list[list[Segment]] = []
+    tokens = 0
+    for segment in segments:
+        tokens += segment.count
+        if not groups or tokens > at_most:
+            groups.append([])
+            tokens = segment.count
+        groups[-1].append(segment)
+    return groups

@@ -33,6 +33,7 @@ from engine.family import (
     OUT,
     PROJECTIONS,
     recognise,
+    together,
 )
 
 if TYPE_CHECKING:
@@ -101,14 +102,14 @@ class FusedCuda:
             layers.append(
                 Layer(
                     before=before,
-                    projections=_together(model, prefix, PROJECTIONS),
-                    biases=_together(model, prefix, BIASES) if found.biased else None,
+                    projections=together(model, prefix, PROJECTIONS),
+                    biases=together(model, prefix, BIASES) if found.biased else None,
                     head_norms=None
                     if query_norm is None or key_norm is None
                     else (query_norm, key_norm),
                     out=found.weights[prefix + OUT],
                     after=after,
-                    gate_and_up=_together(model, prefix, GATE_AND_UP),
+                    gate_and_up=together(model, prefix, GATE_AND_UP),
                     down=found.weights[prefix + DOWN],
                 )
             )
@@ -185,14 +186,3 @@ def _gated(x: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Tensor:
     if len(x) == 1:
         return kernels.multiply_row(x, gate_and_up, gated=True)
     return kernels.gate(linear(x, gate_and_up))
-
-
-def _together(model: Any, prefix: str, names: tuple[str, ...]) -> torch.Tensor:
-    """Lay parameters end to end, and make each of them a view of its part."""
-    parameters = [model.get_parameter(prefix + name) for name in names]
-    whole = torch.cat([parameter.detach() for parameter in parameters])
-    begin = 0
-    for parameter in parameters:
-        parameter.data = whole[begin : begin + len(parameter)]
-        begin += len(parameter)
-    return whole

@@ -14,7 +14,7 @@ to 10 times as slow, depending on the number of tokens and the processor. Measur
 AVX-512 and, in brackets, AVX2 only), 106 million weights as Q4, ms for one thread: 8 (11) for one token, 13 (14) for 2,
 17 (23) for 4, 39 (29) for 8. In float32 they are 424 MB, which this memory takes 40 to 60 ms to read.
 
-Attention. Flash decoding: every thread walks its share of every sequence's blocks with an online softmax, and the shares
+Attention. KV is float32, or float16 that is widened a block at a time, in the first-level cache. Flash decoding: every thread walks its share of every sequence's blocks with an online softmax, and the shares
 are merged at the end. Blocks are dealt round robin, so threads stay level for any mix of context lengths, and from each
 sequence's own start, so what a sequence gets is the same to the bit whoever it is batched with.
 """
@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numba
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,14 @@ Array = np.ndarray[Any, Any]
 
 LANES = 16  # rows of a group: one AVX-512 register of float32, or two of AVX2
 SHARE = 32  # weights of a row that share a scale, in GGUF's formats
+
+
+HIGHEST_HALF = np.float32(65504)  # of IEEE 754 binary16; what is larger is stored as this
+
+
+def processor_has(feature: str) -> bool:
+    """Whether this processor has an instruction set, by LLVM's name of it, such as `f16c`."""
+    return bool(get_host_cpu_features().get(feature))
 
 
 class Form(enum.IntEnum):
@@ -337,10 +346,106 @@ def multiply(matrices: Matrices, index: int, x: Array, out: Array, threads: int)
                 _rows_f32(matrices.floats, code, matrices.scales, scale, x, sums, out, to)
 
 
+# KV in 16 bits
+
+_HALF = ir.HalfType()
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _from_half(typing: Any, bits: Any) -> Any:
+    """The number that 16 bits stand for (IEEE 754 binary16)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], _HALF), _FLOAT)
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _to_half(typing: Any, number: Any) -> Any:
+    """Rounded to nearest, ties to even."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], _HALF), _I16)
+
+    return types.uint16(types.float32), generate
+
+
+def _floats(block: Array, rows: int, scratch: Array) -> Array:
+    """The first rows of [block_tokens, head_dim] as float32: themselves, or widened into `scratch`."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_floats, strict=False)  # type: ignore[untyped-decorator]
+def _floats_of(block: Any, rows: Any, scratch: Any) -> Any:
+    if block.dtype is types.float32:
+        return lambda block, rows, scratch: block
+
+    def widened(block: Array, rows: int, scratch: Array) -> Array:
+        for row in range(rows):
+            for d in range(block.shape[1]):
+                scratch[row, d] = _from_half(block[row, d])
+        return scratch
+
+    return widened
+
+
+def _keep(vector: Array, row: Array) -> None:
+    """Store float32 as what the row holds."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_keep, strict=False)  # type: ignore[untyped-decorator]
+def _keep_in(vector: Any, row: Any) -> Any:
+    if row.dtype is types.float32:
+
+        def copied(vector: Array, row: Array) -> None:
+            for d in range(row.shape[0]):
+                row[d] = vector[d]
+
+        return copied
+
+    def narrowed(vector: Array, row: Array) -> None:
+        for d in range(row.shape[0]):
+            number = vector[d]
+            if number > HIGHEST_HALF:
+                number = HIGHEST_HALF
+            elif number < -HIGHEST_HALF:
+                number = -HIGHEST_HALF
+            row[d] = _to_half(number)  # NaN stays NaN
+
+    return narrowed
+
+
 # Attention
 
 # Sums in any order, fused; but infinities keep their meaning: the maximum of an empty share is -inf.
 FAST_BUT_INFINITE = {"reassoc", "contract", "arcp", "nsz", "afn"}
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _from_bits(typing: Any, bits: Any) -> Any:
+    """The float32 that 32 bits stand for."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _FLOAT)
+
+    return types.float32(types.int32), generate
+
+
+@numba.njit(nogil=True, fastmath=FAST_BUT_INFINITE, error_model="numpy")  # type: ignore[untyped-decorator]
+def _exponential(x: np.float32) -> np.float32:
+    """e^x for x <= 0, in operations that LLVM makes vectors of: 2^n times Taylor's polynomial of what is left.
+
+    Within 3e-7 of it, relative; below e^-87 it is that.
+    """
+    x = max(x, np.float32(-87))
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)  # ln 2 in two parts
+    e = np.float32(1 / 5040)
+    for factor in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        e = e * r + np.float32(factor)
+    return np.float32(e * _from_bits((np.int32(n) + np.int32(127)) << np.int32(23)))
 
 
 @numba.njit(  # type: ignore[untyped-decorator]
@@ -348,7 +453,7 @@ FAST_BUT_INFINITE = {"reassoc", "contract", "arcp", "nsz", "afn"}
 )
 def attend(
     query: Array,
-    blocks: Array,
+    blocks: Array,  # [slots, layers, 2, kv_heads, block_tokens, head_dim] float32, or float16 as uint16
     layer: int,
     tables: Array,
     starts: Array,
@@ -368,14 +473,16 @@ def attend(
 
     for thread in numba.prange(threads):
         scores = np.empty(block_tokens, np.float32)
+        wide = np.empty((2, block_tokens, head_dim), np.float32)
         for sequence in range(tables.shape[0]):
             context, count, start = contexts[sequence], counts[sequence], starts[sequence]
             for kv_head in range(kv_heads):
                 first = (thread + kv_head) % threads
                 for block in range(first, (context + block_tokens - 1) // block_tokens, threads):
                     slot = tables[sequence, block]
-                    keys = blocks[slot, layer, 0, kv_head]
-                    values = blocks[slot, layer, 1, kv_head]
+                    used = min(block_tokens, context - block * block_tokens)
+                    keys = _floats(blocks[slot, layer, 0, kv_head], used, wide[0])
+                    values = _floats(blocks[slot, layer, 1, kv_head], used, wide[1])
                     for token in range(start, start + count):
                         # A token sees itself and what came before it.
                         seen = context - count + 1 + token - start - block * block_tokens
@@ -399,7 +506,7 @@ def attend(
                             for d in range(head_dim):
                                 share[d] *= shrink
                             for row in range(rows):
-                                scores[row] = np.exp(scores[row] - top)
+                                scores[row] = _exponential(scores[row] - top)
                                 total += scores[row]
                             for row in range(rows):
                                 part = scores[row]
@@ -482,7 +589,7 @@ def _place(
     """
     kv_heads, size = block.shape[1], block.shape[3]
     cosine, sine = net.cosines[position], net.sines[position]
-    normed = np.empty(size, np.float32)
+    normed, turned = np.empty(size, np.float32), np.empty(size, np.float32)
     for head in range(net.query_heads + kv_heads):
         vector = of_token[head * size : (head + 1) * size]
         is_key = head >= net.query_heads
@@ -490,19 +597,48 @@ def _place(
             _normalise(vector, net.head_norms[2 * layer + is_key], net.epsilon, normed)
             vector = normed
         if is_key:
-            _turn(vector, cosine, sine, block[0, head - net.query_heads, row])
+            _turn(vector, cosine, sine, turned)
+            _keep(turned, block[0, head - net.query_heads, row])
         else:
             _turn(vector, cosine, sine, query[head])
-    values = of_token[(net.query_heads + kv_heads) * size :]
+    values = of_token[(net.query_heads + kv_heads) * size : (net.query_heads + 2 * kv_heads) * size]
     for head in range(kv_heads):
-        for i in range(size):
-            block[1, head, row, i] = values[head * size + i]
+        _keep(values[head * size : (head + 1) * size], block[1, head, row])
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST_BUT_INFINITE, error_model="numpy")  # type: ignore[untyped-decorator]
+def add_and_norm(state: Array, change: Array, weight: Array, epsilon: float, out: Array) -> None:
+    """state += change, [tokens, hidden] each, and its RMS norm into `out`. No change at all may be [0, hidden]."""
+    for t in range(state.shape[0]):
+        if change.shape[0]:
+            for i in range(state.shape[1]):
+                state[t, i] += change[t, i]
+        _normalise(state[t], weight, epsilon, out[t])
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST_BUT_INFINITE, error_model="numpy")  # type: ignore[untyped-decorator]
+def place(
+    net: Net,
+    layer: int,
+    mixed: Array,  # [tokens, rows of q k v or more], without biases
+    positions: Array,
+    slots: Array,
+    rows: Array,
+    blocks: Array,
+    query: Array,  # [tokens, query_heads, head_dim]
+) -> None:
+    """One layer's queries into `query`, its keys and values into the blocks. Adds the biases to `mixed`."""
+    for t in range(mixed.shape[0]):
+        if net.biases.shape[0]:
+            for i in range(net.biases.shape[1]):
+                mixed[t, i] += net.biases[layer, i]
+        _place(net, layer, mixed[t], positions[t], query[t], blocks[slots[t], layer], rows[t])
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST_BUT_INFINITE, error_model="numpy")  # type: ignore[untyped-decorator]
 def forward(
     net: Net,
-    blocks: Array,  # [slots, layers, 2, kv_heads, block_tokens, head_dim]
+    blocks: Array,  # as of `attend`
     tokens: Array,  # int64 [tokens], as all that follow
     positions: Array,
     slots: Array,  # where each token's KV goes
@@ -536,11 +672,7 @@ def forward(
         for t in range(count):
             _normalise(state[t], net.norms[2 * layer], net.epsilon, normed[t])
         multiply(net.matrices, 4 * layer, normed, mixed, threads)
-        for t in range(count):
-            if net.biases.shape[0]:
-                for i in range(net.biases.shape[1]):
-                    mixed[t, i] += net.biases[layer, i]
-            _place(net, layer, mixed[t], positions[t], query[t], blocks[slots[t], layer], rows[t])
+        place(net, layer, mixed, positions, slots, rows, blocks, query)
         attend(
             query, blocks, layer, tables, starts, counts, contexts, np.float32(net.scaling),
             attended, threads,

@@ -60,7 +60,7 @@ def threads() -> int:
 
 def attend(
     query: torch.Tensor,  # [tokens, query_heads, head_dim] float32, contiguous
-    blocks: torch.Tensor,  # [slots, layers, 2, kv_heads, block_tokens, head_dim] float32
+    blocks: torch.Tensor,  # [slots, layers, 2, kv_heads, block_tokens, head_dim] float32 or float16
     layer: int,
     plan: Plan,
     scaling: float,
@@ -69,7 +69,7 @@ def attend(
     """Causal attention of each sequence's last `counts` tokens over its `contexts` tokens of KV."""
     kernels_cpu.attend(
         query.numpy(),
-        blocks.numpy(),
+        in_numpy(blocks),
         layer,
         plan.tables,
         plan.starts,
@@ -81,8 +81,15 @@ def attend(
     )
 
 
-def warm_up() -> None:
+def in_numpy(blocks: torch.Tensor) -> Array:
+    """The same memory as the kernels take it: they know float16 by its bits, as numba has no such type on the CPU."""
+    bits = blocks.view(torch.uint16) if blocks.dtype is torch.float16 else blocks
+    array: Array = bits.numpy()
+    return array
+
+
+def warm_up(dtype: torch.dtype) -> None:
     """Compile the kernel (about 4 s), or read it from numba's cache, before a request needs it. No shape matters."""
-    query, blocks = torch.zeros(1, 1, 1), torch.zeros(1, 1, 2, 1, 1, 1)
+    query, blocks = torch.zeros(1, 1, 1), torch.zeros(1, 1, 2, 1, 1, 1, dtype=dtype)
     zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
     attend(query, blocks, 0, Plan(zero[None], zero, one, one), 1.0, torch.empty_like(query))

@@ -3,7 +3,7 @@
 Nothing is decided here: the scheduler said what runs and where its KV lives. The arena is changed only in
 the slots and rows of the batch's own tokens.
 
-    on the CPU     few tokens: engine/fused_cpu.py; more: transformers' forward
+    on the CPU     engine/fused_cpu.py
     on CUDA        few tokens of each sequence: recorded graphs of engine/fused_cuda.py; more: the same pass, launched
     other models   transformers' forward
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine import fused_cpu, paged_cuda
+from engine import paged_cuda
 from engine.attention import PagedForward
 from engine.fused_cuda import FusedCuda
 from engine.graphs import Graphs, Recorder
@@ -56,10 +56,10 @@ class Runner:
             with torch.inference_mode():
                 logits = self._graphs.run(batch)
                 return self._fused.run(batch, self._arena) if logits is None else logits
-        if self._fused is not None and len(batch.tokens) <= fused_cpu.MAX_TOKENS:
-            return self._fused.run(batch, self._arena)
         device = self._arena.device
         with torch.inference_mode():
+            if self._fused is not None:
+                return self._fused.run(batch, self._arena)
             output = self._model(
                 input_ids=torch.tensor([batch.tokens], device=device),
                 position_ids=torch.tensor([batch.positions], device=device),

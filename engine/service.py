@@ -96,6 +96,8 @@ class EngineSettings:
     model_name: str
     device: str  # auto, cpu, cuda
     dtype: str  # auto, float32, bfloat16
+    kv_dtype: str  # auto, or one that LoadSpec knows
+    prefill_dtype: str
     block_tokens: int
     step_tokens: int
     mixed_tokens: int
@@ -448,6 +450,8 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
                 name=settings.model_name,
                 device=settings.device,
                 dtype=settings.dtype,
+                kv_dtype=settings.kv_dtype,
+                prefill_dtype=settings.prefill_dtype,
                 block_tokens=settings.block_tokens,
                 threads=settings.threads,
                 storage=settings.compact,

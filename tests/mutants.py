@@ -1040,6 +1040,37 @@ MUTANTS = (
         "mixed[t, i] += 0",
         ("tests/engine/test_fused_cpu.py",),
     ),
+    Mutant(
+        "a key that float16 cannot hold becomes an infinity",
+        "engine/kernels_cpu.py",
+        "                number = HIGHEST_HALF\n",
+        "                number = number\n",
+        ("tests/engine/test_fused_cpu.py",),
+    ),
+    Mutant(
+        "a decode is computed as a prompt where it has a neighbour that is one",
+        "engine/fused_cpu.py",
+        "        decodes = [segment for segment in batch.segments if segment.decodes]\n"
+        "        rest = [segment for segment in batch.segments if not segment.decodes]\n",
+        "        alone = all(segment.decodes for segment in batch.segments)\n"
+        "        decodes = list(batch.segments) if alone else []\n"
+        "        rest = [] if alone else list(batch.segments)\n",
+        ("tests/engine/test_fused_cpu.py",),
+    ),
+    Mutant(
+        "the logits of two passes are mixed up",
+        "engine/fused_cpu.py",
+        "            logits[rows] = computed_by(batch.part(segments), arena)\n",
+        "            logits[rows] = computed_by(batch.part(segments), arena).flip(0)\n",
+        ("tests/engine/test_fused_cpu.py",),
+    ),
+    Mutant(
+        "what is computed in bfloat16 and in float32 shares its keys",
+        "engine/attention.py",
+        """prefill_cpu {str(prefill).removeprefix('torch.')}""",
+        "prefill_cpu",
+        ("tests/engine/test_model.py::test_fingerprint_names_the_dtypes_of_kv_and_of_what_computes_it",),
+    ),
     # what operators see
     Mutant(
         "what was seen of the engine counts beside what it measured",

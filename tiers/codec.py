@@ -5,13 +5,13 @@ rows = layers * 2 * kv_heads * block_tokens, in the order of arena.py. All paylo
 
     off     the block's bytes
     bf16    rows * head_dim times bfloat16: the upper half of the float32, rounded to nearest, ties to even.
-            A block that is bfloat16 already is stored as it is: this is `off`.
+            A block of 16-bit elements is stored as it is: this is `off`.
     int8    offset      size             field
             0           2 * rows         each row's peak: the magnitude of its largest element, cut to nine
                                          significant bits: bits 15 to 30 of the float32 (bit 31, its sign, is 0)
             2 * rows    rows * head_dim  i8, -127 to 127: element = i8 * peak / 127
             A row with a NaN or an infinity has peak NaN and zeros, and decodes as NaN throughout: what was broken
-            stays visibly broken. A row whose peak is below 2^-100 has peak zero and zeros.
+            stays visibly broken. A row whose peak is below 2^-100, of float16 below 2^-14, has peak zero and zeros.
 
 Laws
     A payload is `payload_bytes` long, whatever the block holds: records of one size keep LMDB's free list whole.
@@ -26,7 +26,8 @@ Why int8 has a fixed point. The largest element lies in [p, p * (1 + 2^-8)) of i
 decodes to p or just above it, never below, so the second peak is the first: tests/tiers/test_codec.py tries all of
 them. Any element decodes to i * p / 127 with a relative error below 2^-22, or 2^-8 where a bfloat16 block rounds it;
 times 127 / p this is i with an error below 127 * 2^-8 < 1/2, which rounds to i. (A bfloat16 has eight significant
-bits, so there p is the largest element itself.)
+bits, so there p is the largest element itself.) A float16 rounds by 2^-11 of the element, or below 2^-14 by 2^-25, which is
+less than a sixteenth of the smallest step.
 
 Keys name tokens, not bytes: with a lossy codec a key's bytes depend on whether it came from disk. Therefore `scheme`
 must be part of the model's fingerprint: a store, and a daemon, is either exact or compact, and never finds the other.
@@ -47,12 +48,12 @@ if TYPE_CHECKING:
     from tiers.arena import Geometry
 
 NAMES = ("off", "bf16", "int8")
+_ELEMENTS = ("float32", "bfloat16", "float16")
 
 _MAGNITUDE = np.uint32(0x7FFF_FFFF)
 _INFINITY = np.uint32(0x7F80_0000)
-_LEAST_PEAK = np.uint32(
-    (127 - 100) << 23
-)  # 2^-100: neither 127 / peak nor peak / 127 leaves the normal numbers
+# 2^-100: neither 127 / peak nor peak / 127 leaves the normal numbers. 2^-14: the smallest normal float16.
+_LEAST_PEAK, _LEAST_HALF_PEAK = (np.uint32((127 - power) << 23) for power in (100, 14))
 _NAN_PEAK = np.uint16(0xFF80)  # as nine significant bits
 
 Words = NDArray[np.uint32]
@@ -86,14 +87,14 @@ class Codec(Protocol):
 def codec(name: str, geometry: Geometry) -> Codec:
     """The codec that the configuration calls `name`, for such blocks. Raises `ValueError` if there is none."""
     elements = geometry.dtype_name
-    if name == "off" or (name, elements) == ("bf16", "bfloat16"):
+    if name == "off" or (name == "bf16" and elements in ("bfloat16", "float16")):
         return AS_IT_IS
     if (name, elements) == ("bf16", "float32"):
         return Bfloat16()
-    if name == "int8" and elements in ("float32", "bfloat16"):
+    if name == "int8" and elements in _ELEMENTS:
         return Int8Rows(geometry.head_dim, elements)
     raise ValueError(
-        f"no {name} storage of {elements} blocks: {', '.join(NAMES)} of float32 or bfloat16"
+        f"no {name} storage of {elements} blocks: {', '.join(NAMES)} of {', '.join(_ELEMENTS)}"
     )
 
 
@@ -141,15 +142,16 @@ class Bfloat16:
 
 
 class Int8Rows:
-    """One scale a row: 66/256 of float32 at 64 elements a row, 66/128 of bfloat16."""
+    """One scale a row: 66/256 of float32 at 64 elements a row, 66/128 of 16-bit elements."""
 
-    __slots__ = ("_elements", "_head_dim", "_row_bytes")
+    __slots__ = ("_elements", "_head_dim", "_least", "_row_bytes")
     scheme = "int8-row-v1"
 
     def __init__(self, head_dim: int, elements: str) -> None:
         self._head_dim = head_dim
         self._elements = elements
         self._row_bytes = head_dim * (4 if elements == "float32" else 2)  # of the block
+        self._least = _LEAST_HALF_PEAK if elements == "float16" else _LEAST_PEAK
 
     def payload_bytes(self, geometry: Geometry) -> int:
         return self._payload_bytes(geometry.block_bytes)
@@ -160,7 +162,7 @@ class Int8Rows:
         payload = np.empty(self._payload_bytes(block.nbytes), np.uint8)
         peaks = payload[: 2 * rows].view("<u2")
         with np.errstate(invalid="ignore"):  # NaN is a value like any other here
-            peaks[:] = _peaks(np.maximum(values.max(axis=1), -values.min(axis=1)))
+            peaks[:] = _peaks(np.maximum(values.max(axis=1), -values.min(axis=1)), self._least)
             usable = (peaks > 0) & (peaks < _NAN_PEAK)
             inverse = np.zeros(rows, np.float32)
             np.divide(np.float32(127), _widened(peaks), out=inverse, where=usable)
@@ -181,9 +183,12 @@ class Int8Rows:
         steps = (_widened(peaks) / np.float32(127))[:, None]
         if self._elements == "float32":
             np.multiply(codes, steps, out=np.frombuffer(into, "<f4").reshape(codes.shape))
+            return
+        values = np.multiply(codes, steps, dtype=np.float32).ravel()
+        if self._elements == "float16":
+            np.frombuffer(into, "<f2")[:] = values
         else:
-            values = np.multiply(codes, steps, dtype=np.float32).view(np.uint32).ravel()
-            np.frombuffer(into, "<u2")[:] = _upper_halves(values)
+            np.frombuffer(into, "<u2")[:] = _upper_halves(values.view(np.uint32))
 
     def _payload_bytes(self, block_bytes: int) -> int:
         return block_bytes // self._row_bytes * (2 + self._head_dim)
@@ -193,6 +198,8 @@ class Int8Rows:
         values: Floats
         if self._elements == "float32":
             values = np.frombuffer(block, "<f4")
+        elif self._elements == "float16":
+            values = np.frombuffer(block, "<f2").astype(np.float32)
         else:
             halves = np.frombuffer(block, "<u2")
             values = np.left_shift(halves, 16, dtype=np.uint32).view(np.float32)
@@ -211,11 +218,11 @@ def _upper_halves(bits: Words) -> Halves:
     return rounded.astype("<u2")
 
 
-def _peaks(highest: Floats) -> Halves:
-    """Nine significant bits of each row's largest magnitude."""
+def _peaks(highest: Floats, least: np.uint32) -> Halves:
+    """Nine significant bits of each row's largest magnitude, as bits; zero where it is below `least`."""
     peaks = (highest.view(np.uint32) & _MAGNITUDE) >> 15
     peaks[peaks >= _INFINITY >> 15] = _NAN_PEAK
-    peaks[peaks < _LEAST_PEAK >> 15] = 0
+    peaks[peaks < least >> 15] = 0
     return peaks.astype("<u2")
 
 

@@ -29,13 +29,15 @@ def test_the_default_configuration_is_told_in_tokens_and_days_and_warns_of_nothi
     said = lines()
     assert said[0] == (
         "the model is not here yet, so the figures are those of SmolLM2-135M-Instruct:"
-        " 45 KiB of KV a token in float32, context 8,192 tokens"
+        " 22.5 KiB of KV a token in float16, context 8,192 tokens"
     )
-    assert said[1] == "device 2 GiB = 46,592 tokens = 5.7 full contexts"
-    assert said[2].startswith("host 4 GiB = 93,184 tokens, after 5 min idle; pins may cover 23,296")
+    assert said[1] == "device 2 GiB = 93,184 tokens = 11.4 full contexts"
+    assert said[2].startswith(
+        "host 4 GiB = 186,400 tokens, after 5 min idle; pins may cover 46,600"
+    )
     assert said[3].startswith("disk 40 GiB = ")
     tokens = int(said[3].split()[4].replace(",", ""))
-    assert 929_000 < tokens < 932_064  # a record has a head, and ends on a page
+    assert 1_850_000 < tokens < 1_864_128  # a record has a head, and ends on a page
     assert said[3].split()[7] == f"{tokens / 130_000:.1f}"
     assert "survives a power loss" in said[3]
     assert said[4] == (
@@ -50,7 +52,7 @@ def test_a_large_model_on_a_gpu_is_counted_in_its_own_bytes():
     assert said[0] == "llama: 128 KiB of KV a token in bfloat16, context 131,072 tokens"
     assert said[1].startswith("device 8 GiB = 65,536 tokens = 0.5 full contexts")
     assert "256 KiB" in lines("model.dtype=float32", shape=LLAMA, machine=machine)[0]
-    assert "float32" in lines("model.device=cpu", shape=LLAMA, machine=machine)[0]
+    assert "float16" in lines("model.device=cpu", shape=LLAMA, machine=machine)[0]
 
 
 def test_compact_records_hold_more_and_never_more_than_plain_ones_need():
@@ -58,7 +60,7 @@ def test_compact_records_hold_more_and_never_more_than_plain_ones_need():
         machine = Machine(cuda=cuda)
         return int(lines(*sets, shape=LLAMA, machine=machine)[3].split()[4].replace(",", ""))
 
-    plain = disk_tokens()
+    plain = disk_tokens("model.kv_dtype=float32")
     assert disk_tokens("tiers.disk.compact=bf16") / plain == pytest.approx(2, rel=0.01)
     assert disk_tokens("tiers.disk.compact=int8") / plain == pytest.approx(
         4 / (1 + 2 / 128), rel=0.01

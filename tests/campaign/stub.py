@@ -59,6 +59,7 @@ def load(spec: LoadSpec) -> LoadedModel:
         fingerprint=FINGERPRINT,
         device=torch.device("cpu"),
         dtype=torch.float32,
+        prefill_dtype=torch.float32,
         vocab_size=chain.VOCABULARY,
         max_context=chain.MAX_CONTEXT,
         stop_ids=frozenset(),

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.model import LoadedModel, LoadSpec, load
-from tests.engine.tiny import TINY, save_tiny
+from tests.engine.tiny import EXACT, TINY, save_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,9 @@ def pair(
     directory = tiny_dirs[request.param]
     state = tmp_path_factory.mktemp("state")
     ours = load(
-        LoadSpec(state_dir=state, path=str(directory), device="cpu", block_tokens=4, threads=1)
+        LoadSpec(
+            state_dir=state, path=str(directory), device="cpu", block_tokens=4, threads=1, **EXACT
+        )
     )
     return ours, AutoModelForCausalLM.from_pretrained(directory).eval()
 
@@ -44,4 +46,4 @@ def pair(
 def default_model(request: pytest.FixtureRequest) -> LoadedModel:
     """The real default model on the CPU; converted once per checkout, into the test cache."""
     state = Path(request.config.cache.mkdir("models"))
-    return load(LoadSpec(state_dir=state, device="cpu", threads=1))
+    return load(LoadSpec(state_dir=state, device="cpu", threads=1, **EXACT))

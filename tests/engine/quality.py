@@ -1,7 +1,9 @@
-"""What compact storage costs in quality: real text continued after its KV went to disk and back, against exact KV.
+"""What fewer bits cost in quality: compact storage (real text continued after its KV went to disk and back, against exact
+KV), and on the CPU KV in float16 and prompts computed in bfloat16, against both in float32.
 
 A text is cut into windows. Of each, the first part is prefilled; its blocks are encoded, decoded in place, and the
-rest is predicted from them, every token by the true ones before it. Compared with the same run on the exact blocks:
+rest is predicted from them, every token by the true ones before it; or all of it is computed in the other dtypes. Compared with
+the same run on the exact blocks:
 
     perplexity      of the rest, and by how much the codec changes it
     top-1           share of positions where the likeliest token is the same, of all and of those that exact KV decides
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +32,12 @@ from tiers.arena import Arena
 from tiers.block import Slot
 from tiers.codec import Codec, codec
 
+# On the CPU: what all else is held against, and what may be asked for instead.
+DTYPES = (
+    {"kv_dtype": "float32", "prefill_dtype": "float32"},
+    {"kv_dtype": "float16", "prefill_dtype": "float32"},
+    {"kv_dtype": "float16", "prefill_dtype": "bfloat16"},
+)
 DECIDED = 0.1  # nats between the likeliest token and the next
 
 
@@ -106,6 +114,30 @@ def measure(
     return found
 
 
+def measure_dtypes(
+    exact: LoadedModel, others: list[LoadedModel], tokens: list[int], prefix: int
+) -> list[Quality]:
+    """One window: all of it computed as a prompt, by each model in its own dtypes; what is behind `prefix` is predicted."""
+    log_probs = [_predicted(loaded, tokens, prefix) for loaded in (exact, *others)]
+    return [
+        compare(
+            f"KV {loaded.geometry.dtype_name}, prompts {str(loaded.prefill_dtype).split('.')[1]}",
+            loaded.geometry.block_bytes / exact.geometry.block_bytes,
+            log_probs[0],
+            own,
+            tokens[prefix:],
+        )
+        for loaded, own in zip(others, log_probs[1:], strict=True)
+    ]
+
+
+def _predicted(loaded: LoadedModel, tokens: list[int], prefix: int) -> torch.Tensor:
+    """Log probabilities [tokens behind prefix, vocabulary]."""
+    arena = Arena(loaded.geometry, -(-len(tokens) // loaded.geometry.block_tokens), loaded.device)
+    batch = batch_of(loaded, tokens, 0, len(tokens), logits=len(tokens) - prefix)
+    return Runner(loaded, arena).run(batch).log_softmax(1)
+
+
 def through(scheme: Codec, block: memoryview) -> None:
     """As if to disk and back, in place."""
     payload = scheme.encode(block)
@@ -118,9 +150,11 @@ def prefill(loaded: LoadedModel, arena: Arena, tokens: list[int]) -> None:
     Runner(loaded, arena).run(batch_of(loaded, tokens, 0, len(tokens)))
 
 
-def batch_of(loaded: LoadedModel, tokens: list[int], begin: int, end: int) -> Batch:
+def batch_of(
+    loaded: LoadedModel, tokens: list[int], begin: int, end: int, logits: int = 1
+) -> Batch:
     table = [Slot(slot) for slot in range(-(-end // loaded.geometry.block_tokens))]
-    segment = Segment(start=0, count=end - begin, context=end, table=table, logits=1)
+    segment = Segment(start=0, count=end - begin, context=end, table=table, logits=logits)
     return Batch(tokens[begin:end], range(begin, end), (segment,))
 
 
@@ -188,9 +222,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()
-    loaded = load(
-        LoadSpec(state_dir=arguments.state, device=arguments.device, dtype=arguments.dtype)
-    )
+    spec = LoadSpec(state_dir=arguments.state, device=arguments.device, dtype=arguments.dtype)
+    loaded, others = load(replace(spec, **DTYPES[0])), []
+    if loaded.device.type == "cpu":
+        others = [load(replace(spec, **dtypes)) for dtypes in DTYPES[1:]]
     text = Text.from_dir(loaded.path)
     names = ("bf16", "int8") if loaded.geometry.dtype_name == "float32" else ("int8",)
     rows: dict[str, list[Quality]] = {}
@@ -199,7 +234,9 @@ def main() -> None:
         tokens = list(text.encode(file.read_text()))
         windows = range(0, len(tokens) - length + 1, length)[: arguments.windows]
         for start in tqdm(windows, desc=file.name, file=sys.stderr):
-            found = measure(loaded, tokens[start : start + length], arguments.prefix, names)
+            window = tokens[start : start + length]
+            found = measure(loaded, window, arguments.prefix, names)
+            found += measure_dtypes(loaded, others, window, arguments.prefix)
             before = rows.get(file.name)
             rows[file.name] = (
                 [a.plus(b) for a, b in zip(before, found, strict=True)] if before else found

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from engine import fused_cpu
 from engine.batch import Batch, Segment
-from engine.fused_cpu import FusedModel
+from engine.fused_cpu import FusedModel, grouped
 from engine.model import LoadSpec, UnsupportedModel, compare, load
 from engine.runner import Runner
-from tests.engine.tiny import TINY, save_tiny
+from tests.engine.tiny import EXACT, TINY, save_tiny
 from tiers.arena import Arena
 
 TOKENS = [5, 9, 2, 31, 77, 8, 40]
@@ -31,11 +31,16 @@ def loaded(request, tmp_path):
                 parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
                 assert "norm" in name or "bias" in name
     model.save_pretrained(directory)
-    return load(LoadSpec(tmp_path, path=str(directory), device="cpu", block_tokens=4, threads=1))
+    return load(
+        LoadSpec(tmp_path, path=str(directory), device="cpu", block_tokens=4, threads=1, **EXACT)
+    )
 
 
 def logits(loaded, batches):
-    """Of batches of (table, past, tokens) that run one after the other on one arena full of NaN."""
+    """Of batches of (table, past, tokens) that run one after the other on one arena full of NaN.
+
+    What has a past, or one token, is a decode: all of its logits are wanted.
+    """
     arena = Arena(loaded.geometry, slots=12)
     arena.blocks.fill_(torch.nan)
     runner = Runner(loaded, arena)
@@ -43,7 +48,8 @@ def logits(loaded, batches):
     for batch in batches:
         tokens, positions, segments = [], [], []
         for table, past, new in batch:
-            segments.append(Segment(len(tokens), len(new), past + len(new), table, logits=1))
+            wanted = len(new) if past else 1
+            segments.append(Segment(len(tokens), len(new), past + len(new), table, wanted))
             tokens += new
             positions += range(past, past + len(new))
         out.append(runner.run(Batch(tokens, positions, segments)))
@@ -54,6 +60,7 @@ BATCHES = [
     [((7, 3), 0, TOKENS)],
     [((7, 3, 9), 7, [11]), ((1, 0), 0, TOKENS[:3])],
     [((1, 0), 3, [12, 13]), ((7, 3, 9), 8, [14])],
+    [((5, 4), 0, [15]), ((6, 8), 0, TOKENS[:5]), ((1, 0), 5, [16, 17])],
 ]
 
 
@@ -67,16 +74,82 @@ def test_its_logits_are_those_of_transformers(loaded):
     assert torch.allclose(logits(loaded, BATCHES), plain, rtol=1e-4, atol=1e-4 * plain.abs().max())
 
 
-def test_each_goes_on_from_the_other_s_kv(loaded, monkeypatch):
-    """A prefill of many tokens goes through transformers, the decode after it does not."""
-    whole = logits(loaded, BATCHES)
-    monkeypatch.setattr(fused_cpu, "MAX_TOKENS", 3)
-    assert torch.allclose(logits(loaded, BATCHES), whole, rtol=1e-4, atol=1e-4 * whole.abs().max())
+def test_a_decode_s_logits_are_the_same_to_the_bit_whoever_it_is_computed_with(loaded, monkeypatch):
+    """Prompts beside it, other decodes, or so many that they take more than one pass."""
+    together = logits(loaded, BATCHES)
+    alone = [[one] for batch in BATCHES for one in batch]
+    assert torch.equal(logits(loaded, alone), together)
+    monkeypatch.setattr(fused_cpu, "MAX_TOKENS", 2)
+    assert torch.equal(logits(loaded, BATCHES), together)
 
 
-def test_a_token_s_logits_are_the_same_to_the_bit_whoever_it_is_computed_with(loaded):
-    alone = [[batch] for together in BATCHES for batch in together]
-    assert torch.equal(logits(loaded, alone), logits(loaded, BATCHES))
+def test_decodes_are_grouped_in_their_order_so_many_tokens_a_pass():
+    segments = [Segment(0, count, count, (), count) for count in (1, 2, 1, 5, 1, 1)]
+    groups = [[each.count for each in group] for group in grouped(segments, 3)]
+    assert groups == [[1, 2], [1], [5], [1, 1]]
+    assert grouped([], 3) == []
+
+
+def kv_after(loaded, wanted):
+    """The arena after a prompt of seven tokens in two chunks, of the last of which so many logits were wanted."""
+    arena = Arena(loaded.geometry, slots=4)
+    arena.blocks.zero_()
+    runner = Runner(loaded, arena)
+    for begin, end, logits_of in ((0, 4, 0), (4, 7, wanted)):
+        segment = Segment(0, end - begin, end, (2, 1), logits_of)
+        runner.run(Batch(TOKENS[begin:end], range(begin, end), [segment]))
+    return arena.blocks
+
+
+def test_a_prompt_writes_the_same_kv_whether_its_logits_are_wanted_or_not(loaded):
+    assert torch.equal(kv_after(loaded, 0), kv_after(loaded, 1))
+
+
+def narrower(loaded, tmp_path, **dtypes):
+    spec = LoadSpec(tmp_path, path=str(loaded.path), device="cpu", block_tokens=4, threads=1)
+    return load(replace(spec, **EXACT | dtypes))
+
+
+def test_kv_in_float16_is_the_rounding_of_what_float32_would_keep(loaded, tmp_path):
+    """Of the first layer: behind it, everything has read rounded KV."""
+    half = narrower(loaded, tmp_path, kv_dtype="float16")
+    assert torch.equal(kv_after(half, 1)[:, 0], kv_after(loaded, 1)[:, 0].half())
+    exact = logits(loaded, BATCHES)
+    assert torch.allclose(logits(half, BATCHES), exact, rtol=0, atol=5e-3 * exact.abs().max())
+    alone = [[one] for batch in BATCHES for one in batch]
+    assert torch.equal(logits(half, alone), logits(half, BATCHES))
+
+
+def test_transformers_and_our_passes_read_and_write_the_same_float16(loaded, tmp_path):
+    half = narrower(loaded, tmp_path, kv_dtype="float16")
+    plain = replace(half, fused=None)
+    apart = kv_after(half, 1)[:, 0].float() - kv_after(plain, 1)[:, 0].float()
+    assert apart.abs().max() <= 2**-10 * kv_after(plain, 1).abs().max()  # a rounding the other way
+    exact = logits(plain, BATCHES)
+    assert torch.allclose(logits(half, BATCHES), exact, rtol=0, atol=5e-3 * exact.abs().max())
+
+
+def test_what_float16_cannot_hold_is_kept_as_its_largest_number(loaded, tmp_path):
+    """An infinity in a key would make every later score of its sequence NaN."""
+    directory = tmp_path / "large"
+    model = AutoModelForCausalLM.from_pretrained(loaded.path)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight *= 1e7
+    model.save_pretrained(directory)
+    spec = LoadSpec(tmp_path, path=str(directory), device="cpu", block_tokens=4, threads=1)
+    large = load(replace(spec, **EXACT))
+    half = replace(large, geometry=replace(large.geometry, dtype_name="float16"))
+    for each in (half, replace(half, fused=None)):
+        assert kv_after(each, 1).abs().max() == 65504
+        assert logits(each, BATCHES).isfinite().all()
+
+
+def test_prompts_in_bfloat16_say_nearly_the_same_and_decodes_read_their_kv(loaded, tmp_path):
+    rounded = narrower(loaded, tmp_path, prefill_dtype="bfloat16")
+    exact, found = logits(loaded, BATCHES), logits(rounded, BATCHES)
+    assert not torch.equal(found, exact)
+    assert torch.allclose(found, exact, rtol=0, atol=0.05 * exact.abs().max())
 
 
 def test_a_step_that_samples_nothing_gives_no_logits(loaded):
@@ -95,9 +168,9 @@ def test_a_wrong_weight_in_it_is_refused_at_load(loaded):
 
 def test_a_model_that_is_not_exactly_of_the_known_shape_is_left_to_transformers(loaded):
     model = loaded.model
-    assert FusedModel.of(model) is not None
+    assert FusedModel.of(model, torch.float32) is not None
     model.config.hidden_act = "gelu"
-    assert FusedModel.of(model) is None
+    assert FusedModel.of(model, torch.float32) is None
     model.config.hidden_act = "silu"
     model.model.layers[1].self_attn.o_proj.bias = torch.nn.Parameter(torch.zeros(48))
-    assert FusedModel.of(model) is None
+    assert FusedModel.of(model, torch.float32) is None

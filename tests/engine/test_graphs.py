@@ -14,7 +14,7 @@ from engine.graphs import MAX_TOKENS, Buffers, Graphs, Shape, numbers_of, shape_
 from engine.model import LoadSpec, load
 from engine.paged_cuda import MAX_QUERIES
 from engine.runner import Runner, graphs
-from tests.engine.tiny import SHAPE, save_tiny
+from tests.engine.tiny import EXACT, SHAPE, save_tiny
 from tiers.arena import Arena, Geometry
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu replays real ones")
@@ -104,7 +104,9 @@ def smallest(tmp_path_factory):
     """As `pair`: one layer of two heads, because interpreting is slow."""
     small = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     directory = save_tiny(LlamaConfig(**SHAPE | small), tmp_path_factory.mktemp("small") / "model")
-    spec = LoadSpec(tmp_path_factory.mktemp("state"), str(directory), device="cpu", block_tokens=4)
+    spec = LoadSpec(
+        tmp_path_factory.mktemp("state"), str(directory), device="cpu", block_tokens=4, **EXACT
+    )
     return load(spec), AutoModelForCausalLM.from_pretrained(directory).eval()
 
 

@@ -32,7 +32,7 @@ from transformers import (
 
 from engine import attention, model
 from engine.model import Digests, LoadSpec, UnsupportedModel, check_config, load, probe
-from tests.engine.tiny import SHAPE, TINY, save_tiny
+from tests.engine.tiny import EXACT, SHAPE, TINY, save_tiny
 from tiers.arena import Geometry
 
 MOVING = {"rope_theta": 1e4, "factor": 2.0}
@@ -86,21 +86,21 @@ def built(config):
 
 
 def test_probe_learns_the_geometry_from_what_layers_ask():
-    geometry = probe(built(TINY["qwen3"]), 16)
+    geometry = probe(built(TINY["qwen3"]), 16, torch.float32)
     assert (geometry.layers, geometry.kv_heads, geometry.head_dim) == (3, 3, 8)
     assert (geometry.block_tokens, geometry.dtype_name) == (16, "float32")
 
 
 def test_probe_refuses_a_model_that_keeps_its_arguments_to_itself():
     with pytest.raises(UnsupportedModel, match="hand its arguments on"):
-        probe(built(NemotronConfig(**SHAPE)), 4)
+        probe(built(NemotronConfig(**SHAPE)), 4, torch.float32)
 
 
 def test_probe_refuses_layers_that_attend_elsewhere():
     llama = built(TINY["llama"])
     llama.model.layers[1].self_attn = Elsewhere()
     with pytest.raises(UnsupportedModel, match=r"of 3 layers, .* are \[0, 2\]"):
-        probe(llama, 4)
+        probe(llama, 4, torch.float32)
 
 
 class Elsewhere(torch.nn.Module):
@@ -225,10 +225,31 @@ def test_fingerprint_does_not_care_how_the_weights_are_cut_into_files(tiny_dirs,
 
 
 def test_fingerprint_names_the_storage_of_its_blocks(tiny_dirs, tmp_path):
-    spec = LoadSpec(state_dir=tmp_path, path=str(tiny_dirs["llama"]), device="cpu", threads=1)
+    spec = LoadSpec(
+        state_dir=tmp_path, path=str(tiny_dirs["llama"]), device="cpu", threads=1, **EXACT
+    )
     compact = [load(replace(spec, storage=name)).fingerprint for name in ("off", "bf16", "int8")]
     assert len(set(compact)) == 3
     assert compact[0] == load(spec).fingerprint
+
+
+def test_fingerprint_names_the_dtypes_of_kv_and_of_what_computes_it(tiny_dirs, tmp_path):
+    spec = LoadSpec(
+        state_dir=tmp_path, path=str(tiny_dirs["llama"]), device="cpu", threads=1, **EXACT
+    )
+    changes = ({}, {"kv_dtype": "float16"}, {"prefill_dtype": "bfloat16"})
+    assert len({load(replace(spec, **change)).fingerprint for change in changes}) == 3
+
+
+@pytest.mark.parametrize(
+    "change", [{"kv_dtype": "bfloat16"}, {"prefill_dtype": "float16"}, {"kv_dtype": "int8"}]
+)
+def test_dtypes_that_nothing_computes_are_refused_by_name(tiny_dirs, tmp_path, change):
+    spec = LoadSpec(
+        state_dir=tmp_path, path=str(tiny_dirs["llama"]), device="cpu", threads=1, **change
+    )
+    with pytest.raises(UnsupportedModel, match=next(iter(change.values()))):
+        load(spec)
 
 
 def test_weights_that_were_missing_and_made_up_are_nobodys_cache(tiny_dirs, tmp_path):

@@ -40,6 +40,10 @@ TINY: dict[str, PretrainedConfig] = {
 }
 
 
+# For `LoadSpec`, where results are held against transformers': nothing on the CPU is rounded to 16 bits.
+EXACT = {"kv_dtype": "float32", "prefill_dtype": "float32"}
+
+
 def save_tiny(config: PretrainedConfig, directory: Path, seed: int = 7) -> Path:
     """A random model of this config as a transformers directory."""
     torch.manual_seed(seed)

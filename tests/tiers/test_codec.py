@@ -32,8 +32,10 @@ COMPACT = [
     codec("bf16", geometry()),
     codec("int8", geometry()),
     codec("int8", geometry("bfloat16")),
+    codec("int8", geometry("float16")),
 ]
-IDS = ["bf16 of float32", "int8 of float32", "int8 of bfloat16"]
+IDS = ["bf16 of float32", "int8 of float32", "int8 of bfloat16", "int8 of float16"]
+ELEMENTS = dict(zip(COMPACT, ["float32", "float32", "bfloat16", "float16"], strict=True))
 
 
 def restored(one, block: bytes) -> bytes:
@@ -46,10 +48,12 @@ def restored(one, block: bytes) -> bytes:
 
 
 def geometry_of(one) -> Geometry:
-    return geometry("bfloat16" if one is COMPACT[2] else "float32")
+    return geometry(ELEMENTS[one])
 
 
 def floats(block: bytes, elements: str = "float32") -> np.ndarray:
+    if elements == "float16":
+        return np.frombuffer(block, "<f2").astype(np.float32).reshape(-1, WIDTH)
     if elements == "bfloat16":
         block = b"".join(b"\0\0" + block[i : i + 2] for i in range(0, len(block), 2))
     return np.frombuffer(block, "<f4").reshape(-1, WIDTH)
@@ -77,7 +81,7 @@ def test_a_restored_block_encodes_to_the_same_payload_and_restores_to_the_same_b
     assert restored(one, once) == once
 
 
-@pytest.mark.parametrize("elements", ["float32", "bfloat16"])
+@pytest.mark.parametrize("elements", ["float32", "bfloat16", "float16"])
 def test_every_peak_is_a_fixed_point_of_int8(elements):
     """All 65,280 peaks with every code below them: the proof in the header, by exhaustion."""
     wide = Geometry(
@@ -88,6 +92,8 @@ def test_every_peak_is_a_fixed_point_of_int8(elements):
     usable = peaks >= (127 - 100) << 8
     if elements == "bfloat16":
         usable &= peaks & 1 == 0  # bfloat16 has no others
+    if elements == "float16":  # from its smallest normal number to its largest
+        usable &= (peaks >= (127 - 14) << 8) & (peaks < (127 + 16) << 8)
     peaks[~usable] = 0
     codes = np.tile(np.arange(128, dtype=np.int8), (PEAKS, 1))
     codes[1::2] *= -1
@@ -96,23 +102,26 @@ def test_every_peak_is_a_fixed_point_of_int8(elements):
     into = bytearray(wide.block_bytes)
     one.decode(memoryview(payload), memoryview(into))
     assert bytes(one.encode(memoryview(into))) == payload
-    assert usable.sum() == (58368 if elements == "float32" else 29184)
+    assert usable.sum() == {"float32": 58368, "bfloat16": 29184, "float16": 7680}[elements]
 
 
 @pytest.mark.parametrize("one", COMPACT, ids=IDS)
 @given(block=like_kv)
 def test_an_element_is_off_by_no_more_than_the_header_says(one, block):
-    elements = "bfloat16" if one is COMPACT[2] else "float32"
-    block = block[: geometry_of(one).block_bytes]
-    if one is COMPACT[2]:  # any bits may be large there: take the upper halves of the numbers
-        block = COMPACT[0].encode(memoryview(block * 2)).tobytes()[: geometry_of(one).block_bytes]
+    elements = ELEMENTS[one]
+    if elements == "bfloat16":  # any bits may be large there: take the upper halves of the numbers
+        block = COMPACT[0].encode(memoryview(block)).tobytes()
+    elif elements == "float16":
+        block = np.frombuffer(block, "<f4").clip(-65504, 65504).astype("<f2").tobytes()
     before, after = (floats(each, elements) for each in (block, restored(one, block)))
     peak = np.abs(before).max(axis=1, keepdims=True)
     bound = (
         np.abs(before) * 2**-8
         if one is COMPACT[0]
-        else peak * (1 / 254 + 2**-20 if elements == "float32" else 1 / 254 + 2**-8)
+        else peak * (1 / 254 + {"float32": 2**-20, "bfloat16": 2**-8, "float16": 2**-11}[elements])
     )
+    if elements == "float16":
+        bound = np.where(peak < 2**-14, peak, bound + 2**-25)
     assert (np.abs(after - before) <= bound).all()
 
 
@@ -123,6 +132,9 @@ def test_a_nan_is_never_stored_as_a_number(one, nan):
     elements = geometry_of(one).dtype_name
     bits = bytes.fromhex(nan)[::-1]
     size = 4 if elements == "float32" else 2
+    if elements == "float16":  # its exponent has three bits fewer
+        bits = (int(nan[:4], 16) << 3 & 0x7FFF | int(nan[:4], 16) & 0x8000).to_bytes(4, "big")[::-1]
+        bits = bits[2:] + bits[:2]
     block = bytearray(geometry_of(one).block_bytes)
     block[5 * size : 6 * size] = bits[4 - size :]
     after = floats(restored(one, bytes(block)), elements)
@@ -162,7 +174,7 @@ def test_the_layouts_are_those_in_the_header():
     assert not back[4:].any()
 
 
-@pytest.mark.parametrize("elements", ["float32", "bfloat16"])
+@pytest.mark.parametrize("elements", ["float32", "bfloat16", "float16"])
 def test_off_is_the_identity_and_copies_nothing(elements):
     one = codec("off", geometry(elements))
     block = memoryview(bytearray(range(ROWS * WIDTH)) * 4)[: geometry(elements).block_bytes]
@@ -172,8 +184,12 @@ def test_off_is_the_identity_and_copies_nothing(elements):
     assert one.payload_bytes(geometry(elements)) == geometry(elements).block_bytes
 
 
-def test_bf16_of_bf16_is_off():
-    assert codec("bf16", geometry("bfloat16")).scheme == codec("off", geometry()).scheme
+@pytest.mark.parametrize("elements", ["bfloat16", "float16"])
+def test_bf16_of_16_bits_is_off(elements):
+    assert codec("bf16", geometry(elements)).scheme == codec("off", geometry()).scheme
+
+
+def test_the_names_are_three_schemes():
     assert len({codec(name, geometry()).scheme for name in NAMES}) == 3
 
 
@@ -185,7 +201,7 @@ def test_payloads_are_as_small_as_promised():
 
 
 @pytest.mark.parametrize(
-    ("name", "elements"), [("int4", "float32"), ("int8", "float16"), ("bf16", "float64")]
+    ("name", "elements"), [("int4", "float32"), ("int8", "float64"), ("bf16", "float64")]
 )
 def test_what_cannot_be_stored_is_refused_by_name(name, elements):
     with pytest.raises(ValueError, match=name):

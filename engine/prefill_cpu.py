@@ -1,0 +1,109 @@
+"""A forward pass of many tokens on the CPU: what prompts are computed with, where the model is of the Llama family.
+
+Products and attention are torch's, which run near what the processor can do; the rest of transformers' forward is some 25
+small operations a layer, each over a batch that no longer fits the cache, and takes a fifth of the time. Here a layer is
+four products (queries, keys and values are one, gate and up another), attention, and three small kernels.
+
+Products are made in `dtype`: float32, or bfloat16, which is twice as fast on processors that multiply it, and rounds what
+goes into a product and what comes out to eight bits. Sums, norms, attention and the logits are float32 always.
+
+Laws
+    In float32 it computes what transformers computes, in another order of sums: `engine.model.compare` holds one against
+    the other at every load.
+    KV that it wrote is engine/fused_cpu.py's to read, and the other way round.
+    A weight is in memory once in each dtype: the model's own float32 parameters become views of what is laid together here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn.functional import linear, silu
+
+from engine import kernels_cpu, paged_cpu
+from engine.attention import PagedForward
+from engine.family import DOWN, GATE_AND_UP, OUT, PROJECTIONS, Family, together
+
+if TYPE_CHECKING:
+    from engine.batch import Batch
+    from engine.kernels_cpu import Net
+    from tiers.arena import Arena
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """[outputs, inputs] each."""
+
+    projections: torch.Tensor  # queries, keys, values
+    out: torch.Tensor
+    gate_and_up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefill:
+    """A model's weights for many tokens at once. Used by one thread."""
+
+    layers: tuple[Layer, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: Any, found: Family, dtype: torch.dtype) -> Prefill:
+        def laid(prefix: str, names: tuple[str, ...]) -> torch.Tensor:
+            if dtype is torch.float32:
+                return together(model, prefix, names)
+            return torch.cat([weight.to(dtype) for weight in found.of_layer(prefix, names)])
+
+        layers = tuple(
+            Layer(
+                projections=laid(prefix, PROJECTIONS),
+                out=found.weights[prefix + OUT].to(dtype),
+                gate_and_up=laid(prefix, GATE_AND_UP),
+                down=found.weights[prefix + DOWN].to(dtype),
+            )
+            for prefix in found.layers
+        )
+        return cls(layers, dtype)
+
+    def run(self, net: Net, batch: Batch, arena: Arena) -> np.ndarray[Any, Any]:
+        """Write these tokens' KV, and give the last states, normalised, of those whose logits are wanted: [wanted, hidden]."""
+        size, head_dim = arena.geometry.block_tokens, arena.geometry.head_dim
+        positions = np.array(batch.positions, np.int64)
+        slots, rows = np.array(batch.slots(size), np.int64), positions % size
+        wanted = np.array(batch.wanted, np.int64)
+        blocks = paged_cpu.in_numpy(arena.blocks)
+        paged = PagedForward(batch, arena)
+        state = net.embedding[np.array(batch.tokens, np.int64)]  # [tokens, hidden]
+        change = np.empty((0, state.shape[1]), np.float32)
+        query = torch.empty(len(state), net.query_heads, head_dim)
+
+        def normalised(norm: int) -> torch.Tensor:
+            out = torch.empty(state.shape)
+            kernels_cpu.add_and_norm(state, change, net.norms[norm], net.epsilon, out.numpy())
+            return out
+
+        for index, layer in enumerate(self.layers):
+            mixed = _floats(self._product(normalised(2 * index), layer.projections))
+            kernels_cpu.place(net, index, mixed, positions, slots, rows, blocks, query.numpy())
+            last = index == len(self.layers) - 1
+            if last and not len(wanted):
+                break
+            attended = paged.read(index, query, net.scaling).flatten(1)
+            if last:  # the others' KV is written, and nobody asks for more of them
+                attended, state = attended[wanted], state[wanted]
+            change = _floats(self._product(attended, layer.out))
+            both = self._product(normalised(2 * index + 1), layer.gate_and_up)
+            gate, up = both.chunk(2, dim=1)
+            change = _floats(self._product(silu(gate).mul_(up), layer.down))
+        return normalised(2 * len(self.layers)).numpy()[: len(wanted)]
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return linear(x.to(self.dtype), weight)
+
+
+def _floats(x: torch.Tensor) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any] = x.float().numpy()
+    return array
