@@ -1069,7 +1069,9 @@ MUTANTS = (
         "engine/attention.py",
         """prefill_cpu {str(prefill).removeprefix('torch.')}""",
         "prefill_cpu",
-        ("tests/engine/test_model.py::test_fingerprint_names_the_dtypes_of_kv_and_of_what_computes_it",),
+        (
+            "tests/engine/test_model.py::test_fingerprint_names_the_dtypes_of_kv_and_of_what_computes_it",
+        ),
     ),
     # what operators see
     Mutant(

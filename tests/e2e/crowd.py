@@ -9,8 +9,8 @@ from broker.bench.session import Agent, History
 from broker.bench.workload import Workload
 from tests.broker.wire.grammar import check_events
 
-# The default model's, in float32: layers, K and V, heads, head size, bytes.
-TOKEN_BYTES = 30 * 2 * 3 * 64 * 4
+# The default model's, in float16: layers, K and V, heads, head size, bytes.
+TOKEN_BYTES = 30 * 2 * 3 * 64 * 2
 
 
 @dataclass
