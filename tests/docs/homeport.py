@@ -8,18 +8,22 @@
 import sys
 from unittest.mock import patch
 
+from broker.__main__ import _parser as make_parser
 from broker.__main__ import main as homeport
 from tests.clients import scripted
 
+__all__ = ["make_parser"]  # for tests that read the command line instead of running it
+
+_DEFAULT_URL = "broker.__main__._DEFAULT_URL"
 # Under what the page says: one thread as in tests/e2e, and what is kept is restored even where computing is faster.
-SETTINGS = ("engine.threads=1", "tiers.restore.decide=false", "tiers.restore.floor=30s")
+_SETTINGS = ("engine.threads=1", "tiers.restore.decide=false", "tiers.restore.floor=30s")
 
 
 def main(port: str, engine: str, *arguments: str) -> int:
-    with patch("broker.__main__._DEFAULT_URL", f"http://127.0.0.1:{port}"):
+    with patch(_DEFAULT_URL, f"http://127.0.0.1:{port}"):
         if arguments[:1] != ("serve",):
             return homeport(arguments)
-        serve = ["serve", f"--set=server.port={port}", *(f"--set={one}" for one in SETTINGS)]
+        serve = ["serve", f"--set=server.port={port}", *(f"--set={one}" for one in _SETTINGS)]
         serve += arguments[1:]
         return homeport(serve) if engine == "model" else scripted.main(["--say", "Aye.", *serve])
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from broker.__main__ import _parser as parser
 from broker.admission import AdmissionStatistics
 from broker.config import Config, known_keys, load
 from broker.metrics import EdgeReport, render
 from broker.openapi import OPERATIONS
 from engine.api import EngineReport
 from tests.docs import pages
+from tests.docs.homeport import make_parser as parser
 from tests.docs.pages import PAGES, ROOT
 
 KINDS = {

@@ -102,7 +102,8 @@ class Visitor:
         return self.home / inside if inside != name else self.checkout / name
 
     def _script(self, block: Block) -> Path:
-        script = self.home / "block"
+        # A shell reads its script as it goes: one that still serves keeps its own.
+        script = self.home / block.place.replace("/", "_").replace(":", "_")
         script.write_text(self._here(block.text))
         return script
 
