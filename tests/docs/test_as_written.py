@@ -70,7 +70,9 @@ def follow(visitor, page):
 
 @pytest.mark.parametrize("page", SHARED)
 def test_a_page_works_as_written(visitor, page):
-    ask(visitor, input="Where is the tide?")  # the last turn is of a known kind, whatever pages came before
+    ask(
+        visitor, input="Where is the tide?"
+    )  # the last turn is of a known kind, whatever pages came before
     follow(visitor, page)
 
 

@@ -16,6 +16,7 @@ from broker.config import Config, known_keys, load
 from broker.metrics import EdgeReport, render
 from broker.openapi import OPERATIONS
 from engine.api import EngineReport
+from tests.clients.__main__ import AGENTS
 from tests.docs import pages
 from tests.docs.homeport import make_parser as parser
 from tests.docs.pages import PAGES, ROOT
@@ -58,7 +59,15 @@ SOURCES = [
 OURS = ("broker", "engine", "tiers", "tests", "config", "docs")
 MAKEFILE = (ROOT / "Makefile").read_text()
 
+OTHERS = sorted(
+    str(file.relative_to(ROOT)) for folder in ("tiers", "tests") for file in (ROOT / folder).rglob("*.md")
+)  # fmt: skip
+
 each_page = pytest.mark.parametrize("page", PAGES)
+each_page_and_others = pytest.mark.parametrize("page", [*PAGES, *OTHERS])
+each_page_of_all = pytest.mark.parametrize(
+    "page", [*PAGES, *OTHERS, "CHANGELOG.md"]
+)  # which names what is gone
 
 
 def every(kind):
@@ -83,7 +92,7 @@ def test_what_is_not_run_is_listed_here_with_its_reason():
         assert pages.markers(page) == len(reasons), f"{page}: a marker that is over no block"
 
 
-@each_page
+@each_page_of_all
 def test_links_lead_somewhere(page):
     for target in pages.links(page):
         path, _, anchor = target.partition("#")
@@ -92,13 +101,6 @@ def test_links_lead_somewhere(page):
         assert found.is_relative_to(ROOT), f"{page}: {target} leaves the repository"
         if anchor:
             assert anchor in pages.anchors(str(found.relative_to(ROOT))), f"{page}: {target}"
-
-
-@pytest.mark.parametrize("page", ["CHANGELOG.md", *sorted(
-    str(file.relative_to(ROOT)) for folder in ("tiers", "tests") for file in (ROOT / folder).rglob("*.md")
-)])  # fmt: skip
-def test_links_of_the_other_pages_lead_somewhere_too(page):
-    test_links_lead_somewhere(page)
 
 
 def test_the_index_has_every_page():
@@ -128,7 +130,7 @@ def spread(name):
     return [one for part in found[2].split(",") for one in spread(found[1] + part + found[3])]
 
 
-@each_page
+@each_page_and_others
 def test_every_key_that_is_named_exists(page):
     for name in keys_named(page):
         if name in ("key.path", "tiers.py"):
@@ -153,7 +155,7 @@ def leaf(command):
     return found, " ".join(named)
 
 
-@each_page
+@each_page_and_others
 def test_every_command_and_option_that_is_named_exists(page):
     for command in pages.command_said(page):
         said = f"{page}: {command.program} {' '.join(command.words)}"
@@ -188,7 +190,7 @@ def test_the_readme_lists_every_command():
     assert "`unpin`" in usage
 
 
-@each_page
+@each_page_and_others
 def test_every_metric_that_is_named_exists_with_its_labels(page):
     for name, labels in re.findall(r"\b(homeport_[a-z_]+)(?:\{([^}]*)\})?", pages.text(page)):
         samples = re.findall(rf"(?m)^{name}(?:\{{(.*)\}})? [-\d.]", METRICS)
@@ -216,7 +218,7 @@ def test_every_route_that_is_named_exists(page):
         assert found[1] is None or {(found[1], each) for each in paths} & methods, f"{page}: {one}"
 
 
-@each_page
+@each_page_and_others
 def test_every_field_of_ours_that_is_named_exists(page):
     source = "\n".join(file.read_text() for file in SOURCES)
     for name in re.findall(r"homeport:[a-z_]+", pages.text(page)):
@@ -275,3 +277,14 @@ def test_shell_parses_and_serves_last(block):
     parsed = subprocess.run(["bash", "-n"], input=block.text, text=True, capture_output=True)
     assert parsed.returncode == 0, parsed.stderr
     assert not any(command.serves for command in pages.commands(block.text)[:-1]), block.place
+
+
+@pytest.mark.parametrize("agent", AGENTS.values(), ids=AGENTS)
+def test_what_a_real_agent_changes_on_its_page_is_there(agent):
+    """tests/clients runs the page as it stands, but for the address and these."""
+    text = pages.text(agent.page)
+    assert "http://127.0.0.1:8321" in text
+    assert agent.context in text
+    assert agent.http_only is None or agent.http_only[0] in text
+    (started,) = [one for one in pages.blocks(agent.page) if one.not_run]
+    assert started.text.splitlines()[-1] == agent.name

@@ -151,7 +151,11 @@ class Visitor:
         # Its page may have ended it.
         if self._daemon.poll() is None:
             os.killpg(self._daemon.pid, signal.SIGTERM)
-        self._daemon.wait(END_S)
+        try:
+            self._daemon.wait(END_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._daemon.pid, signal.SIGKILL)
+            raise
         assert self._daemon.stdout is not None
         self._daemon.stdout.close()
         self._daemon = None
@@ -165,8 +169,6 @@ class Visitor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._daemon is not None and self._daemon.poll() is None and error is not None:
-            os.killpg(self._daemon.pid, signal.SIGKILL)
         self.end()
 
     def _compare_output(self, block: Block) -> None:
