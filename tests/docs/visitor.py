@@ -152,12 +152,12 @@ class Visitor:
         if self._daemon.poll() is None:
             os.killpg(self._daemon.pid, signal.SIGTERM)
         try:
-            self._daemon.wait(END_S)
+            self._daemon.communicate(
+                timeout=END_S
+            )  # until nobody holds its stdout, not the shell alone
         except subprocess.TimeoutExpired:
             os.killpg(self._daemon.pid, signal.SIGKILL)
             raise
-        assert self._daemon.stdout is not None
-        self._daemon.stdout.close()
         self._daemon = None
 
     def __enter__(self) -> Visitor:
