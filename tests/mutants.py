@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("broker", "engine", "tiers", "tests", "config", "pyproject.toml")
+COPIED = (
+    *("broker", "engine", "tiers", "tests", "config", "docs", "pyproject.toml"),
+    *("README.md", "CHANGELOG.md", "Makefile"),
+)
 RUN_S = 240  # a mutant may also loop for ever: that counts as caught
 
 EXAMPLES, MACHINE = "tests/tiers/test_cache.py", "tests/tiers/test_cache_machine.py"
@@ -68,6 +71,8 @@ LANES, STEERS, IDS = (
 )
 COMPARISON = "broker/bench/comparison.py"
 STEERS_PURE = "tests/broker/wire/test_steering.py"
+
+PAGES = ("tests/docs/test_pages.py",)
 
 TRANSFERS, MOVES = "engine/transfers.py", ("tests/engine/test_transfers.py",)
 
@@ -1414,6 +1419,52 @@ MUTANTS = (
         "            return ()  # templates cannot be asked about nothing\n",
         "",
         ("tests/broker/test_chat.py",),
+    ),
+    # pages
+    Mutant(
+        "a page names an option that is not there",
+        "README.md",
+        "ID --ttl 1h`",
+        "ID --for 1h`",
+        PAGES,
+    ),
+    Mutant(
+        "a page names a key that is not there",
+        "docs/sizing.md",
+        "`tiers.disk.min_free` is",
+        "`tiers.disk.free` is",
+        PAGES,
+    ),
+    Mutant(
+        "a page names a metric as it was called once",
+        "docs/numbers.md",
+        "rate(homeport_turns_refused_total",
+        "rate(homeport_refused_total",
+        PAGES,
+    ),
+    Mutant(
+        "a page names a label that the metric has not",
+        "docs/numbers.md",
+        "homeport_restore_wait_seconds_total{tier}",
+        "homeport_restore_wait_seconds_total{cause}",
+        PAGES,
+    ),
+    Mutant(
+        "a page leads to a heading that has another name",
+        "docs/sdks.md",
+        "README.md#talk-to-it",
+        "README.md#talk-to-me",
+        PAGES,
+    ),
+    Mutant(
+        "a block is not run, and nobody is told",
+        "docs/secure.md",
+        "```toml secure.toml",
+        "<!-- not run: hard -->\n```toml secure.toml",
+        PAGES,
+    ),
+    Mutant(
+        "a page is in no index", "docs/README.md", "[upgrade.md](upgrade.md)", "upgrade.md", PAGES
     ),
 )
 

@@ -4,8 +4,9 @@
     python -m tests.clients claude --program PATH [--model-engine]
 
 The agents are not ours to install: `npm install @openai/codex @anthropic-ai/claude-code` somewhere, and name the programs.
-Each runs in a home and a working folder of its own, talks to the tap only, and sees a scripted model (`scripted.py`) that
-calls its shell once; with `--model-engine` the default model, which calls nothing: then only a clean end is asked for.
+Each is set up as its page in docs/ says, with the tap's address for ours, in a home and a working folder of its own. It
+sees a scripted model (`scripted.py`) that calls its shell once; with `--model-engine` the default model, which calls
+nothing: then only a clean end is asked for.
 
 Exit status 1: something that should have happened did not.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from broker.bench.daemon import Daemon
 from tests.broker.wire.grammar import check_events
 from tests.clients import scripted
 from tests.clients.tap import Tap, events_of, tapped
+from tests.docs.pages import blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,63 +40,44 @@ TASK = "Make a file named made.txt that says harbour, then tell me how the tide 
 SAYS = "The tide is in."
 COMMAND = "echo harbour > made.txt && cat made.txt"
 TIMEOUT_S = 300
+# Codex would look for updates, and report: not part of what the page is about.
+QUIET = """
+[analytics]
+enabled = false
+"""
 
 
 @dataclass(frozen=True)
 class Agent:
-    """How one client is started. `call` is what the scripted model says: the client's own shell."""
+    """How one client is started: as its page says, with `arguments` behind its name."""
 
     name: str
-    call: tuple[str, str]
+    page: str
+    call: tuple[str, str]  # what the scripted model says: the client's own shell
     arguments: tuple[str, ...]
-    environment: dict[str, str]
+    http_only: tuple[str, str] | None = None  # what to change on the page for that
+    context: str = ""  # the page's; the scripted model has another, for its tokens are bytes
 
 
-def codex(home: Path, url: str, model: str, transport: str) -> Agent:
-    folder = home / ".codex"
-    folder.mkdir()
-    (folder / "config.toml").write_text(
-        f"""model = "{model}"
-model_provider = "homeport"
-check_for_update_on_startup = false
-[analytics]
-enabled = false
-[model_providers.homeport]
-name = "homeport"
-base_url = "{url}/v1"
-wire_api = "responses"
-env_key = "HOMEPORT_KEY"
-supports_websockets = {"true" if transport == "websocket" else "false"}
-"""
+AGENTS = {
+    one.name: one
+    for one in (
+        Agent(
+            "codex",
+            "docs/codex.md",
+            ("exec_command", json.dumps({"cmd": COMMAND})),
+            ("exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", TASK),
+            ("supports_websockets = true", "supports_websockets = false"),
+        ),
+        Agent(
+            "claude",
+            "docs/claude-code.md",
+            ("Bash", json.dumps({"command": COMMAND, "description": "make the file"})),
+            ("--print", "--allowedTools", "Bash", "--", TASK),
+            context="TOKENS=32768",
+        ),
     )
-    return Agent(
-        "codex",
-        ("exec_command", json.dumps({"cmd": COMMAND})),
-        ("exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", TASK),
-        {"CODEX_HOME": str(folder), "HOMEPORT_KEY": "none"},
-    )
-
-
-def claude(home: Path, url: str, model: str, transport: str) -> Agent:
-    del home, transport
-    named = (
-        "ANTHROPIC_MODEL",
-        *(f"ANTHROPIC_DEFAULT_{size}_MODEL" for size in ("OPUS", "SONNET", "HAIKU")),
-    )
-    return Agent(
-        "claude",
-        ("Bash", json.dumps({"command": COMMAND, "description": "make the file"})),
-        ("--print", "--allowedTools", "Bash", "--", TASK),
-        {
-            "ANTHROPIC_BASE_URL": url,
-            "ANTHROPIC_AUTH_TOKEN": "none",
-            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-            **dict.fromkeys(named, model),
-        },
-    )
-
-
-AGENTS = {"codex": codex, "claude": claude}
+}
 
 
 def main() -> int:
@@ -114,16 +98,15 @@ async def run(arguments: argparse.Namespace, folder: Path) -> int:
     home, work = folder / "home", folder / "work"
     home.mkdir()
     work.mkdir()
-    model = "smollm2-135m-instruct"
-    call = AGENTS[arguments.client](_fresh(folder / "probe"), "", model, "http").call
+    agent = AGENTS[arguments.client]
     if arguments.model_engine:
         daemon = Daemon(folder / "state", settings=("log.level=warning",))
     else:
-        daemon = scripted.daemon(folder / "state", "log.level=info", say=SAYS, call=call)
+        daemon = scripted.daemon(folder / "state", "log.level=info", say=SAYS, call=agent.call)
     with daemon:
         async with tapped(daemon.url) as tap:
-            agent = AGENTS[arguments.client](home, tap.url, model, arguments.transport)
-            ended = await trio.to_thread.run_sync(_start, arguments.program, agent, home, work)
+            steps = _as_written(agent, tap.url, home, work, arguments.transport)
+            ended = await trio.to_thread.run_sync(_start, arguments.program, agent, home, steps)
         print(daemon.tail(10))
     if arguments.keep:
         arguments.keep.write_text(json.dumps(list(_kept(tap)), indent=1, ensure_ascii=False))
@@ -145,25 +128,43 @@ async def run(arguments: argparse.Namespace, folder: Path) -> int:
     return 0 if all(checks.values()) else 1
 
 
-def _fresh(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+def _as_written(agent: Agent, url: str, home: Path, work: Path, transport: str) -> str:
+    """The page's files are written into `home`; its commands, as one script."""
+    steps = [f"cd '{work}'"]
+    for block in blocks(agent.page):
+        told = block.text.replace("http://127.0.0.1:8321", url)
+        if transport == "http" and agent.http_only:
+            told = told.replace(*agent.http_only)
+        if agent.context:
+            told = told.replace(agent.context, f"TOKENS={scripted.MAX_CONTEXT}")
+        if block.kind == "toml":
+            file = home / block.rest.removeprefix("~/")
+            file.parent.mkdir(parents=True)
+            file.write_text(told + (QUIET if agent.name == "codex" else ""))
+        elif block.kind == "sh":
+            steps.append(told)
+    # What is on the page comes first: the order of its blocks is that of a reader, not of a script.
+    return "\n".join(sorted(steps, key=lambda step: agent.name in step.split()))
 
 
-def _start(program: Path, agent: Agent, home: Path, work: Path) -> subprocess.CompletedProcess[str]:
+def _start(program: Path, agent: Agent, home: Path, steps: str) -> subprocess.CompletedProcess[str]:
+    """Run the page's commands, of which the agent's own name gets a task to do."""
+    bin_dir = home / "bin"
+    bin_dir.mkdir()
+    command = shlex.join([str(program.resolve()), *agent.arguments])
+    (bin_dir / agent.name).write_text(f"#!/bin/sh\nexec {command}\n")
+    (bin_dir / agent.name).chmod(0o700)
     environment = {
-        "PATH": os.environ["PATH"],
+        "PATH": f"{bin_dir}:{os.environ['PATH']}",
         "HOME": str(home),
         # Nothing but the tap is to be reached.
         **dict.fromkeys(
             ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9"
         ),
         **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
-        **agent.environment,
     }
     return subprocess.run(
-        [str(program.resolve()), *agent.arguments],
-        cwd=work,
+        ["bash", "-ec", steps],
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
