@@ -53,6 +53,7 @@ class EdgeReport:
     sessions: int  # response ids in memory
     stored_total: Mapping[str, int] = field(default_factory=dict)  # {disk|memory: responses}
     background: int = 0  # responses that run without their client
+    tasks: int = 0  # trio's
     observed: Observed = field(default_factory=lambda: Observations().report())
 
 
@@ -330,6 +331,7 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
         [(at, t.leased_blocks) for at, t in tiers],
     )
     put("websockets", "gauge", "Open WebSocket connections.", one(edge.websockets))
+    put("tasks", "gauge", "Tasks that live on the event loop.", one(edge.tasks))
     put(
         "background",
         "gauge",

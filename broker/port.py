@@ -319,6 +319,7 @@ class Port:
             sessions=self.sessions.statistics().nodes,
             stored_total=dict(self.stored_total),
             background=self.background.running,
+            tasks=trio.lowlevel.current_statistics().tasks_living,
             observed=self.observations.report(),
         )
 

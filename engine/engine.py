@@ -205,6 +205,8 @@ class Engine:
         )
         self._stopping = False
         cache.begin_adopting(records)
+        if self._adoption.complete:
+            cache.end_adopting()
 
     @property
     def max_context(self) -> int:

@@ -133,6 +133,7 @@ class TieredCache:
         self._deletions: list[tuple[Sequence[BlockKey], Collection[BlockKey]]] = []
         self._evictions: dict[Tier, Counter[str]] = {tier: Counter() for tier in Tier}
         self._forgotten = 0
+        self._let_go_at = 0  # forgotten by then
         self._spill_failures = 0
         self._load_failures = 0
 
@@ -492,9 +493,9 @@ class TieredCache:
         The superseded lease ends: what is only its own is worth least from now on. If it ended before, no matter.
         Until `keep_until` the chain counts as in a burst, whatever is said of it, and does not sink to disk only.
         """
-        lease = Lease(
-            lease_id, hold.root, session, self._end_hold(hold, now), now, keep_until=keep_until
-        )
+        chain = self._end_hold(hold, now)
+        tail = chain[-1].key if chain else None
+        lease = Lease(lease_id, hold.root, session, chain, now, tail, keep_until=keep_until)
         lease.first = supersedes is None
         self._leases.add(lease)
         for block in lease.blocks:
@@ -629,7 +630,7 @@ class TieredCache:
         Needed is what is `shared` (with the response before it), what a hold or another lease has, and what a block
         that stays continues. A block that a copy reads or writes goes when that has ended.
         """
-        for lease in [x for x in self._leases.all if x.blocks and x.blocks[-1].key in keys[-1:]]:
+        for lease in [x for x in self._leases.all if x.tail in keys[-1:]]:
             self._end_lease(lease, SessionClass.CLOSED)
         self._deletions.append((keys[::-1], frozenset(shared)))
         actions: list[Action] = []
@@ -730,10 +731,11 @@ class TieredCache:
     def tick(self, now: float) -> list[Action]:
         """Move idle leases down, and what stands above a tier's high watermark.
 
-        A lease ends when all that is its own is on disk only.
+        A lease ends when all that is its own is on disk only, or nowhere.
         """
         actions: list[Action] = []
         self._go_on_deleting(actions)
+        self._let_leases_go()
         while (lease := self._leases.pop_due(now)) is not None:
             self._set_class(lease, now)
             self._sink_lease(lease, now, actions)
@@ -742,6 +744,13 @@ class TieredCache:
             if pool.capacity - pool.free > marks.high * pool.capacity:
                 self._empty_to(tier, math.floor(marks.low * pool.capacity), now, actions)
         return actions
+
+    def _let_leases_go(self) -> None:
+        """Once as many blocks were forgotten as are known: leases hold no more than that of what is nowhere."""
+        if self._forgotten - self._let_go_at > len(self._index.blocks):
+            self._let_go_at = self._forgotten
+            for lease in self._leases.let_go(lambda block: self._index.get(block.key) is block):
+                self._leases.end(lease, SessionClass.CLOSED)
 
     def _empty_to(self, tier: Tier, slots: int, now: float, actions: list[Action]) -> None:
         """Ahead of need, until so many are taken; but nothing that the disk has still to get is forgotten for it."""

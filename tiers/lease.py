@@ -5,6 +5,8 @@ been told to go. What the broker asked for (`asked`) decays with idleness; a cli
 what it shares with it, the rest is worth least: a compaction leaves a whole chain behind.
 
 Laws
+    A lease keeps no block alive: those at its end that are known no more are let go of now and then (`TieredCache.tick`),
+    and with the last of them the lease ends.
     `block.leases` counts, per class, the leases that cover a block; they change here only.
     Every lease with a finite `due` is found by `pop_due` once that time has come, and exactly once for each schedule.
 """
@@ -21,9 +23,11 @@ from tiers.block import Tier
 from tiers.policy import SessionClass
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from tiers.block import Block, BlockKey
+
+_STALE = 64  # so many replaced schedules, and as many as there are leases, are not worth a clearance (guessed)
 
 
 @dataclass(eq=False, slots=True)
@@ -33,8 +37,9 @@ class Lease:
     id: int
     root: BlockKey
     session: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block, ...]  # without those at its end that are known no more
     idle_since: float
+    tail: BlockKey | None  # what the chain ended in; None: it was empty
     keep_until: float = 0.0  # a client's TTL
     asked: SessionClass = SessionClass.BURST
     first: bool = False  # its session's first turn: nobody has come back yet
@@ -94,10 +99,26 @@ class Leases:
             if not any(block.leases):
                 block.resting = resting
 
+    def let_go(self, is_known: Callable[[Block], bool]) -> list[Lease]:
+        """Drop the blocks at chains' ends that are known no more; the leases that have none left. Walks over all."""
+        empty = []
+        for lease in self.all:
+            length = len(lease.blocks)
+            while length and not is_known(lease.blocks[length - 1]):
+                length -= 1
+            if length < len(lease.blocks):
+                lease.blocks = lease.blocks[:length]
+            if not length:
+                empty.append(lease)
+        return empty
+
     def schedule(self, lease: Lease, due: float) -> None:
         lease.due = due
         if due < math.inf:
             heapq.heappush(self._due, (due, lease.id))
+        if len(self._due) > 2 * len(self._leases) + _STALE:
+            self._due = [(one.due, one.id) for one in self.all if one.due < math.inf]
+            heapq.heapify(self._due)
 
     def next_due(self) -> float:
         while self._due and self._is_stale(*self._due[0]):

@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 from broker.__main__ import main as homeport
+from broker.session import Sessions
+from engine.text import Text
 from tests.campaign import chain, stub
+from tiers.ledger import Ledger
+from tiers.store import StoreLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fail-calls", type=int, default=1, help="so many in a row fail")
     parser.add_argument("--error", choices=("ENOSPC", "EIO"), default="EIO")
     parser.add_argument("--endless", action="store_true", help="no answer ends by itself")
+    parser.add_argument("--tables", type=int, help="what may be forgotten is, beyond so many")
     arguments = parser.parse_args(argv)
     serve = ["serve", "--port", "0", "--state-dir", arguments.state_dir]
     for one in stub.settings() if not arguments.assignments else arguments.assignments:
@@ -34,8 +43,25 @@ def main(argv: list[str] | None = None) -> int:
 
         failing = failing_store(arguments.fail_call, arguments.fail_calls, arguments.error)
     endless = patch.object(chain, "END", ord("e")) if arguments.endless else nullcontext()
-    with stub.stubbed(), failing, endless:
+    with stub.stubbed(), failing, endless, small_tables(arguments.tables):
         return homeport(serve)
+
+
+@contextmanager
+def small_tables(entries: int | None) -> Iterator[None]:
+    """The tables whose bounds take the default sizes hours to reach have these bounds instead; None: they have not."""
+    if entries is None:
+        yield
+        return
+    sessions, ledger, text = Sessions.__init__, Ledger.__init__, Text.__init__
+    _, manifest_bytes, min_free = (limits := StoreLimits.__init__).__defaults__
+    with (
+        patch.object(sessions, "__kwdefaults__", sessions.__kwdefaults__ | {"max_nodes": entries}),
+        patch.object(ledger, "__defaults__", (entries,)),
+        patch.object(limits, "__defaults__", (entries, manifest_bytes, min_free)),
+        patch.object(text, "__kwdefaults__", text.__kwdefaults__ | {"cache_bytes": entries << 10}),
+    ):
+        yield
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,10 @@ import h11
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
 
+PROBES = 120  # of a quarter of a second and more each
+SILENT_S = 300.0
 DIALECTS = ("responses", "chat", "messages")
 PATHS = {
     "responses": "/v1/responses",
@@ -130,11 +133,47 @@ async def metrics(url: str, headers: Mapping[str, str] | None = None) -> dict[st
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
+class Hung(Exception):
+    """What was asked for did not come, though the daemon had all the time it could need."""
+
+
+@asynccontextmanager
+async def answered(url: str, headers: Mapping[str, str] | None = None) -> AsyncIterator[None]:
+    """Raises Hung where the body takes longer than `PROBES` answers of the daemon's to somebody beside, one after the other.
+
+    Measured so, and not in seconds, a machine on which the daemon hardly runs is no hang; a daemon that answers
+    nothing at all for `SILENT_S` is.
+    """
+    hung = ""
+    with trio.CancelScope() as waiting:
+        async with trio.open_nursery() as nursery:
+
+            async def probe() -> None:
+                nonlocal hung
+                for _ in range(PROBES):
+                    await trio.sleep(0.25)
+                    try:
+                        await ask(url, "GET", "/healthz", headers=headers, within_s=SILENT_S)
+                    except trio.TooSlowError:
+                        hung = f"it answered nobody for {SILENT_S:g} s"
+                        waiting.cancel()
+                        return
+                hung = f"it answered {PROBES} others meanwhile"
+                waiting.cancel()
+
+            nursery.start_soon(probe)
+            yield
+            nursery.cancel_scope.cancel()
+    if hung:
+        raise Hung(hung)
+
+
 @dataclass(frozen=True, slots=True)
 class Holdings:
     """What a process holds."""
 
     rss: int
+    anonymous: int  # of it, what no file holds: pages of LMDB's map come and go as the kernel likes
     fds: int
     threads: int
 
@@ -145,6 +184,7 @@ def holdings(pid: int) -> Holdings:
     )
     return Holdings(
         rss=int(status["VmRSS"].split()[0]) * 1024,
+        anonymous=int(status["RssAnon"].split()[0]) * 1024,
         fds=sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()),
         threads=int(status["Threads"]),
     )

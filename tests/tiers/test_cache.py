@@ -515,6 +515,54 @@ def test_a_slice_that_is_older_than_a_drop_is_not_believed():
     assert cache.match(ROOT, (1, 2, 3)).partial.places.keys() == {Tier.DEVICE}
 
 
+def test_nothing_is_remembered_of_what_was_dropped_once_the_index_is_read():
+    """A soak showed it: a daemon that began with an empty disk never ended to read it, and kept every key it dropped."""
+    cache = make(disk=1)
+    cache.begin_adopting(0)
+    cache.end_adopting()
+    for lease_id, tokens in enumerate([(1, 2), (3, 4)]):
+        keys = turn(cache, tokens, lease_id)
+        spilled(cache)
+    assert cache.forget_chain(keys, (), 3.0) == [Drop(*keys)]
+    assert cache.forget_chain(keys, (), 4.0) == [], "it may be on the disk only while that is read"
+
+
+def test_a_lease_ends_with_its_blocks():
+    """A soak showed it: leases kept every block that was ever theirs, for half an hour each."""
+    cache = make(host=0, disk=0)
+    for lease_id in range(60):
+        turn(cache, tuple(100 * lease_id + at for at in range(6)), lease_id)
+        cache.make_room(2, 1.0)
+        cache.tick(1.0)
+        cache.check()
+    leases = list(cache.leases())
+    known = cache.statistics().blocks
+    assert len(leases) <= 3 * known
+    assert sum(len(lease.blocks) for lease in leases) <= 3 * known
+
+
+def test_a_deleted_chain_goes_though_its_tail_went_before():
+    cache = make(host=0, disk=0)
+    keys = turn(cache, tuple(range(10)), 1)
+    while cache.statistics().blocks > 1:
+        cache.make_room(cache.free_slots + 1, 1.0)
+    cache.tick(1.0)
+    (lease,) = cache.leases()
+    assert [block.key for block in lease.blocks] == [keys[0]]
+    cache.forget_chain(keys, (), 2.0)
+    assert cache.statistics().blocks == 0
+    cache.check()
+
+
+def test_replaced_schedules_of_leases_are_forgotten():
+    cache = make(limits=replace(NEVER, disk_after_s=1000.0))
+    turn(cache, (1, 2), 1)
+    for at in range(1000):
+        cache.reclass(1, SessionClass.TOOL_WAIT, float(at))
+        cache.check()
+    assert len(cache._leases._due) < 100
+
+
 def test_a_record_whose_parent_is_gone_waits_for_it():
     tokens = tuple(range(9))
     head = chain_key(ROOT, tokens[:4])
