@@ -12,6 +12,7 @@ Laws
     overtaken because he is large.
     Where the line is full, the newest turn of the tenant that has most in it makes room for a tenant with less. Otherwise
     whoever arrives is refused, at once and never silently.
+    A turn that `check` refuses would be refused when it arrives, so nobody need read it.
     Whose deadline has passed is not admitted. Who leaves while waiting costs nothing. Admitted work is never shed, nor is
     a patient turn, which was promised to somebody who does not wait.
 """
@@ -31,6 +32,10 @@ from broker.errors import Overloaded
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+AT_ONCE = "Too many turns are waiting; try again."
+IN_THE_LINE = (
+    "Too many turns are waiting: this one waited, and no place became free for it; try again."
+)
 _PACE = 0.2  # weight of the newest turn in the running mean of their lengths (guessed)
 _FIRST_MEAN_S = 5.0  # until a turn has ended (guessed)
 
@@ -92,14 +97,11 @@ class Queue:
     ) -> tuple[Ticket, list[Ticket]]:
         """A place, or a place in the line, and whom that changed: admitted or refused. Raises Overloaded."""
         ticket = Ticket(tenant, tokens, now + wait_s, patient=patient)
+        victim = self._makes_room(ticket)
         if not self._waiting and self._fits(ticket):
             self._admit(ticket, now)
             return ticket, []
-        victim: Ticket | None = None
-        if self._over(ticket):
-            victim = self._heaviest(ticket)
-            if victim is None or self._over(ticket, without=victim):
-                raise self.refusal()
+        if victim is not None:
             self._leave(victim)
             victim.refused = True
         self._lines.setdefault(tenant, deque()).append(ticket)
@@ -107,6 +109,10 @@ class Queue:
         self._waiting_tokens += tokens
         changed = self._fill(now)
         return ticket, changed if victim is None else [victim, *changed]
+
+    def check(self, tenant: str = "") -> None:
+        """Raises Overloaded where `arrive` would, whatever the turn weighs; else nothing has happened."""
+        self._makes_room(Ticket(tenant, 0, math.inf, patient=False))
 
     def depart(self, ticket: Ticket, now: float) -> list[Ticket]:
         """Give a place back, admitted or waiting; returns who was admitted for it."""
@@ -119,13 +125,11 @@ class Queue:
             self._mean_s += _PACE * (now - ticket.admitted_at - self._mean_s)
         return self._fill(now)
 
-    def refusal(self) -> Overloaded:
+    def refusal(self, message: str = AT_ONCE) -> Overloaded:
         """Count a refusal and word it. The hint is how long the present line should take, within reason."""
         self._refused += 1
         wait_s = self._mean_s * (self._waiting + 1) / self._max_turns
-        return Overloaded(
-            "Too many turns are waiting; try again.", retry_after_s=min(max(wait_s, 1.0), 60.0)
-        )
+        return Overloaded(message, retry_after_s=min(max(wait_s, 1.0), 60.0))
 
     def statistics(self) -> AdmissionStatistics:
         return AdmissionStatistics(
@@ -141,6 +145,15 @@ class Queue:
             return True
         tokens = sum(self._admitted_tokens.values()) + ticket.tokens
         return len(self._admitted) < self._max_turns and tokens <= self._max_tokens
+
+    def _makes_room(self, arriving: Ticket) -> Ticket | None:
+        """Who must leave the line for it; None: nobody need. Raises Overloaded if nobody can."""
+        if (not self._waiting and self._fits(arriving)) or not self._over(arriving):
+            return None
+        victim = self._heaviest(arriving)
+        if victim is None or self._over(arriving, without=victim):
+            raise self.refusal()
+        return victim
 
     def _over(self, ticket: Ticket, without: Ticket | None = None) -> bool:
         """Whether the line has no room for one more. One turn may wait, however large."""
@@ -237,6 +250,10 @@ class Admission:
         finally:
             self._tell(self._queue.depart(ticket, trio.current_time()))
 
+    def check(self, tenant: str = "") -> None:
+        """Raises Overloaded if a turn of this tenant would be refused at once, whatever it weighs: before it is read."""
+        self._queue.check(tenant)
+
     def statistics(self) -> AdmissionStatistics:
         return self._queue.statistics()
 
@@ -253,4 +270,4 @@ class Admission:
         finally:
             del self._changed[ticket]
         if ticket.admitted_at is None:
-            raise self._queue.refusal()
+            raise self._queue.refusal(IN_THE_LINE)

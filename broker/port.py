@@ -304,6 +304,18 @@ class Port:
         if self.stopping.is_set():
             raise Overloaded("The server is restarting; try again.", retry_after_s=_RESTART_S)
 
+    def check_room(self, tenant: Tenant, breakdown: Breakdown) -> None:
+        """Refuse a turn that has nobody to make room for it before anything is done for it. Raises Overloaded.
+
+        It is observed as one that `turn` refused.
+        """
+        try:
+            self.check_open()
+            self.admission.check(tenant.name)
+        except Overloaded:
+            with self._observed(breakdown):
+                raise
+
     def check_model(self, name: str | None) -> None:
         """Raises NotFound for a model that is not served; a client may leave it out."""
         if name is not None and name not in self.models:

@@ -12,7 +12,7 @@ from broker import keeping
 from broker.errors import NotFound
 from broker.foresight import session_labels
 from broker.recall import Recall
-from broker.routes.body import begun, read_body, tenant_of
+from broker.routes.body import begun, read_body, tenant_of, understood
 from broker.routes.turns import TurnResponse
 from broker.session import ConnectionScope
 from broker.wire.chat_in import parse_chat
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from broker.port import Port
     from broker.session import Node
+    from broker.wire.chat_in import ChatRequest
 
 
 def chat_routes(port: Port) -> list[Route]:
@@ -46,7 +47,8 @@ class _Chat:
         await self._port.expect(tenant, scope.labels)
         body = await read_body(request, self._port)
         breakdown = begun(request, self._port, "chat")
-        chat = parse_chat(parse_object(body))
+        self._port.check_room(tenant, breakdown)
+        chat = await understood(body, _parsed)
         turn = replace(chat.turn, wire_bytes=len(body))
         answer = ChatAnswer(streams=turn.stream, include_usage=chat.include_usage)
         return TurnResponse(turn, answer, tenant, scope, self._port, breakdown)
@@ -78,3 +80,7 @@ class _Chat:
                 f"Chat completion with id '{completion_id}' not found.", param="completion_id"
             )
         return node
+
+
+def _parsed(body: bytes) -> ChatRequest:
+    return parse_chat(parse_object(body))

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from broker.errors import BadRequest
-from broker.routes.body import read_body, tenant_of
+from broker.routes.body import read_body, tenant_of, understood
 from broker.routes.paging import page
 from broker.wire.fields import missing
 from broker.wire.items import parse_input
@@ -93,7 +93,7 @@ class _Conversations:
     async def _body(self, request: Request) -> dict[str, Any]:
         """An empty body is an empty object: nothing in it is required to make a conversation."""
         data = await read_body(request, self._port)
-        return parse_object(data) if data.strip() else {}
+        return await understood(data, parse_object) if data.strip() else {}
 
 
 def _id(request: Request) -> str:

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from broker.errors import BadRequest
 from broker.foresight import session_labels
 from broker.recall import Recall
-from broker.routes.body import begun, read_body, request_id_of, tenant_of
+from broker.routes.body import begun, read_body, request_id_of, tenant_of, understood
 from broker.routes.turns import TurnResponse
 from broker.session import ConnectionScope
 from broker.turn import conversation
@@ -85,7 +85,8 @@ class _Messages:
             await self._port.expect(tenant, labels)
         body = await read_body(request, self._port)
         breakdown = begun(request, self._port, "messages")
-        asked = parse_messages(parse_object(body))
+        self._port.check_room(tenant, breakdown)
+        asked = await understood(body, _parsed)
         if not labels and asked.user_id is not None:
             labels = (asked.user_id,)
         answer = MessagesAnswer(asked.turn.stream, self._machine(request, tenant, asked))
@@ -127,7 +128,7 @@ class _Messages:
         )
 
     async def count_tokens(self, request: Request) -> Response:
-        turn = parse_count(parse_object(await read_body(request, self._port)))
+        turn = await understood(await read_body(request, self._port), _counted)
         self._port.check_model(turn.model)
         tokens = await self._prompt(tenant_of(request), turn)
         return JSONResponse({"input_tokens": len(tokens)})
@@ -146,6 +147,14 @@ class _Messages:
 
     async def hello(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
+
+
+def _parsed(body: bytes) -> MessagesRequest:
+    return parse_messages(parse_object(body))
+
+
+def _counted(body: bytes) -> TurnRequest:
+    return parse_count(parse_object(body))
 
 
 def _begins_anew(headers: Mapping[str, str]) -> bool:

@@ -21,7 +21,7 @@ from broker.errors import BadRequest, NotFound
 from broker.foresight import session_labels
 from broker.recall import Recall, input_items
 from broker.routes.answering import Answering
-from broker.routes.body import begun, read_body, tenant_of
+from broker.routes.body import begun, read_body, tenant_of, understood
 from broker.routes.following import Following, events_gone
 from broker.routes.paging import page
 from broker.routes.turns import TurnResponse
@@ -85,7 +85,9 @@ class _Responses:
         await self._port.expect(tenant, scope.labels)
         body = await read_body(request, self._port)
         breakdown = begun(request, self._port, "responses")
-        turn = _understood(body)
+        if b"background" not in body:  # those wait, however long the line is
+            self._port.check_room(tenant, breakdown)
+        turn = await understood(body, _parsed)
         if not turn.background:
             answer = ResponsesAnswer(turn.stream)
             return TurnResponse(turn, answer, tenant, scope, self._port, breakdown)
@@ -157,7 +159,7 @@ class _Responses:
         return JSONResponse(page(listed, request.query_params))
 
     async def _parsed(self, request: Request) -> TurnRequest:
-        return _understood(await read_body(request, self._port))
+        return await understood(await read_body(request, self._port), _parsed)
 
     async def _response(self, tenant: Tenant, response_id: str) -> Mapping[str, Any]:
         """A response as it stands: stored, or a background one's. Raises NotFound."""
@@ -183,7 +185,7 @@ class _Responses:
         return node
 
 
-def _understood(body: bytes) -> TurnRequest:
+def _parsed(body: bytes) -> TurnRequest:
     turn = parse_create(parse_object(body), transport=Transport.HTTP)
     return replace(turn, wire_bytes=len(body))
 

@@ -70,11 +70,18 @@ def test_the_queue_is_bounded_and_fair_and_gives_free_places_away_at_once(
         if step[0] == "arrive":
             _, tenant, tokens, patient = step
             mine = len(waiting(tenant))
+            doomed = False
+            try:
+                queue.check(tenant)
+            except Overloaded:
+                doomed = True
             try:
                 ticket, changed = queue.arrive(now, tenant, tokens, patient=patient)
             except Overloaded:
                 assert not patient
+                assert doomed or tokens, "a turn that weighs nothing would have been refused unread"
                 continue
+            assert patient or not doomed, "what is refused unread would have been refused"
             here.append(ticket)
             event("made room" if any(t.refused for t in changed) else "came")
             for one in changed:

@@ -6,9 +6,9 @@ First as many clients as there are places, one request after the other: that is 
 arrive at `factor` times that rate, each on a connection of its own, whatever has become of those before.
 
 Passes if: what is served under overload is 90 % of what was served before it; every request is answered, well or by a
-refusal in its API's shape with Retry-After; a refusal takes under 10 ms of the daemon's time at the median and under 50 ms at the 99th
-percentile; the line never exceeds its bound; every request of the second tenant, who has one at a time, is served. The
-quick form leaves out what depends on how fast the machine is.
+refusal in its API's shape with Retry-After; a refusal takes the daemon under 10 ms at the median and under 50 ms at the
+99th percentile, beyond what a loop that does nothing is late beside it; the line never exceeds its bound; every request of
+the second tenant, who has one at a time, is served. The quick form leaves out what depends on how fast the machine is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from pathlib import Path
 
 import trio
 
+from broker.admission import IN_THE_LINE
 from tests.campaign import stub
+from tests.campaign.bare_loop import bare_loop
 from tests.campaign.verdict import Verdict
 from tests.campaign.visitors import (
     DIALECTS,
@@ -67,6 +69,7 @@ class Tally:
     lost: int = 0  # no answer at all
     hung: int = 0
     latencies_s: list[float] = field(default_factory=list)
+    # of those who did not wait in the line for it
     refusals_ms: list[float] = field(default_factory=list)  # the daemon's own time
     heard_ms: list[float] = field(default_factory=list)  # the client's
     statuses: Counter[int] = field(default_factory=Counter)
@@ -105,7 +108,7 @@ class Load:
             tally.lost += 1
         else:
             tally.refused += 1
-            if answer.server_ms < 1000:  # else it waited in the line, as it was allowed to
+            if IN_THE_LINE.encode() not in answer.body:
                 tally.refusals_ms.append(answer.server_ms)
                 tally.heard_ms.append(answer.taken_s * 1000)
             wrong = complaint(dialect, answer)
@@ -164,7 +167,8 @@ def campaign(
         load = Load(daemon.url, verdict, seed)
         peak = trio.run(load.peak, min(20.0, seconds))
         began = time.perf_counter()
-        flood, modest, longest = trio.run(load.flood, seconds, peak * factor)
+        with bare_loop() as bare:
+            flood, modest, longest = trio.run(load.flood, seconds, peak * factor)
         took_s = time.perf_counter() - began
         verdict.require(daemon.terminate() == 0, "it did not end well")
         for line in faults(daemon.tail(10_000)):
@@ -178,8 +182,8 @@ def campaign(
     quick = percentile(flood.refusals_ms, 0.5), percentile(flood.refusals_ms, 0.99)
     if timed:
         verdict.require(goodput >= 0.9 * peak, f"goodput fell from {peak:.1f} to {goodput:.1f}/s")
-        verdict.require(quick[0] < 10, f"the median refusal took {quick[0]:.0f} ms")
-        verdict.require(quick[1] < 50, f"refusals took {quick[1]:.0f} ms at p99")
+        verdict.require(quick[0] < 10 + bare["p50"], f"the median refusal took {quick[0]:.0f} ms")
+        verdict.require(quick[1] < 50 + bare["p99"], f"refusals took {quick[1]:.0f} ms at p99")
     figures = {
         "peak turns/s": round(peak, 2),
         "offered turns/s": round(peak * factor, 2),
@@ -190,6 +194,8 @@ def campaign(
         "served p50 s": round(percentile(flood.latencies_s, 0.5), 3),
         "refusal ms p50": quick[0],
         "refusal ms p99": quick[1],
+        "bare loop late ms p50": round(bare["p50"], 1),
+        "bare loop late ms p99": round(bare["p99"], 1),
         "refusal heard ms p50": round(percentile(flood.heard_ms, 0.5), 1),
         "longest line": longest,
     }
