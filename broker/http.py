@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_WORDLESS = re.compile(rb"HTTP/1\.1 (4\d\d) [^\r\n]*\r\ncontent-length: 0\r\nconnection: close\r\n")
+_WORDLESS = re.compile(rb"HTTP/1\.1 (4\d\d) [^\r\n]*\r\ncontent-length: 0\r\n")
 _ID_HEADERS = (b"x-request-id", b"request-id")  # OpenAI's, Anthropic's
 
 
