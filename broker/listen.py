@@ -46,6 +46,8 @@ _FULL_S = 5.0  # the hint to those (guessed: silent connections last as long)
 _REFUSE_S = 2.0  # for a refusal to be sent
 _PHRASES = {one.value: one.phrase for one in HTTPStatus} | {529: "Overloaded"}
 _LINGER_S = 0.5  # for its reader to hang up: more than a round trip over the sea
+_DROPPED_AT_ONCE = 1 << 16  # bytes
+_DROP_EVERY_S = 0.02  # so much of what nobody wants to hear: 3 MB/s; at full speed a flood would have the loop to itself
 
 
 class Secured(trio.abc.HalfCloseableStream):
@@ -337,10 +339,17 @@ async def linger(stream: trio.abc.HalfCloseableStream) -> None:
     with trio.move_on_after(_LINGER_S):
         try:
             await stream.send_eof()
-            while await stream.receive_some(_CHUNK):
-                pass
+            await drop(stream)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return
+
+
+async def drop(stream: trio.abc.ReceiveStream) -> None:
+    """Read to the peer's end, at a pace, and forget it."""
+    while True:
+        if not await stream.receive_some(_DROPPED_AT_ONCE):
+            return
+        await trio.sleep(_DROP_EVERY_S)
 
 
 def _tokens(request: h11.Request, wanted: bytes) -> set[bytes]:

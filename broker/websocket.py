@@ -40,7 +40,7 @@ from broker.boundary import confessed
 from broker.breakdown import Origin, Stage, TraceContext
 from broker.errors import BadRequest, BrokerError, ClientError, NotFound, Overloaded, error_event
 from broker.foresight import session_labels
-from broker.listen import linger, refuse
+from broker.listen import drop, linger, refuse
 from broker.session import ConnectionScope
 from broker.turn import Cancellation
 from broker.wire.article import Dialogue, done_event
@@ -242,8 +242,7 @@ class Metered(trio.abc.Stream):
             elif self._due == math.inf:
                 self._due = trio.current_time() + self._timeout_s
             return data
-        while await self._stream.receive_some(max_bytes):
-            pass
+        await drop(self._stream)
         return b""
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from broker.dialect import Dialect, answer_of, dialect_of
 from broker.errors import BrokerError, ClientError, TurnFailed
@@ -45,7 +46,12 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
         message, code=codes.get(error.status_code, "invalid_request"), status=error.status_code
     )
     response = refusal(answer, request.scope)
-    response.headers.update(error.headers or {})
+    if error.status_code == 405:  # Starlette names the methods of the first route of this path only
+        found = [
+            one for one in request.app.routes if one.matches(request.scope)[0] is not Match.NONE
+        ]
+        methods = {name for one in found if one.path == found[0].path for name in one.methods}
+        response.headers["allow"] = ", ".join(sorted(methods))
     return response
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import socket
+import threading
 from contextlib import asynccontextmanager
 
 import pytest
@@ -11,6 +12,7 @@ import trio
 
 from broker.admission import AdmissionStatistics
 from broker.metrics import EdgeReport, render
+from broker.routes.body import understood
 from broker.session import Sessions
 from engine.api import DiskReport, EngineReport, PinReport, RefuseReason, SessionReport, TierReport
 from tests.broker.rig import open_rig
@@ -272,6 +274,8 @@ async def test_unknown_paths_and_methods_have_openai_shaped_errors():
         answer = await browser.request("PUT", "/v1/responses")
         assert (answer.status, answer.code) == (405, "method_not_allowed")
         assert answer.headers["allow"] == "POST"
+        answer = await browser.request("PUT", "/v1/responses/resp_x")
+        assert answer.headers["allow"] == "DELETE, GET, HEAD", "those of all its routes"
 
 
 async def test_models_are_listed_with_their_aliases():
@@ -339,6 +343,45 @@ async def test_too_many_turns_are_refused_with_a_time_to_come_back():
         assert (
             await rig.browser().request("POST", "/v1/responses", {"input": "Hi."})
         ).status == 503
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions", "/v1/messages"])
+async def test_what_nobody_would_make_room_for_is_refused_unread_and_observed(path):
+    unread = b'{"input": [[['
+    async with open_rig("admission.max_turns=1", "admission.max_queued=0") as rig:
+        assert (await rig.browser().request("POST", path, unread)).status == 400
+        rig.engine.hold()
+        await rig.browser().send("POST", "/v1/responses", {"input": "Hi."})
+        await rig.settled()
+        answer = await rig.browser().request("POST", path, unread)
+        assert answer.status == (529 if "messages" in path else 503)
+        assert int(answer.headers["retry-after"]) >= 1
+        assert rig.port.admission.statistics().refused_total == 1
+        assert rig.port.observations.report().ended_total == {"refused": 1}
+        if path == "/v1/responses":
+            queued = {"input": "Hi.", "background": True}
+            assert (await rig.browser().request("POST", path, queued)).status == 200, "it waits"
+
+
+async def test_a_long_body_is_parsed_beside_the_loop():
+    here = threading.get_ident()
+    where = [await understood(b"x" * size, lambda _: threading.get_ident()) for size in (9, 70_000)]
+    assert where[0] == here != where[1]
+
+
+async def test_what_is_no_http_1_0_is_refused_in_words():
+    """The fuzz campaign found it: h11 writes the head of such an answer in another order."""
+    async with open_rig() as rig:
+        stream = rig.socket_stream()
+        head = (
+            b"POST /v1/messages HTTP/1.0\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        await stream.send_all(head + b"zz\r\n\r\n")
+        said = b""
+        while more := await stream.receive_some():
+            said += more
+        assert said.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(said.partition(b"\r\n\r\n")[2])["type"] == "error"
 
 
 async def test_a_client_that_does_not_read_its_stream_is_given_up(autojump_clock):

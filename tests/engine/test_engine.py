@@ -43,7 +43,7 @@ from engine.scheduler import Scheduler
 from engine.transfers import Copier, CudaMemory, Streams
 from tests.engine.fake_model import VOCAB, FakeDisk, FakeRunner, FakeSampler, oracle
 from tiers.arena import Arena, Geometry
-from tiers.block import Copy, Tier, root_key
+from tiers.block import Copy, Tier, chain_key, root_key
 from tiers.cache import TieredCache
 from tiers.disk import Failed, IndexFailed, Landed, Rotten
 from tiers.manifest import Manifest
@@ -1298,3 +1298,9 @@ def test_the_disk_is_reported_in_the_bytes_that_it_takes():
     bench = Bench(device=8, disk=8)
     capacity = {tier.tier: tier.capacity_bytes for tier in bench.report().tiers}
     assert capacity["disk"] * 2 == capacity["device"]
+
+
+def test_a_disk_that_begins_empty_has_been_read():
+    """A soak showed it: what was dropped was remembered until the index was read, and that never ended."""
+    unknown = chain_key(root_key(b"fake", b""), (1, 2))
+    assert Bench().cache.forget_chain((unknown,), (), 0.0) == []
