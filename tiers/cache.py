@@ -494,8 +494,8 @@ class TieredCache:
         Until `keep_until` the chain counts as in a burst, whatever is said of it, and does not sink to disk only.
         """
         chain = self._end_hold(hold, now)
-        tail = chain[-1].key if chain else None
-        lease = Lease(lease_id, hold.root, session, chain, now, tail, keep_until=keep_until)
+        last = chain[-1].key if chain else None
+        lease = Lease(lease_id, hold.root, session, chain, now, last, keep_until=keep_until)
         lease.first = supersedes is None
         self._leases.add(lease)
         for block in lease.blocks:
