@@ -40,9 +40,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", help="bearer key for --url")
     parser.add_argument("--turns", type=int, default=20, help="length of the session (%(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="samples per row (%(default)s)")
-    parser.add_argument("--system-tokens", type=int, default=sizes.system_tokens, metavar="N")
-    parser.add_argument("--result-tokens", type=int, default=sizes.result_tokens, metavar="N")
-    parser.add_argument("--output-tokens", type=int, default=sizes.output_tokens, metavar="N")
+    parser.add_argument(
+        "--system-tokens",
+        type=int,
+        default=sizes.system_tokens,
+        metavar="N",
+        help="of the instructions (%(default)s)",
+    )
+    parser.add_argument(
+        "--result-tokens",
+        type=int,
+        default=sizes.result_tokens,
+        metavar="N",
+        help="that a tool gives back each turn (%(default)s)",
+    )
+    parser.add_argument(
+        "--output-tokens",
+        type=int,
+        default=sizes.output_tokens,
+        metavar="N",
+        help="that the model says each turn (%(default)s)",
+    )
     parser.add_argument(
         "--scenario",
         action="append",

@@ -100,8 +100,10 @@ def _audible(sampled: Iterable[tuple[TokenIds, float]], text: Text) -> list[floa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--streams", type=int, default=8, metavar="N", help="(%(default)s)")
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="(%(default)s)")
+    parser.add_argument("--streams", type=int, default=8, metavar="N", help="at once (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=200, metavar="N", help="of each stream (%(default)s)"
+    )
     parser.add_argument(
         "--set",
         action="append",

@@ -60,11 +60,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Server().state_dir,
         help="on the disk to be measured; what is written there is removed again (%(default)s)",
     )
-    parser.add_argument("--block-bytes", type=int, default=90 * _LAYER_BYTES, metavar="N")
-    parser.add_argument("--blocks", type=int, default=512, metavar="N", help="(%(default)s)")
-    parser.add_argument("--readers", type=int, default=4, metavar="N", help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(%(default)s)")
-    parser.add_argument("--turnover", type=int, default=10, metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--block-bytes",
+        type=int,
+        default=90 * _LAYER_BYTES,
+        metavar="N",
+        help="of one block (%(default)s)",
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=512, metavar="N", help="moved in each round (%(default)s)"
+    )
+    parser.add_argument(
+        "--readers",
+        type=int,
+        default=4,
+        metavar="N",
+        help="threads that read the disk (%(default)s)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="of each measurement (%(default)s)"
+    )
+    parser.add_argument(
+        "--turnover",
+        type=int,
+        default=10,
+        metavar="N",
+        help="times that the whole store is written anew (%(default)s)",
+    )
     parser.add_argument(
         "--lengths",
         type=int,
@@ -79,7 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Server().state_dir / "models",
         help="converted models (%(default)s)",
     )
-    parser.add_argument("--compact", choices=("off", "bf16", "int8"), default="off")
+    parser.add_argument(
+        "--compact",
+        choices=("off", "bf16", "int8"),
+        default="off",
+        help="tiers.disk.compact (%(default)s)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
