@@ -5,7 +5,8 @@ Laws
     An unknown key, a wrong type or an impossible size is one `ConfigError` that names the key, the file and, for a
     misspelt key, the nearest known one. Nothing is ignored, nothing is guessed.
     No environment variables. Later files and `--set key.path=value` win over earlier ones, key by key.
-    Keys never stay in memory as text: `auth.keys` and `auth.operators` become SHA-256 digests here.
+    Keys never stay in memory as text: `auth.keys` and `auth.operators` become SHA-256 digests here. A file need not hold
+    them as text either: "sha256:" and 64 hexadecimal digits are a digest. Only long random keys are safe in that form.
 
 How values are written
     bytes   "4GiB", "512MiB"; a plain integer is bytes
@@ -35,6 +36,7 @@ Seconds = NewType("Seconds", float)
 Share = NewType("Share", float)  # of 1
 KeyDigest = NewType("KeyDigest", bytes)  # SHA-256 of a bearer key's bytes
 
+_DIGEST = "sha256:"
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 _BYTE_UNITS = {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
 _TIME_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -386,7 +388,7 @@ def _scalar(kind: Any, value: object, where: str) -> object:
     elif kind is KeyDigest:
         if not isinstance(value, str) or not value.strip():
             raise ConfigError(f"{where} must hold non-empty strings")  # never echo a key
-        return KeyDigest(hashlib.sha256(value.encode()).digest())
+        return _key_digest(value, where)
     elif kind is Path:
         found = Path(value).expanduser() if isinstance(value, str) and value else None
         wanted = "a path"
@@ -406,6 +408,22 @@ def _scalar(kind: Any, value: object, where: str) -> object:
     if found is None:
         raise ConfigError(f"{where} must be {wanted}, not {value!r}")
     return found
+
+
+def digest_as_written(key: str) -> str:
+    """A key as a file may hold it without telling it."""
+    return _DIGEST + hashlib.sha256(key.encode()).hexdigest()
+
+
+def _key_digest(value: str, where: str) -> KeyDigest:
+    if not value.startswith(_DIGEST):
+        return KeyDigest(hashlib.sha256(value.encode()).digest())
+    digits = value.removeprefix(_DIGEST)
+    if not re.fullmatch(r"[0-9a-f]{64}", digits):
+        raise ConfigError(
+            f'{where}: "{_DIGEST}" is followed by the 64 hexadecimal digits of a digest'
+        )
+    return KeyDigest(bytes.fromhex(digits))
 
 
 def _written(kind: Any, bound: float) -> str:

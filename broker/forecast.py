@@ -8,12 +8,12 @@ Laws
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from broker.config import GIB, KIB, MIB, TIB
+from broker.machine import file_system, memory
 from tiers.record import head_size
 from tiers.store import record_bytes_on_disk
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from broker.config import Config
 
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DEFAULT_STEM = "SmolLM2-135M-Instruct"
 
 
@@ -72,29 +72,25 @@ def forecast(
 ) -> list[str]:
     """Lines for an operator: what is held, then warnings."""
     known, mix = shape or Shape(), mix or Mix()
-    dtype = _kv_dtype(config, machine)
-    token = known.token_bytes(_ELEMENT_BYTES[dtype])
-    block_tokens, tiers = config.engine.block_tokens, config.tiers
-    device = _whole(tiers.device.capacity, int(token * block_tokens), block_tokens)
-    host = _whole(tiers.host.capacity, int(token * block_tokens), block_tokens)
-    disk = _whole(tiers.disk.capacity, _record_bytes(config, known, dtype), block_tokens)
-    told = (
-        f"{known.name}: {_size(token)} of KV a token in {dtype}, context {known.context:,} tokens"
-    )
+    dtype = kv_dtype_of(config, machine)
+    token = known.token_bytes(ELEMENT_BYTES[dtype])
+    tiers = config.tiers
+    device, host, disk = _capacities(config, known, machine)
+    told = f"{known.name}: {in_bytes(token)} of KV a token in {dtype}, context {known.context:,} tokens"
     lines = [told if shape else f"the model is not here yet, so the figures are those of {told}"]
     lines.append(
-        f"device {_size(tiers.device.capacity)} = {device:,} tokens"
+        f"device {in_bytes(tiers.device.capacity)} = {device:,} tokens"
         f" = {device / known.context:.1f} full contexts"
     )
     lines.append(
-        f"host {_size(tiers.host.capacity)} = {host:,} tokens, after {_time(tiers.host.after)} idle;"
+        f"host {in_bytes(tiers.host.capacity)} = {host:,} tokens, after {in_time(tiers.host.after)} idle;"
         f" pins may cover {int(host * tiers.pins):,}"
         if host
         else "host off"
     )
     lines.append(
-        f"disk {_size(tiers.disk.capacity)} = {disk:,} tokens = {disk / mix.day_tokens:.1f} days at the default mix,"
-        f" after {_time(tiers.disk.after)} idle; what is acknowledged survives"
+        f"disk {in_bytes(tiers.disk.capacity)} = {disk:,} tokens = {disk / mix.day_tokens:.1f} days at the default mix,"
+        f" after {in_time(tiers.disk.after)} idle; what is acknowledged survives"
         f" {'a power loss' if tiers.disk.durability == 'power' else 'kill -9, not a power loss'}"
         if disk
         else "disk off"
@@ -103,18 +99,30 @@ def forecast(
         f"a day at the default mix: {mix.sessions} session of {mix.turns} turns,"
         f" {mix.turn_tokens:,} new tokens each = {mix.day_tokens:,} tokens"
     )
-    unasked = f"for {_time(tiers.ttl_default)}" if tiers.ttl_default else "not at all"
+    unasked = f"for {in_time(tiers.ttl_default)}" if tiers.ttl_default else "not at all"
     lines.append(
-        f"KV is protected for up to {_time(tiers.ttl_max)} where a client asks for it, else {unasked}"
+        f"KV is protected for up to {in_time(tiers.ttl_max)} where a client asks for it, else {unasked}"
     )
-    lines += [f"warning: {one}" for one in _warnings(config, known, machine, device, host, disk)]
+    lines += [f"warning: {one}" for one in warnings(config, shape, machine)]
     return lines
 
 
-def _warnings(
-    config: Config, shape: Shape, machine: Machine, device: int, host: int, disk: int
-) -> Iterator[str]:
-    tiers = config.tiers
+def _capacities(config: Config, shape: Shape, machine: Machine) -> tuple[int, int, int]:
+    """Tokens of the device, the host and the disk tier."""
+    tiers, block_tokens = config.tiers, config.engine.block_tokens
+    dtype = kv_dtype_of(config, machine)
+    block_bytes = int(shape.token_bytes(ELEMENT_BYTES[dtype]) * block_tokens)
+    return (
+        _whole(tiers.device.capacity, block_bytes, block_tokens),
+        _whole(tiers.host.capacity, block_bytes, block_tokens),
+        _whole(tiers.disk.capacity, _record_bytes(config, shape, dtype), block_tokens),
+    )
+
+
+def warnings(config: Config, shape: Shape | None, machine: Machine) -> Iterator[str]:
+    """What looks like a mistake."""
+    tiers, shape = config.tiers, shape or Shape()
+    device, host, disk = _capacities(config, shape, machine)
     if device < shape.context:
         yield (
             f"the device tier holds {device:,} tokens, less than one full context of {shape.context:,}:"
@@ -134,22 +142,20 @@ def _warnings(
     ):
         room = max(0, machine.free_bytes - tiers.disk.min_free)
         yield (
-            f"the file system has {_size(machine.free_bytes)} for the disk tier, and tiers.disk.min_free of it stays"
-            f" free: spilling will stop at {_size(room)} of {_size(tiers.disk.capacity)}"
+            f"the file system has {in_bytes(machine.free_bytes)} for the disk tier, and tiers.disk.min_free of it stays"
+            f" free: spilling will stop at {in_bytes(room)} of {in_bytes(tiers.disk.capacity)}"
         )
     if machine.memory_bytes is not None:
-        in_memory = tiers.host.capacity + (
-            0 if _on_cuda(config, machine) else tiers.device.capacity
-        )
+        in_memory = tiers.host.capacity + (0 if on_cuda(config, machine) else tiers.device.capacity)
         if in_memory > machine.memory_bytes * 3 // 4:
             yield (
-                f"the tiers take {_size(in_memory)} of {_size(machine.memory_bytes)} of memory:"
+                f"the tiers take {in_bytes(in_memory)} of {in_bytes(machine.memory_bytes)} of memory:"
                 " too little is left for the model and the page cache"
             )
     if tiers.ttl_default > tiers.disk.after:
         yield (
-            f"tiers.ttl_default ({_time(tiers.ttl_default)}) is longer than tiers.disk.after"
-            f" ({_time(tiers.disk.after)}): from then on it protects what is on disk only"
+            f"tiers.ttl_default ({in_time(tiers.ttl_default)}) is longer than tiers.disk.after"
+            f" ({in_time(tiers.disk.after)}): from then on it protects what is on disk only"
         )
     if tiers.tenant_share < 1 and len(config.auth.keys) < 2:
         yield "tiers.tenant_share needs two keys in auth.keys: with one tenant it changes nothing"
@@ -170,17 +176,27 @@ def read_shape(config: Config) -> Shape | None:
     return None
 
 
+def read_weights(config: Config, dtype: str) -> int | None:
+    """Bytes of the configured model's weights in memory; None where its files are not here yet, or do not say."""
+    for path in _config_files(config):
+        weights = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            stored = found.get("dtype") or found["torch_dtype"]
+            return weights * ELEMENT_BYTES[dtype] // ELEMENT_BYTES[stored]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
 def look_around(config: Config) -> Machine:
     """What this machine has."""
     directory = config.server.state_dir
     store = directory / "kv" / "data.mdb"
     used = store.stat().st_blocks * 512 if store.is_file() else 0
-    while not directory.is_dir() and directory != directory.parent:
-        directory = directory.parent
-    status = os.statvfs(directory)
     return Machine(
-        free_bytes=status.f_bavail * status.f_frsize + used,
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        free_bytes=file_system(directory).free_bytes + used,
+        memory_bytes=memory().usable_bytes,
         cuda=Path("/proc/driver/nvidia/version").exists(),
     )
 
@@ -214,21 +230,26 @@ def _shape(name: str, found: Any) -> Shape:
     )
 
 
-def _on_cuda(config: Config, machine: Machine) -> bool:
+def on_cuda(config: Config, machine: Machine) -> bool:
     return machine.cuda if config.model.device == "auto" else config.model.device == "cuda"
 
 
-def _kv_dtype(config: Config, machine: Machine) -> str:
+def dtype_of(config: Config, machine: Machine) -> str:
+    """Of the weights."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "bfloat16" if on_cuda(config, machine) else "float32"
+
+
+def kv_dtype_of(config: Config, machine: Machine) -> str:
     if config.model.kv_dtype != "auto":
         return config.model.kv_dtype
-    if not _on_cuda(config, machine):
-        return "float16"
-    return config.model.dtype if config.model.dtype != "auto" else "bfloat16"
+    return dtype_of(config, machine) if on_cuda(config, machine) else "float16"
 
 
 def _record_bytes(config: Config, shape: Shape, dtype: str) -> int:
     """One block on disk, in whole pages."""
-    plain = float(_ELEMENT_BYTES[dtype])
+    plain = float(ELEMENT_BYTES[dtype])
     stored = {
         "off": plain,
         "bf16": min(plain, 2.0),
@@ -245,14 +266,14 @@ def _whole(capacity: int, block_bytes: int, block_tokens: int) -> int:
     return capacity // block_bytes * block_tokens
 
 
-def _size(count: float) -> str:
+def in_bytes(count: float) -> str:
     for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if count >= unit:
             return f"{count / unit:.4g} {name}"
     return f"{count:.0f} B"
 
 
-def _time(seconds: float) -> str:
+def in_time(seconds: float) -> str:
     for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= unit:
             return f"{seconds / unit:.3g} {name}"

@@ -68,6 +68,6 @@ def root(prog: str, page: Page) -> argparse.ArgumentParser:
 
 
 def _with(page: Page, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.description, parser.epilog = page.about, page.epilog
+    parser.description, parser.epilog = f"{page.summary}\n\n{page.about}", page.epilog
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser

@@ -5,18 +5,18 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from broker.commands import benches, completion, offline, operating, serving
+from broker.commands import benches, completion, init, offline, operating, serving
 from broker.commands.page import Page, root
 
 if TYPE_CHECKING:
     import argparse
 
 _HOMEPORT = Page(
-    "",
+    "an LLM server for agents whose KV cache survives",
     """\
-An LLM server for agents whose KV cache survives: a broken connection, an idle
-hour, a restart, a kill -9. `homeport COMMAND --help` is the manual of each
-command, with examples.""",
+A broken connection, an idle hour, a restart, a kill -9: the next turn restores
+the session's KV instead of computing it again. `homeport COMMAND --help` is the
+manual of each command, with examples.""",
     (
         ("the daemon, with the default model", "homeport serve"),
         ("what it is doing", "homeport top"),
@@ -34,6 +34,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="print the version and leave",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (serving, offline, operating, benches, completion):
+    for group in (init, serving, offline, operating, benches, completion):
         group.add_commands(commands)
     return parser

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from broker.config import Config, ConfigError, duration, known_keys, load, merge, parse, size
+from broker.config import (
+    Config,
+    ConfigError,
+    digest_as_written,
+    duration,
+    known_keys,
+    load,
+    merge,
+    parse,
+    size,
+)
 
 CONFIG = Path(__file__).parents[2] / "config"
 
@@ -139,6 +149,18 @@ def test_keys_become_digests_and_are_never_echoed():
     for wrong in ("keys = 's3cret'", "keys = ['s3cret', 1]", "keys = ['s3cret', ' ']"):
         with pytest.raises(ConfigError) as caught:
             merge(Config(), parse(f"[auth]\n{wrong}", "x"), "x")
+        assert "s3cret" not in str(caught.value)
+
+
+def test_a_key_may_be_written_as_its_digest_and_the_digest_is_no_key():
+    written = digest_as_written("s3cret")
+    config = merge(Config(), parse(f"[auth]\nkeys = ['{written}']", "x"), "x")
+    assert config.auth.keys == (hashlib.sha256(b"s3cret").digest(),)
+    assert config.auth.keys != (hashlib.sha256(written.encode()).digest(),)
+    digits = written.removeprefix("sha256:")
+    for wrong in ("sha256:", "sha256:s3cret", f"sha256:{digits[1:]}", f"sha256:{digits.upper()}"):
+        with pytest.raises(ConfigError, match="64 hexadecimal digits") as caught:
+            merge(Config(), parse(f"[auth]\nkeys = ['{wrong}']", "x"), "x")
         assert "s3cret" not in str(caught.value)
 
 

@@ -47,7 +47,7 @@ def test_help_has_a_description_examples_and_statuses_and_fits_a_terminal(path, 
         main([*path[1:], "--help"])
     assert left.value.code == 0
     said = capsys.readouterr().out
-    assert len(TREE[path].description) > 20
+    assert len(TREE[path].description) > 40
     assert "\nexamples:\n" in said
     assert "\nexit status:\n  0 " in said
     assert max(map(len, TREE[path].description.splitlines())) <= 80
@@ -56,7 +56,7 @@ def test_help_has_a_description_examples_and_statuses_and_fits_a_terminal(path, 
 def examples():
     for path, parser in TREE.items():
         for line in parser.epilog.splitlines():
-            if line.startswith("  homeport"):
+            if line.startswith("  homeport "):
                 yield path, line.strip()
 
 
