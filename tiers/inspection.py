@@ -115,16 +115,26 @@ def inspect(state: StateDir, boot: str) -> Inspection:
     make_private(path)
     for file in path.iterdir():
         make_private(file)
-    match _read_mark(path):
-        case ["clean", size, time] if (size, time) == _shape(path):
-            return Inspection(path, Finding.CLEAN)
-        case ["open", Durability.PROCESS.value, there] if there != boot:
-            return Inspection(path, Finding.UNSYNCED)
+    finding = glance(path, boot)
+    if finding is not Finding.UNCLEAN:
+        return Inspection(path, finding)
     walk = [sys.executable, "-P", "-m", "lmdb", "verify", "-e", str(path)]
     process = subprocess.Popen(
         walk, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     return Inspection(path, Finding.UNCLEAN, process)
+
+
+def glance(path: Path, boot: str) -> Finding:
+    """What the mark says, of an environment that nobody has open. Changes nothing. Raises `OSError`."""
+    if not path.exists():
+        return Finding.NOTHING_THERE
+    match _read_mark(path):
+        case ["clean", size, time] if (size, time) == _shape(path):
+            return Finding.CLEAN
+        case ["open", Durability.PROCESS.value, there] if there != boot:
+            return Finding.UNSYNCED
+    return Finding.UNCLEAN
 
 
 def mark_open(path: Path, durability: Durability, boot: str) -> None:

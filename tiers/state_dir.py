@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 _LOCK = "homeport.lock"
@@ -64,6 +65,32 @@ class StateDir:
         sync_directory(self.path)
         _log.error("%s is not used: kept as %s; starting empty", path, aside)
         return aside
+
+
+@dataclass(frozen=True, slots=True)
+class LockReport:
+    pid: str  # of whoever has the directory open, or had it last
+    held: bool
+
+
+def look_at_lock(path: Path) -> LockReport | None:
+    """Who has a state directory open, for people who ask; None where nobody ever had. Raises `OSError`.
+
+    A shared lock is tried, and let go at once: a daemon that starts in the same microsecond may be refused.
+    """
+    try:
+        fd = os.open(path / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        pid = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return LockReport(pid, held=True)
+        return LockReport(pid, held=False)
+    finally:
+        os.close(fd)
 
 
 def make_private(path: Path) -> None:

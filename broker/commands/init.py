@@ -215,4 +215,6 @@ def _rates(state_dir: Path, free_bytes: int) -> Rates | None:
 def _today() -> str:
     from datetime import date
 
-    return date.today().isoformat()
+    from broker.app import SystemClock
+
+    return date.fromtimestamp(SystemClock().now()).isoformat()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from broker.commands import benches, completion, init, offline, operating, serving
+from broker.commands import benches, completion, doctor, init, offline, operating, serving
 from broker.commands.page import Page, root
 
 if TYPE_CHECKING:
@@ -34,6 +34,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="print the version and leave",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (init, serving, offline, operating, benches, completion):
+    for group in (init, doctor, serving, offline, operating, benches, completion):
         group.add_commands(commands)
     return parser

@@ -28,7 +28,6 @@ class Requirement:
 class Installation:
     homeport: str
     python: str
-    python_fits: bool
     requirements: tuple[Requirement, ...]
     devices: Devices | None  # None: torch cannot be loaded
     architecture: str  # as uname says
@@ -108,7 +107,7 @@ class Daemon:
     expected: bool  # a process holds the state directory, or the operator named the URL
     unreachable: str | None = None
     answers: dict[str, Answer] | None = None
-    keyless: int | None = None  # the status of a request without a key
+    keyless: int | None = None  # the status of a request without a key; None: the door is the key
     keyed: bool = False  # a key was given
     clock_ahead_s: float | None = None  # its Date header against our clock
     certificate: Certificate | None = None

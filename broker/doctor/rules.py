@@ -88,10 +88,7 @@ def exit_status(findings: list[Finding]) -> int:
 
 
 def installation(found: Installation) -> Iterator[Finding]:
-    if found.python_fits:
-        yield ok("python", f"homeport {found.homeport} on Python {found.python}")
-    else:
-        yield broken("python", f"Python {found.python}", "install Python 3.11 or newer")
+    yield ok("python", f"homeport {found.homeport} on Python {found.python}")
     bad = [one for one in found.requirements if not one.fits]
     for one in bad:
         there = "is not installed" if one.installed is None else f"is {one.installed}"
@@ -401,7 +398,7 @@ def daemon(found: Daemon, our_version: str) -> Iterator[Finding]:
         )
     elif found.keyless == 200:
         yield note("daemon.auth", "open: whoever is on this machine may ask")
-    else:
+    elif found.keyless is not None:
         yield ok("daemon.auth", "asks for a key")
     yield from _version(found, our_version)
     if found.clock_ahead_s is not None and abs(found.clock_ahead_s) > _SKEW_S:
