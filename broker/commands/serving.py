@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from broker.commands.failed import CommandFailed
 from broker.commands.page import Page, add
 from broker.config import Config, ConfigError, load
+from broker.supervisor import tell
 
 if TYPE_CHECKING:
     import argparse
@@ -140,6 +141,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _announce(line: str) -> None:
     print(line, flush=True)
+    tell("READY=1")
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

@@ -214,7 +214,8 @@ def _memory(found: Setup, config: Config, machine: Limits) -> Iterator[Finding]:
     weights = 0 if cuda else found.weights_bytes or 0
     usable = machine.memory.usable_bytes
     limited = " that a control group allows" if machine.memory.limited else ""
-    said = f"tiers {in_bytes(tiers)} and model {in_bytes(weights)}, of {in_bytes(usable)}{limited}"
+    model = in_bytes(weights) if weights or cuda else "not here yet"
+    said = f"tiers {in_bytes(tiers)} and model ({model}), of {in_bytes(usable)}{limited}"
     if tiers + weights > usable:
         yield broken("memory", said, "lower tiers.host.capacity; homeport init fits it")
     else:
