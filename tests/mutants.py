@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
     *("broker", "engine", "tiers", "tests", "config", "docs", "pyproject.toml"),
-    *("README.md", "CHANGELOG.md", "Makefile"),
+    *("README.md", "CHANGELOG.md", "LICENSE", "Makefile"),
 )
 RUN_S = 240  # a mutant may also loop for ever: that counts as caught
 
@@ -73,6 +73,10 @@ COMPARISON = "broker/bench/comparison.py"
 STEERS_PURE = "tests/broker/wire/test_steering.py"
 
 PAGES = ("tests/docs/test_pages.py",)
+INIT, DOCTOR_RULES, DOCTOR_EYES = (
+    "broker/commands/init.py", "broker/doctor/rules.py", "broker/doctor/look.py"
+)  # fmt: skip
+FIRST, EXAMINED = ("tests/broker/test_init.py",), ("tests/broker/test_doctor.py",)
 
 TRANSFERS, MOVES = "engine/transfers.py", ("tests/engine/test_transfers.py",)
 
@@ -1514,6 +1518,112 @@ MUTANTS = (
     ),
     Mutant(
         "a page is in no index", "docs/README.md", "[upgrade.md](upgrade.md)", "upgrade.md", PAGES
+    ),
+    # setting up
+    Mutant(
+        "init: a file that is there is measured for, and then refused",
+        INIT,
+        "    if not arguments.force and os.path.lexists(target):\n",
+        "    if False:\n",
+        FIRST,
+    ),
+    Mutant(
+        "init: a file that appeared meanwhile is overwritten",
+        INIT,
+        "target.hardlink_to(beside)",
+        "beside.replace(target)",
+        FIRST,
+    ),
+    Mutant(
+        "init: the file holds a key",
+        INIT,
+        "key=digest_as_written(key)",
+        "key=key",
+        FIRST,
+    ),
+    Mutant(
+        "init: a file gets its name before it was loaded",
+        INIT,
+        "            check_exposure(load([beside]))\n",
+        "",
+        FIRST,
+    ),
+    Mutant(
+        "init: the device tier is made for a GPU without weights",
+        "broker/first_config.py",
+        "gpu.free_bytes - _weights(found) - max(",
+        "gpu.free_bytes - max(",
+        ("tests/broker/test_first_config.py",),
+    ),
+    Mutant(
+        "a written digest is a key itself",
+        "broker/config.py",
+        "    if not value.startswith(_DIGEST):\n",
+        "    if True:\n",
+        ("tests/broker/test_config.py",),
+    ),
+    Mutant(
+        "a control group above ours does not count",
+        "broker/machine.py",
+        "for group in (own, *above)]",
+        "for group in (own,)]",
+        ("tests/broker/test_machine.py",),
+    ),
+    Mutant(
+        "doctor: an open daemon that others reach is a note",
+        DOCTOR_RULES,
+        "    if found.keyless == 200 and not found.loopback:\n",
+        "    if found.keyless == 200 and found.loopback is None:\n",
+        EXAMINED,
+    ),
+    Mutant(
+        "doctor: what serve would refuse as exposed is not said",
+        DOCTOR_RULES,
+        "    if found.exposure is not None:\n",
+        "    if found.exposure == '':\n",
+        EXAMINED,
+    ),
+    Mutant(
+        "doctor: what is broken is only a warning",
+        DOCTOR_RULES,
+        "return 2 if Level.BROKEN in levels else 1",
+        "return 1 if Level.BROKEN in levels else 1",
+        EXAMINED,
+    ),
+    Mutant(
+        "doctor: a key goes over the network in clear",
+        DOCTOR_EYES,
+        "ask = _Asking(url, key if known else None, config)",
+        "ask = _Asking(url, key, config)",
+        EXAMINED,
+    ),
+    Mutant(
+        "doctor: the lock that was tried is kept",
+        "tiers/state_dir.py",
+        "        return LockReport(pid, held=False)\n    finally:\n        os.close(fd)\n",
+        "        return LockReport(pid, held=False)\n    finally:\n        pass\n",
+        EXAMINED,
+    ),
+    Mutant(
+        "the unit kills a daemon that drains",
+        "config/systemd/homeport.service",
+        "TimeoutStopSec=90s",
+        "TimeoutStopSec=20s",
+        ("tests/broker/test_deployment.py",),
+    ),
+    Mutant(
+        "the dashboard asks for a metric that is not exposed",
+        "config/grafana/homeport.json",
+        "max(homeport_disk_writer_lag_seconds{",
+        "max(homeport_disk_writer_lag{",
+        ("tests/broker/test_deployment.py",),
+    ),
+    Mutant(
+        "systemd never hears that we are ready",
+        "broker/commands/serving.py",
+        '    tell("READY=1")\n',
+        "",
+        ("tests/broker/test_supervisor.py",),
     ),
 )
 
