@@ -59,7 +59,7 @@ def cores(root: Path = _ROOT) -> int:
 
 def memory(root: Path = _ROOT) -> Memory:
     told = _meminfo(root)
-    built_in = told["MemTotal"]
+    built_in = told.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [_number(_read(path).strip()) for path in (*_group_limits(root), root / _OLD_LIMIT)]
     usable = min([built_in, *(limit for limit in limits if limit)])
     return Memory(

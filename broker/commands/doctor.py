@@ -103,4 +103,4 @@ def _line(finding: Finding) -> str:
     loud = finding.level in (Level.WARNING, Level.BROKEN)
     level = finding.level.value.upper() if loud else finding.level.value
     todo = f" -> {finding.todo}" if finding.todo else ""
-    return f"{level:<8} {finding.check:<13} {finding.says}{todo}"
+    return f"{level:<8} {finding.check:<14} {finding.says}{todo}"

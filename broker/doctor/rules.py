@@ -12,6 +12,7 @@ Laws
 from __future__ import annotations
 
 import enum
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,10 @@ _EXPIRES_SOON = 14  # days
 _SKEW_S = 60.0
 _BUILT = 2026  # the clock is wrong before
 _SECRET_BYTES = 32
+_PUBLISHED = frozenset(
+    hashlib.sha256(key.encode()).digest()
+    for key in ("replace-me-alice", "replace-me-bob", "replace-me-operator")
+)
 _SOCKET_PATH = 107  # bytes, as the kernel allows
 
 
@@ -167,6 +172,12 @@ def setup(found: Setup, machine: Limits) -> Iterator[Finding]:
     if found.exposure is not None:
         yield broken(
             "auth.exposure", found.exposure, "homeport init writes keys; or listen on 127.0.0.1"
+        )
+    if any(one in _PUBLISHED for one in (*config.auth.keys, *config.auth.operators)):
+        yield broken(
+            "auth.published",
+            "a key of config/example-team.toml is in use: everybody knows it",
+            "make keys of your own: openssl rand -hex 32, or homeport init",
         )
     yield from _reach(config)
     if found.listening is not None:

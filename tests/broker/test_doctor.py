@@ -210,6 +210,14 @@ def test_what_is_only_worth_knowing_changes_no_status(some, check):
     assert exit_status(diagnose(some)) == 0
 
 
+def test_the_keys_of_the_example_are_known_to_everybody():
+    example = load([Path(__file__).parents[2] / "config" / "example-team.toml"]).auth
+    for key in (*example.keys, *example.operators):
+        given = replace(load().auth, keys=(key,))
+        some = facts(setup=setup(config=replace(load(), auth=given)))
+        assert [one.check for one in bad(some)] == ["auth.published"]
+
+
 def test_only_what_was_looked_at_is_judged():
     checks = {one.check for one in diagnose(Facts(installation(), limits(), None, None))}
     assert checks == {"python", "packages", "device", "cpu", "open_files"}
