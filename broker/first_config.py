@@ -81,7 +81,7 @@ def fit(found: Found) -> Sizes:
     device = _even(max(device, least))
     if gpu is None:
         room -= device
-    host = _even(min(max(room, 0), 8 * device))
+    host = _even(min(max(room, 0), 16 * device))
     free = found.file_system.free_bytes
     min_free = max(GIB, _even(found.file_system.total_bytes // 50))
     disk = _even(min(max(free - min_free, 0) * 2 // 3, 2048 * GIB))
@@ -230,7 +230,7 @@ def _host(found: Found, sizes: Sizes) -> Iterator[str]:
         f"# At most three quarters of {in_bytes(found.memory.usable_bytes)}, and what is unused now, less"
         f" {in_bytes(_DAEMON_BYTES)} for the daemon{beside};"
     )
-    yield "# never more than eight times the device tier. The page cache, which the disk tier reads through, needs the rest."
+    yield "# never more than 16 times the device tier. The page cache, which the disk tier reads through, needs the rest."
 
 
 def _disk(found: Found, sizes: Sizes, shape: Shape) -> Iterator[str]:

@@ -58,9 +58,9 @@ def loaded(machine, choice=None):
 
 def test_on_a_cpu_memory_is_shared_between_the_model_the_device_tier_and_the_host_tier():
     sizes = fit(found(memory=64 * GIB))
-    # 48 GiB less 1 for the daemon and 0.5 of weights; the device tier stops at 16 full contexts of 360 MiB
-    assert sizes.device == 5.5 * GIB
-    assert sizes.host == 40 * GIB
+    # 48 GiB less 1 for the daemon and 0.5 of weights; the device tier stops at 16 full contexts of 180 MiB
+    assert sizes.device == 16 * 180 * MIB
+    assert sizes.host == 43 * GIB
     assert sizes.device + sizes.host <= 64 * GIB * 3 // 4 - GIB - 540_000_000
     assert (sizes.disk, sizes.min_free) == (126 * GIB, 10 * GIB)
 
@@ -103,14 +103,14 @@ def test_on_every_machine_the_file_loads_is_safe_and_takes_no_more_than_there_is
     )  # fmt: skip
     config, _ = loaded(machine, chosen(model, "/srv/with \"quotes\" and \\ and 'ü'"))
     check_exposure(config)
-    sizes, element = fit(machine), 2 if gpu else 4
+    sizes, element = fit(machine), 2
     assert config.tiers.device.capacity == sizes.device
     assert config.tiers.host.capacity == sizes.host
     assert config.tiers.disk.capacity == sizes.disk <= free
     assert sizes.device >= (shape or Shape()).token_bytes(element) * config.engine.block_tokens
     in_memory = sizes.host + (0 if gpu else sizes.device)
     least = (shape or Shape()).token_bytes(element) * config.engine.block_tokens
-    assert in_memory <= max(memory * 3 // 4, 9 * least)
+    assert in_memory <= max(memory * 3 // 4, 17 * least)
     assert config.model.path == model
     assert config.server.state_dir == Path("/srv/with \"quotes\" and \\ and 'ü'")
     assert files is None or config.server.max_connections <= max(files, 1)
@@ -119,12 +119,14 @@ def test_on_every_machine_the_file_loads_is_safe_and_takes_no_more_than_there_is
 
 def test_the_sizes_that_are_written_are_round_and_the_arithmetic_beside_them_is_right():
     _, text = loaded(found(memory=32 * GIB))
-    assert re.findall(r'^capacity = "(.*)"', text, re.MULTILINE) == ["5.5GiB", "16GiB", "126GiB"]
+    assert re.findall(r'^capacity = "(.*)"', text, re.MULTILINE) == ["2880MiB", "19GiB", "126GiB"]
     for size, token, tokens, sessions, each in re.findall(
         r"# ([\d.]+) GiB / ([\d,]+) = about ([\d,]+) tokens = ([\d.]+) sessions of ([\d,]+)\.", text
     ):
         token, tokens, each = (int(one.replace(",", "")) for one in (token, tokens, each))
-        assert tokens == int(float(size) * GIB / token)
+        assert tokens == pytest.approx(
+            float(size) * GIB / token, rel=1e-3
+        )  # the size is shown rounded
         assert float(sessions) == pytest.approx(tokens / each, rel=0.01)
 
 
@@ -132,7 +134,7 @@ def test_the_file_says_how_the_machine_looked_and_how_long_a_session_takes_from_
     rates = Rates(1.5 * GIB, 2 * GIB, True)
     _, text = loaded(found(rates=rates))
     assert "writes 1.5 GiB/s, reads 2 GiB/s (past the page cache)" in text
-    assert "Such a session is 360 MiB: 0.18 s to read" in text
+    assert "Such a session is 180 MiB: 0.088 s to read" in text
     assert "no GPU: no driver" in text
 
 
