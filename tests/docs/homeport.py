@@ -8,13 +8,13 @@
 import sys
 from unittest.mock import patch
 
-from broker.__main__ import _parser as make_parser
 from broker.__main__ import main as homeport
+from broker.commands.tree import make_parser
 from tests.clients import scripted
 
 __all__ = ["make_parser"]  # for tests that read the command line instead of running it
 
-_DEFAULT_URL = "broker.__main__._DEFAULT_URL"
+_DEFAULT_URL = "broker.commands.asking.DEFAULT_URL"
 # Under what the page says: one thread as in tests/e2e, and what is kept is restored even where computing is faster.
 _SETTINGS = ("engine.threads=1", "tiers.restore.decide=false", "tiers.restore.floor=30s")
 
