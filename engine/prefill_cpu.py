@@ -1,8 +1,12 @@
 """A forward pass of many tokens on the CPU: what prompts are computed with, where the model is of the Llama family.
 
 Products and attention are torch's, which run near what the processor can do; the rest of transformers' forward is some 25
-small operations a layer, each over a batch that no longer fits the cache, and takes a fifth of the time. Here a layer is
-four products (queries, keys and values are one, gate and up another), attention, and three small kernels.
+small operations a layer, each over a batch that no longer fits the cache. Here a layer is four products (queries, keys and
+values are one, gate and up another), attention, and three small kernels.
+
+Measured 2026-11 on two cores (AMD EPYC with AVX512-BF16, load 1.5), the default model, 4,053 tokens by chunks of 512, three runs
+each: transformers' forward 9.9 s, this in float32 9.7 s, in bfloat16 7.2 s. 200 tokens behind 3,853: 0.74, 0.70, 0.58 s.
+Attention is over half of what is left.
 
 Products are made in `dtype`: float32, or bfloat16, which is twice as fast on processors that multiply it, and rounds what
 goes into a product and what comes out to eight bits. Sums, norms, attention and the logits are float32 always.
