@@ -110,11 +110,15 @@ class Unpin:
 
 @dataclass(frozen=True, slots=True)
 class Demote:
-    """Move one session's blocks, or everyone's, down to a tier now. Answered with the number of blocks moved."""
+    """Move one session's blocks, or everyone's, down to a tier now. Answered with the number of blocks moved.
+
+    With a `salt`: that tenant's session of the name only.
+    """
 
     ticket: int
     to: Tier
     session: str | None
+    salt: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,14 @@ class Inspect:
     """Ask for an `EngineReport`."""
 
     ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Locate:
+    """Ask where chains are, given by their keys. Answered with a tuple of {tier name: tokens}, one for each."""
+
+    ticket: int
+    chains: tuple[tuple[bytes, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +264,18 @@ class Answer:
 
 
 Command = (
-    Submit | Cancel | Prefetch | Reclass | Pin | Unpin | Demote | Persist | Forget | Inspect | Stop
+    Submit
+    | Cancel
+    | Prefetch
+    | Reclass
+    | Pin
+    | Unpin
+    | Demote
+    | Persist
+    | Forget
+    | Inspect
+    | Locate
+    | Stop
 )
 Output = Began | Sampled | Finished | Refused
 
@@ -274,6 +297,8 @@ class SessionReport:
     tokens: int
     idle_s: float
     tokens_on: dict[str, int] = field(default_factory=dict)  # {tier name: tokens}
+    lease: LeaseId | None = None
+    pinned_s: float | None = None  # how much longer its session is pinned; None: it is not
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +310,9 @@ class TierReport:
     leased_blocks: int
     held_refs: int
     block_bytes: int = 0  # of one block as it is kept there
+    classes: dict[str, int] = field(
+        default_factory=dict
+    )  # {what they wait for, as in tiers.policy: blocks}; sums to blocks
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ from engine.api import (
     Forget,
     Inspect,
     LeaseId,
+    Locate,
     Persist,
     Pin,
     PinReport,
@@ -80,7 +81,7 @@ from tiers.ledger import FRESH
 from tiers.policy import SessionClass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from collections.abc import Sequence as Seq
 
     import torch
@@ -319,12 +320,15 @@ class Engine:
             case Unpin(ticket, salt, session):
                 existed = self._cache.unpin(self._root(salt), session, now)
                 self._answers.append(Answer(ticket, existed))
-            case Demote(ticket, to, session):
-                self._answers.append(Answer(ticket, self._demote(to, session, now)))
+            case Demote(ticket, to, session, salt):
+                root = None if salt is None else self._root(salt)
+                self._answers.append(Answer(ticket, self._demote(to, session, root, now)))
             case Persist(ticket, manifest):
                 self._persist(ticket, manifest, now)
             case Inspect(ticket):
                 self._answers.append(Answer(ticket, self._report(now)))
+            case Locate(ticket, chains):
+                self._answers.append(Answer(ticket, tuple(map(self._locate, chains))))
             case Stop():
                 self._stopping = True
             case Landed(action):
@@ -418,10 +422,10 @@ class Engine:
             self._cache.release(hold, now)
         self._withdraw(now)
 
-    def _demote(self, to: Tier, session: str | None, now: float) -> int:
+    def _demote(self, to: Tier, session: str | None, root: BlockKey | None, now: float) -> int:
         """How many blocks left a tier above `to`, or will once they are written."""
         before = self._held_above(to)
-        actions = self._cache.demote(to, session, now)
+        actions = self._cache.demote(to, session, now, root=root)
         self._perform(actions)
         writing = sum(isinstance(action, Spill) for action in actions)
         return before - self._held_above(to) + (writing if to is Tier.DISK else 0)
@@ -886,8 +890,13 @@ class Engine:
 
     # -- reports -----------------------------------------------------------------------------------------------------
 
+    def _locate(self, chain: tuple[bytes, ...]) -> dict[str, int]:
+        found = self._cache.whereabouts(map(BlockKey, chain))
+        return {tier.name.lower(): found[tier] for tier in Tier}
+
     def _report(self, now: float) -> EngineReport:
         cache = self._cache.statistics()
+        pins = self._cache.pins(now)
         counters = self._counters
         block_bytes = self._memory.block_bytes
         return EngineReport(
@@ -924,11 +933,12 @@ class Engine:
                     leased_blocks=of.leased,
                     held_refs=of.refs,
                     block_bytes=size,
+                    classes={one.name.lower(): of.classes[one] for one in SessionClass},
                 )
                 for tier, of in cache.tiers.items()
                 for size in (self._stored_bytes if tier is Tier.DISK else block_bytes,)
             ),
-            sessions=tuple(_session_report(lease, now) for lease in self._cache.leases()),
+            sessions=tuple(_session_report(one, pins, now) for one in self._cache.leases()),
             recomputed_total=dict(counters.recomputed),
             amplification=_amplification(counters.recomputed),
             hit_share=_hit_share(counters),
@@ -938,7 +948,7 @@ class Engine:
             canary=self._canaries.report(),
             pins=tuple(
                 PinReport(session, blocks * block_bytes, until - now)
-                for (_, session), (until, blocks) in self._cache.pins(now).items()
+                for (_, session), (until, blocks) in pins.items()
             ),
             rates=self._costs.rates.as_dict(),
             drafts_total=dict(counters.drafts),
@@ -979,17 +989,22 @@ def _hit_share(counters: Counters) -> float:
     return reused / (reused + again) if reused + again else 1.0
 
 
-def _session_report(lease: Lease, now: float) -> SessionReport:
+def _session_report(
+    lease: Lease, pins: Mapping[tuple[BlockKey, str], tuple[float, int]], now: float
+) -> SessionReport:
     tokens_on = {tier.name.lower(): 0 for tier in Tier}
     for block in lease.blocks:
         for tier in block.places:
             tokens_on[tier.name.lower()] += len(block.tokens)
+    pinned = pins.get((lease.root, lease.session))
     return SessionReport(
         session=lease.session,
         session_class=lease.session_class.name.lower(),
         tokens=sum(len(block.tokens) for block in lease.blocks),
         idle_s=now - lease.idle_since,
         tokens_on=tokens_on,
+        lease=LeaseId(lease.id),
+        pinned_s=None if pinned is None else pinned[0] - now,
     )
 
 

@@ -34,6 +34,7 @@ from engine.api import (
     Finished,
     Forget,
     Inspect,
+    Locate,
     Output,
     Persist,
     Pin,
@@ -68,7 +69,7 @@ from tiers.state_dir import StateDir
 from tiers.store import Durability, StoreLimits
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
     from pathlib import Path
 
     from engine.api import Command, LeaseId, Step, Submit
@@ -188,8 +189,9 @@ class EngineService:
         """End a pin; False if there was none."""
         return bool(await self._ask(lambda ticket: Unpin(ticket, salt, session)))
 
-    async def demote(self, to: Tier, session: str | None) -> int:
-        moved = await self._ask(lambda ticket: Demote(ticket, to, session))
+    async def demote(self, to: Tier, session: str | None, salt: bytes | None = None) -> int:
+        """Move a session down, or all; with a `salt` that tenant's. How many blocks moved."""
+        moved = await self._ask(lambda ticket: Demote(ticket, to, session, salt))
         assert isinstance(moved, int)
         return moved
 
@@ -205,6 +207,13 @@ class EngineService:
             rotten_total=sum(scrubbed.bad.values()),
         )
         return replace(report, disk=disk)
+
+    async def locate(self, chains: Iterable[tuple[bytes, ...]]) -> tuple[dict[str, int], ...]:
+        """For each chain of keys, {tier: tokens of it there}."""
+        asked = tuple(chains)
+        found = await self._ask(lambda ticket: Locate(ticket, asked))
+        assert isinstance(found, tuple)
+        return found
 
     async def persist(self, manifest: Manifest) -> None:
         """Return once the manifest is on disk. Raises StoreError if the disk refused it."""

@@ -81,6 +81,7 @@ RETRY_S = 0.5  # how soon to look again at a lease whose blocks are still on the
 class TierStatistics:
     pool: PoolStatistics
     leased: int  # blocks here that a lease covers
+    classes: Counter[SessionClass]  # {what they wait for: blocks here}; sums to what the pool holds
     refs: int  # by holds, to blocks here
 
 
@@ -770,14 +771,21 @@ class TieredCache:
         soonest = min(oldest + self.limits.max_lag_s, self._leases.next_due())
         return soonest if soonest < math.inf else None
 
-    def demote(self, to: Tier, session: str | None, now: float) -> list[Action]:
+    def demote(
+        self, to: Tier, session: str | None, now: float, *, root: BlockKey | None = None
+    ) -> list[Action]:
         """Move one session down now, except what others share with it; or everything that no hold holds.
 
-        What a pin covers stays in memory.
+        Without a `root`: the sessions of that name, whoever's they are. What a pin covers stays in memory.
         """
         assert to is not Tier.DEVICE
+        assert root is None or session is not None
         actions: list[Action] = []
-        leases = [lease for lease in self._leases.all if session in (None, lease.session)]
+        leases = [
+            lease
+            for lease in self._leases.all
+            if session in (None, lease.session) and root in (None, lease.root)
+        ]
         mine = Counter(block for lease in leases for block in lease.blocks)
         for block in list(self._index.blocks) if session is None else list(mine):
             pinned = to is Tier.DISK and block.leases[SessionClass.PINNED]
@@ -1155,6 +1163,16 @@ class TieredCache:
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
+    def whereabouts(self, keys: Iterable[BlockKey]) -> Counter[Tier]:
+        """{tier: tokens of these blocks there}; a block may be in several."""
+        found: Counter[Tier] = Counter()
+        for key in keys:
+            block = self._index.get(key)
+            if block is not None:
+                for tier in block.places:
+                    found[tier] += len(block.tokens)
+        return found
+
     def statistics(self) -> CacheStatistics:
         blocks = self._index.blocks
         return CacheStatistics(
@@ -1162,6 +1180,7 @@ class TieredCache:
                 tier: TierStatistics(
                     pool=self._pools[tier].statistics(),
                     leased=sum(any(block.leases) for block in self._where.residents[tier].values()),
+                    classes=Counter(map(session_class, self._where.residents[tier].values())),
                     refs=sum(block.refs for block in self._where.residents[tier].values()),
                 )
                 for tier in Tier

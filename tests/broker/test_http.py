@@ -47,6 +47,7 @@ ROUTES = [
     ("GET", "/admin/tiers"),
     ("GET", "/admin/edge"),
     ("GET", "/admin/turns"),
+    ("GET", "/admin/overview"),
     ("POST", "/admin/demote"),
     ("GET", "/admin/pins"),
     ("POST", "/admin/pins"),

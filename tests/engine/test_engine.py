@@ -20,6 +20,7 @@ from engine.api import (
     FinishReason,
     Forget,
     Inspect,
+    Locate,
     Persist,
     Pin,
     Prefetch,
@@ -443,6 +444,19 @@ def test_a_demotion_says_how_many_blocks_it_moved(written, tier):
     bench.inbox.put(Demote(1, tier, "s"))
     bench.until_quiet()
     assert bench.answers[1] == 5
+
+
+def test_a_demotion_for_one_tenant_leaves_anothers_session_of_that_name_and_chains_are_found_where_they_are():
+    bench = Bench()
+    for salt in (b"a", b"b"):
+        bench.run(prompt_of(8), 4, salt=salt)
+    bench.inbox.put(Demote(1, Tier.HOST, "s", b"b"))
+    bench.until_quiet()
+    bench.inbox.put(Locate(2, tuple(bench.finished(one).keys for one in (1, 2))))
+    bench.until_quiet()
+    a, b = bench.answers[2]
+    assert (a["device"], a["host"]) == (11, 0)
+    assert (b["device"], b["host"]) == (0, 11)
 
 
 def test_an_idle_session_moves_to_the_host_then_to_the_disk():

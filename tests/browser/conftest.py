@@ -1,0 +1,60 @@
+"""One browser and one zygote for all these tests; a daemon for each file that needs it."""
+
+import pytest
+
+from tests.browser import chromium
+from tests.browser.harbour import Harbour
+from tests.campaign.zygote import Zygote
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    with Zygote() as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with chromium.opened() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def harbour(zygote, tmp_path_factory):
+    """Sessions in every tier. Tests may add to it and move things; none may stop it."""
+    with Harbour(zygote, tmp_path_factory.mktemp("harbour") / "state") as one:
+        one.fill()
+        yield one
+
+
+class Watched:
+    """A page whose console and requests are written down."""
+
+    def __init__(self, page):
+        self.page = page
+        self.said, self.requests = [], []
+        page.on("console", lambda message: self.said.append(message.text))
+        page.on("pageerror", lambda error: self.said.append(str(error)))
+        page.on("request", lambda request: self.requests.append(request.url))
+
+
+@pytest.fixture
+def watch(browser):
+    """Opens pages. A word on a page's console, or a request to elsewhere, fails the test that opened it."""
+    opened = []
+
+    def make(url, *, words_expected=False, **settings):
+        window = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"}
+        context = browser.new_context(**(window | settings))
+        context.set_default_timeout(10_000)
+        watched = Watched(context.new_page())
+        opened.append((context, watched, url, words_expected))
+        watched.page.goto(url)
+        return watched
+
+    yield make
+    for context, watched, url, words_expected in opened:
+        context.close()
+        assert words_expected or watched.said == []
+        strangers = [one for one in watched.requests if not one.startswith((url, "data:"))]
+        assert strangers == []

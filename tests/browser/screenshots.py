@@ -1,0 +1,55 @@
+"""Pictures of the dashboard over a busy daemon, to be looked at.
+
+    python -m tests.browser.screenshots [folder]
+
+light.png, dark.png and narrow.png: a stub daemon whose sessions are in all tiers, and one of them chosen.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.browser import chromium
+from tests.browser.harbour import Harbour
+from tests.campaign.zygote import Zygote
+
+SHOTS = {  # {name: (colours, width, height)}
+    "light": ("light", 1280, 900),
+    "dark": ("dark", 1280, 900),
+    "narrow": ("light", 360, 800),
+}
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as state,
+        Zygote() as zygote,
+        Harbour(zygote, Path(state) / "state") as harbour,
+    ):
+        harbour.fill()
+        with chromium.opened() as browser:
+            for name, (colours, width, height) in SHOTS.items():
+                page = browser.new_page(
+                    color_scheme=colours,
+                    viewport={"width": width, "height": height},
+                    reduced_motion="reduce",
+                )
+                page.goto(harbour.url)
+                page.locator("#session-rows tr").first.wait_for()
+                harbour.turn(
+                    "agent-3"
+                )  # so that it is on the device, whatever the last picture did
+                page.locator(".ship.device title", has_text="agent-3").wait_for(state="attached")
+                harbour.stir()
+                page.get_by_role("button", name="agent-2").click()
+                page.locator("#moves time").first.wait_for()
+                page.screenshot(path=folder / f"{name}.png", full_page=True)
+                page.close()
+                print(folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("/tmp/dashboard"))
