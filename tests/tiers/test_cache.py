@@ -406,6 +406,7 @@ def test_of_two_tenants_sessions_of_one_name_only_the_one_of_the_root_is_demoted
     other = root_key(b"model", b"another tenant")
     keys = {ROOT: turn(cache, (0, 1, 2, 3), 1)}
     hold = cache.acquire(cache.match(other, (0, 1, 2, 3)), 0.0)
+    land(cache, cache.load(hold, 0.0))
     assert cache.ready(hold)
     compute(cache, hold, (0, 1, 2, 3))
     keys[other] = cache.lease(hold, 2, "s", 0.0, None)
