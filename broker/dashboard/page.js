@@ -35,6 +35,7 @@ function next(ms) {
 async function look() {
   if (looking) return;
   looking = true;
+  let wait = EVERY_MS;
   try {
     let now = await overview(kept.now?.turns_ended ?? 0);
     if (kept.now && now.began_at !== kept.now.began_at) {
@@ -50,18 +51,17 @@ async function look() {
     if (error instanceof Refused && error.wantsKey) {
       state("locked", "needs an operator's key");
       await askForKey(error.said);
-    } else if (error instanceof Refused) {
+      wait = 0;
+    } else if (error instanceof Refused || error instanceof Silent) {
+      state("gone", error instanceof Refused ? error.said : heard === null ? "no answer" : "no answer: what is shown is old");
+      wait = RETRY_MS[Math.min(missed, RETRY_MS.length - 1)];
       missed += 1;
-      state("gone", error.said);
-    } else if (error instanceof Silent) {
-      missed += 1;
-      state("gone", heard === null ? "no answer" : "no answer: what is shown is old");
     } else {
       throw error;
     }
   } finally {
     looking = false;
-    next(missed ? RETRY_MS[Math.min(missed, RETRY_MS.length) - 1] : EVERY_MS);
+    next(wait);
   }
 }
 

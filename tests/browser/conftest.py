@@ -43,12 +43,15 @@ def watch(browser):
     """Opens pages. A word on a page's console, or a request to elsewhere, fails the test that opened it."""
     opened = []
 
-    def make(url, *, words_expected=False, **settings):
+    def make(url, *, words_expected=False, frozen=False, **settings):
+        """`frozen`: the page's clock stands still but for `page.clock`."""
         window = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"}
         context = browser.new_context(**(window | settings))
         context.set_default_timeout(10_000)
         watched = Watched(context.new_page())
         opened.append((context, watched, url, words_expected))
+        if frozen:
+            watched.page.clock.install()
         watched.page.goto(url)
         return watched
 

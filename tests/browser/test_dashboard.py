@@ -300,27 +300,27 @@ def test_a_hostile_name_is_text_everywhere(watch, harbour):
 
 
 def test_nothing_is_asked_while_nobody_looks(watch, harbour):
-    watched = watch(harbour.url)
+    watched = watch(harbour.url, frozen=True)
     page = watched.page
-    page.locator(".tier").first.wait_for()
-    page.evaluate(
-        """() => {
-          Object.defineProperty(document, 'hidden', { value: true, configurable: true });
-          document.dispatchEvent(new Event('visibilitychange'));
-        }"""
-    )
-    expect(page.locator("#state")).to_have_text("paused")
-    page.wait_for_timeout(300)  # one that was under way
-    asked = len(watched.requests)
-    page.wait_for_timeout(1500)
-    assert len(watched.requests) == asked
-    page.evaluate(
-        """() => {
-          Object.defineProperty(document, 'hidden', { value: false, configurable: true });
-          document.dispatchEvent(new Event('visibilitychange'));
-        }"""
-    )
+    hide = """(hidden) => {
+      Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });
+      document.dispatchEvent(new Event('visibilitychange'));
+    }"""
+
+    def looks():
+        return sum("/admin/overview" in url for url in watched.requests)
+
     expect(page.locator("#state")).to_have_text("live")
+    page.clock.run_for(1500)
+    expect(page.locator("#state")).to_have_text("live")
+    assert looks() == 2
+    page.evaluate(hide, True)
+    expect(page.locator("#state")).to_have_text("paused")
+    page.clock.run_for(60_000)
+    assert looks() == 2
+    page.evaluate(hide, False)
+    expect(page.locator("#state")).to_have_text("live")
+    assert looks() == 3
 
 
 def test_a_daemon_that_goes_away_is_shown_as_gone_and_the_next_one_as_itself(
