@@ -16,12 +16,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from broker.breakdown import Breakdown, TurnRecord
     from broker.metrics import EdgeReport
     from broker.session import Node
-    from engine.api import EngineReport, SessionReport
+    from engine.api import EngineReport, Located
 
 SESSIONS = 64  # a row each, and a walk over the keys of their chains
 TURNS = 128
@@ -39,7 +39,7 @@ class Look:
     engine: EngineReport
     edge: EdgeReport
     nodes: Sequence[Node]  # the newest of every session that is remembered, used last first
-    places: Sequence[Mapping[str, int]]  # {tier: tokens} of the first of them
+    located: Sequence[Located]  # of the first of them
     turns: Sequence[TurnRecord]  # newest first
     turns_ended: int
     under_way: Iterable[Breakdown]
@@ -49,7 +49,6 @@ def overview(look: Look) -> dict[str, Any]:
     """The answer; its shape is documented in `routes/admin.py`."""
     engine = dataclasses.asdict(dataclasses.replace(look.engine, sessions=(), pins=()))
     del engine["sessions"], engine["pins"]
-    leases = {one.lease: one for one in look.engine.sessions}
     return {
         "now": look.now,
         "began_at": look.began_at,
@@ -58,8 +57,8 @@ def overview(look: Look) -> dict[str, Any]:
         "edge": edge_json(look.edge),
         "running": [one.under_way(look.monotonic) for one in islice(look.under_way, RUNNING)],
         "sessions": [
-            _session(node, places, leases.get(node.lease) if node.lease else None, look.now)
-            for node, places in zip(look.nodes, look.places, strict=False)
+            _session(node, located, look.now)
+            for node, located in zip(look.nodes, look.located, strict=False)
         ],
         "sessions_known": len(look.nodes),
         "turns": [turn.as_json() for turn in look.turns],
@@ -82,16 +81,15 @@ def edge_json(edge: EdgeReport) -> dict[str, Any]:
     }
 
 
-def _session(
-    node: Node, places: Mapping[str, int], lease: SessionReport | None, now: float
-) -> dict[str, Any]:
+def _session(node: Node, located: Located, now: float) -> dict[str, Any]:
+    idle_s = located.idle_s
     return {
         "session": node.session,
         "tenant": node.tenant,
         "response_id": node.response_id,
         "tokens": len(node.tokens),
-        "tokens_on": places,
-        "session_class": None if lease is None else lease.session_class,
-        "idle_s": max(0.0, now - node.created_at) if lease is None else lease.idle_s,
-        "pinned_s": None if lease is None else lease.pinned_s,
+        "tokens_on": located.tokens_on,
+        "session_class": located.session_class,
+        "idle_s": max(0.0, now - node.created_at) if idle_s is None else idle_s,
+        "pinned_s": located.pinned_s,
     }

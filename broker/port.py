@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from broker.turn import Cancellation, Clock, Outcome
     from broker.wire.requests import TurnRequest
     from broker.wire.responses_out import ResponseStream
-    from engine.api import EngineReport
+    from engine.api import EngineReport, LeaseId, Located
 
     Emit = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -66,11 +66,13 @@ _RESTART_S = (
 class Service(Engine, Protocol):
     """What the broker uses of `engine.service.EngineService`."""
 
-    async def inspect(self) -> EngineReport: ...
+    async def inspect(self, *, sessions: bool = True) -> EngineReport: ...
     async def pin(self, salt: bytes, session: str, seconds: float) -> int | None: ...
     async def unpin(self, salt: bytes, session: str) -> bool: ...
     async def responses_of(self, tenant: str, session: str) -> list[str]: ...
-    async def locate(self, chains: Iterable[tuple[bytes, ...]]) -> tuple[dict[str, int], ...]: ...
+    async def locate(
+        self, turns: Iterable[tuple[LeaseId | None, tuple[bytes, ...]]]
+    ) -> tuple[Located, ...]: ...
 
 
 @dataclass(slots=True, eq=False)

@@ -141,17 +141,18 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class Inspect:
-    """Ask for an `EngineReport`."""
+    """Ask for an `EngineReport`; without its sessions it costs no walk over their blocks."""
 
     ticket: int
+    sessions: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Locate:
-    """Ask where chains are, given by their keys. Answered with a tuple of {tier name: tokens}, one for each."""
+    """Ask for what is known of some turns' KV. Answered with a tuple of `Located`, one for each."""
 
     ticket: int
-    chains: tuple[tuple[bytes, ...], ...]
+    turns: tuple[tuple[LeaseId | None, tuple[bytes, ...]], ...]  # its lease, and its chain's keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,8 +298,16 @@ class SessionReport:
     tokens: int
     idle_s: float
     tokens_on: dict[str, int] = field(default_factory=dict)  # {tier name: tokens}
-    lease: LeaseId | None = None
-    pinned_s: float | None = None  # how much longer its session is pinned; None: it is not
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a turn's KV is, and what its lease says of it, if that has not ended."""
+
+    tokens_on: dict[str, int]  # {tier name: tokens}; a token may be in several
+    session_class: str | None = None
+    idle_s: float | None = None
+    pinned_s: float | None = None  # how much longer its session is pinned
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ from engine.api import (
     Inspect,
     LeaseId,
     Locate,
+    Located,
     Persist,
     Pin,
     PinReport,
@@ -81,7 +82,7 @@ from tiers.ledger import FRESH
 from tiers.policy import SessionClass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
     from collections.abc import Sequence as Seq
 
     import torch
@@ -325,10 +326,10 @@ class Engine:
                 self._answers.append(Answer(ticket, self._demote(to, session, root, now)))
             case Persist(ticket, manifest):
                 self._persist(ticket, manifest, now)
-            case Inspect(ticket):
-                self._answers.append(Answer(ticket, self._report(now)))
-            case Locate(ticket, chains):
-                self._answers.append(Answer(ticket, tuple(map(self._locate, chains))))
+            case Inspect(ticket, sessions):
+                self._answers.append(Answer(ticket, self._report(now, sessions=sessions)))
+            case Locate(ticket, turns):
+                self._answers.append(Answer(ticket, self._locate(turns, now)))
             case Stop():
                 self._stopping = True
             case Landed(action):
@@ -890,13 +891,32 @@ class Engine:
 
     # -- reports -----------------------------------------------------------------------------------------------------
 
-    def _locate(self, chain: tuple[bytes, ...]) -> dict[str, int]:
-        found = self._cache.whereabouts(map(BlockKey, chain))
-        return {tier.name.lower(): found[tier] for tier in Tier}
-
-    def _report(self, now: float) -> EngineReport:
-        cache = self._cache.statistics()
+    def _locate(
+        self, turns: Iterable[tuple[LeaseId | None, tuple[bytes, ...]]], now: float
+    ) -> tuple[Located, ...]:
+        leases = {lease.id: lease for lease in self._cache.leases()}
         pins = self._cache.pins(now)
+        found: list[Located] = []
+        for lease_id, keys in turns:
+            places = self._cache.whereabouts(map(BlockKey, keys))
+            tokens_on = {tier.name.lower(): places[tier] for tier in Tier}
+            lease = None if lease_id is None else leases.get(lease_id)
+            if lease is None:
+                found.append(Located(tokens_on))
+                continue
+            pinned = pins.get((lease.root, lease.session))
+            found.append(
+                Located(
+                    tokens_on,
+                    session_class=lease.session_class.name.lower(),
+                    idle_s=now - lease.idle_since,
+                    pinned_s=None if pinned is None else pinned[0] - now,
+                )
+            )
+        return tuple(found)
+
+    def _report(self, now: float, *, sessions: bool) -> EngineReport:
+        cache = self._cache.statistics()
         counters = self._counters
         block_bytes = self._memory.block_bytes
         return EngineReport(
@@ -938,7 +958,9 @@ class Engine:
                 for tier, of in cache.tiers.items()
                 for size in (self._stored_bytes if tier is Tier.DISK else block_bytes,)
             ),
-            sessions=tuple(_session_report(one, pins, now) for one in self._cache.leases()),
+            sessions=tuple(
+                _session_report(lease, now) for lease in (self._cache.leases() if sessions else ())
+            ),
             recomputed_total=dict(counters.recomputed),
             amplification=_amplification(counters.recomputed),
             hit_share=_hit_share(counters),
@@ -948,7 +970,7 @@ class Engine:
             canary=self._canaries.report(),
             pins=tuple(
                 PinReport(session, blocks * block_bytes, until - now)
-                for (_, session), (until, blocks) in pins.items()
+                for (_, session), (until, blocks) in self._cache.pins(now).items()
             ),
             rates=self._costs.rates.as_dict(),
             drafts_total=dict(counters.drafts),
@@ -989,22 +1011,17 @@ def _hit_share(counters: Counters) -> float:
     return reused / (reused + again) if reused + again else 1.0
 
 
-def _session_report(
-    lease: Lease, pins: Mapping[tuple[BlockKey, str], tuple[float, int]], now: float
-) -> SessionReport:
+def _session_report(lease: Lease, now: float) -> SessionReport:
     tokens_on = {tier.name.lower(): 0 for tier in Tier}
     for block in lease.blocks:
         for tier in block.places:
             tokens_on[tier.name.lower()] += len(block.tokens)
-    pinned = pins.get((lease.root, lease.session))
     return SessionReport(
         session=lease.session,
         session_class=lease.session_class.name.lower(),
         tokens=sum(len(block.tokens) for block in lease.blocks),
         idle_s=now - lease.idle_since,
         tokens_on=tokens_on,
-        lease=LeaseId(lease.id),
-        pinned_s=None if pinned is None else pinned[0] - now,
     )
 
 

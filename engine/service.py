@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping
     from pathlib import Path
 
-    from engine.api import Command, LeaseId, Step, Submit
+    from engine.api import Command, LeaseId, Located, Step, Submit
     from engine.constraint import Constraint
     from engine.grammar import Compiled
     from tiers.block import TokenIds
@@ -195,8 +195,9 @@ class EngineService:
         assert isinstance(moved, int)
         return moved
 
-    async def inspect(self) -> EngineReport:
-        report = await self._ask(Inspect)
+    async def inspect(self, *, sessions: bool = True) -> EngineReport:
+        """The engine's report. Without its sessions it costs less."""
+        report = await self._ask(lambda ticket: Inspect(ticket, sessions))
         assert isinstance(report, EngineReport)
         if self._scrubber is None:
             return report
@@ -208,9 +209,11 @@ class EngineService:
         )
         return replace(report, disk=disk)
 
-    async def locate(self, chains: Iterable[tuple[bytes, ...]]) -> tuple[dict[str, int], ...]:
-        """For each chain of keys, {tier: tokens of it there}."""
-        asked = tuple(chains)
+    async def locate(
+        self, turns: Iterable[tuple[LeaseId | None, tuple[bytes, ...]]]
+    ) -> tuple[Located, ...]:
+        """For each turn, given by its lease and its chain's keys, what is known of its KV."""
+        asked = tuple(turns)
         found = await self._ask(lambda ticket: Locate(ticket, asked))
         assert isinstance(found, tuple)
         return found

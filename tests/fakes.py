@@ -27,6 +27,7 @@ from engine.api import (
     FinishReason,
     LeaseId,
     Likelihood,
+    Located,
     PinReport,
     Refused,
     RefuseReason,
@@ -368,9 +369,15 @@ class FakeService:
         await trio.lowlevel.checkpoint()
         return self.pinned.pop((salt, session), None) is not None
 
-    async def locate(self, chains: Iterable[tuple[bytes, ...]]) -> tuple[dict[str, int], ...]:
+    async def locate(
+        self, turns: Iterable[tuple[LeaseId | None, tuple[bytes, ...]]]
+    ) -> tuple[Located, ...]:
         await trio.lowlevel.checkpoint()
-        return tuple({"device": 0, "host": 0, "disk": 0, "remote": 0, self.tier: 1} for _ in chains)
+        on = {"device": 0, "host": 0, "disk": 0, "remote": 0, self.tier: 1}
+        return tuple(
+            Located(on, "pinned", 7.0, 60.0) if lease in self.leases else Located(on)
+            for lease, _ in turns
+        )
 
     async def demote(self, to: Tier, session: str | None, salt: bytes | None = None) -> int:
         await trio.lowlevel.checkpoint()
@@ -378,7 +385,7 @@ class FakeService:
         self.demoted_salts.append(salt)
         return len(self.leases)
 
-    async def inspect(self) -> EngineReport:
+    async def inspect(self, *, sessions: bool = True) -> EngineReport:
         await trio.lowlevel.checkpoint()
         return EngineReport(
             running=len(self._running),

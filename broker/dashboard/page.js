@@ -45,7 +45,8 @@ async function look() {
     learn(now, performance.now());
     heard = performance.now();
     missed = 0;
-    state("live", "live");
+    if (document.hidden) state("paused", "paused");
+    else state("live", "live");
     show();
   } catch (error) {
     if (error instanceof Refused && error.wantsKey) {
@@ -203,7 +204,7 @@ function showSessions({ sessions, sessions_known }) {
     row.classList.toggle("chosen", chosen);
     say(waits, one.pinned_s === null ? words.waitsFor(one.session_class) : `pinned, ${words.long(one.pinned_s)} left`);
     const parts = words.foundFirst(one.tokens, one.tokens_on);
-    bar(where.firstChild, parts.map(([tier, n]) => [tier || "nowhere", n]), one.tokens);
+    bar(where.firstChild, parts.map(([tier, n]) => [tier || "nowhere", n]), parts.reduce((all, [, n]) => all + n, 0));
     say(where.lastChild, parts.filter(([, n]) => n).map(([tier, n]) => `${tier || "to be computed"} ${words.count(n)}`).join(", "));
     tell(tokens.firstChild, one.tokens);
     say(idle, words.long(one.idle_s));

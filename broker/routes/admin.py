@@ -6,7 +6,7 @@ owners'      what concerns one session of the key that asks: to pin it, to delet
              (`tenant`: in the body, or in the query of a DELETE)
 
 GET /admin/sessions     sessions whose KV is kept warm
-    {"sessions": [{session, session_class, tokens, idle_s, tokens_on: {device, host, disk, remote: tokens}, lease, pinned_s}]}
+    {"sessions": [{session, session_class, tokens, idle_s, tokens_on: {device, host, disk, remote: tokens}}]}
     A token may be in several tiers; `session_class` is burst, tool_wait, human_wait or closed.
 GET /admin/tiers        the engine's report, `engine.api.EngineReport`, without its sessions; totals since the start
     {running, waiting, loading, leases, refs, dirty, tokens_total: {source: n}, output_tokens_total, spilled_total: {tier: n},
@@ -138,7 +138,7 @@ class _Admin:
         return JSONResponse(document(version("homeport")))
 
     async def metrics(self, request: Request) -> Response:
-        report = await self._port.engine.inspect()
+        report = await self._port.engine.inspect(sessions=False)
         return PlainTextResponse(
             render(report, self._port.report()),
             media_type="text/plain; version=0.0.4; charset=utf-8",
@@ -149,7 +149,7 @@ class _Admin:
         return JSONResponse({"sessions": [dataclasses.asdict(one) for one in report.sessions]})
 
     async def tiers(self, request: Request) -> Response:
-        report = dataclasses.asdict(await self._port.engine.inspect())
+        report = dataclasses.asdict(await self._port.engine.inspect(sessions=False))
         del report["sessions"]
         return JSONResponse(report)
 
@@ -165,9 +165,9 @@ class _Admin:
                 param="turns_after",
             )
         port, observations = self._port, self._port.observations
-        report = await port.engine.inspect()
+        report = await port.engine.inspect(sessions=False)
         nodes = port.sessions.newest()
-        places = await port.engine.locate(node.keys for node in nodes[:SESSIONS])
+        located = await port.engine.locate((node.lease, node.keys) for node in nodes[:SESSIONS])
         look = Look(
             now=port.clock.now(),
             monotonic=trio.current_time(),
@@ -176,7 +176,7 @@ class _Admin:
             engine=report,
             edge=port.report(),
             nodes=nodes,
-            places=places,
+            located=located,
             turns=observations.after(int(seen), TURNS),
             turns_ended=observations.ended_total,
             under_way=port.under_way,
@@ -217,7 +217,7 @@ class _Admin:
         return JSONResponse({"moved_blocks": moved})
 
     async def pins(self, request: Request) -> Response:
-        report = await self._port.engine.inspect()
+        report = await self._port.engine.inspect(sessions=False)
         return JSONResponse({"pins": [dataclasses.asdict(one) for one in report.pins]})
 
     async def pin(self, request: Request) -> Response:

@@ -1,13 +1,9 @@
 """What the dashboard asks for: bounded, in agreement with the other reports, and on behalf of whom an operator names."""
 
-import dataclasses
-
 import trio
 
 from broker.overview import SESSIONS, TURNS
-from engine.api import SessionReport
 from tests.broker.rig import open_rig
-from tests.fakes import FakeService, saying
 
 KEYS = ("auth.keys=['a', 'b']", "auth.operators=['o']")
 
@@ -77,20 +73,8 @@ async def test_a_turn_under_way_is_shown_with_its_stage_until_it_is_over():
         assert (await overview(browser))["running"] == []
 
 
-class Leasing(FakeService):
-    """A fake that reports its leases."""
-
-    async def inspect(self):
-        leases = tuple(
-            SessionReport("s", "pinned", 9, 7.0, lease=lease, pinned_s=60.0)
-            for lease in self.leases
-        )
-        return dataclasses.replace(await super().inspect(), sessions=leases)
-
-
 async def test_a_session_is_joined_with_its_own_lease():
     async with open_rig() as rig:
-        rig.engine = rig.port.engine = Leasing(rig.nursery, reply=saying("Hello there."))
         browser = rig.browser()
         await turn(browser)
         (one,) = (await overview(browser))["sessions"]

@@ -44,14 +44,15 @@ def watch(browser):
     opened = []
 
     def make(url, *, words_expected=False, frozen=False, **settings):
-        """`frozen`: the page's clock stands still but for `page.clock`."""
+        """`frozen`: the page's clock goes on only as far as `page.clock.run_for` says."""
         window = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"}
         context = browser.new_context(**(window | settings))
         context.set_default_timeout(10_000)
         watched = Watched(context.new_page())
         opened.append((context, watched, url, words_expected))
         if frozen:
-            watched.page.clock.install()
+            watched.page.clock.install(time=0)
+            watched.page.clock.pause_at(1000)
         watched.page.goto(url)
         return watched
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import urllib.request
 from typing import TYPE_CHECKING, Any
 
+from broker.bench.client import call
 from tests.campaign import stub
 from tests.campaign.zygote import StubDaemon
 
@@ -29,14 +28,7 @@ class Harbour(StubDaemon):
         super().__init__(zygote, state_dir, (*settings, "tiers.pins=0.5", *sets), options=options)
 
     def ask(self, method: str, path: str, body: Any = None, key: str | None = None) -> Any:
-        headers = {"content-type": "application/json"}
-        if key is not None:
-            headers["authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            text = answer.read().decode()
-        return text if path == "/metrics" else json.loads(text)
+        return call(method, self.url, path, body, key)
 
     def turn(self, session: str, words: int = 1, key: str | None = None, **fields: Any) -> Any:
         body = {
@@ -53,25 +45,24 @@ class Harbour(StubDaemon):
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
+    def demote(self, session: str, tier: str) -> None:
+        self.ask("POST", "/admin/demote", {"tier": tier, "session": session})
+
     def fill(self) -> None:
         """Ten sessions of different lengths in all tiers, with turns that found all, some and nothing."""
-        last = {}
-        for number in range(10):
-            last[number] = self.turn(f"agent-{number}", 1 + number % 4)
-        for number in (2, 3, 5, 8):
-            for _ in range(2):
-                follows = last[number]["id"]
-                last[number] = self.turn(f"agent-{number}", previous_response_id=follows)
+        last = {number: self.turn(f"agent-{number}", 1 + number % 4) for number in range(10)}
+        for number in (3, 5, 8):
+            last[number] = self.turn(f"agent-{number}", previous_response_id=last[number]["id"])
+        for tier in (None, "host", "disk"):
+            if tier is not None:
+                self.demote("agent-2", tier)
+            last[2] = self.turn("agent-2", previous_response_id=last[2]["id"])
         self.turn("agent-2", 3, instructions="Be brief.")
         for number, tier in ((0, "disk"), (1, "disk"), (4, "disk"), (6, "host"), (7, "host")):
-            self.ask("POST", "/admin/demote", {"tier": tier, "session": f"agent-{number}"})
-        last[1] = self.turn("agent-1", previous_response_id=last[1]["id"])
-        last[7] = self.turn("agent-7", previous_response_id=last[7]["id"])
+            self.demote(f"agent-{number}", tier)
+        for number in (1, 7):
+            last[number] = self.turn(f"agent-{number}", previous_response_id=last[number]["id"])
         self.ask("POST", "/admin/pins", {"session": "agent-5", "ttl": "1h"})
-
-    def stir(self) -> None:
-        """A session goes down."""
-        self.ask("POST", "/admin/demote", {"tier": "disk", "session": "agent-3"})
 
 
 def free_port() -> int:

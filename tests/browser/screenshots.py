@@ -15,6 +15,7 @@ from tests.browser import chromium
 from tests.browser.harbour import Harbour
 from tests.campaign.zygote import Zygote
 
+STEPS, PACE_MS = 16, 600
 SHOTS = {  # {name: (colours, width, height)}
     "light": ("light", 1280, 900),
     "dark": ("dark", 1280, 900),
@@ -39,13 +40,13 @@ def main(folder: Path) -> None:
                 )
                 page.goto(harbour.url)
                 page.locator("#session-rows tr").first.wait_for()
-                harbour.turn(
-                    "agent-3"
-                )  # so that it is on the device, whatever the last picture did
-                page.locator(".ship.device title", has_text="agent-3").wait_for(state="attached")
-                harbour.stir()
+                for step in range(STEPS):  # a picture of time needs some
+                    harbour.turn(f"agent-{step % 9}", 1 + step % 3)
+                    harbour.demote(f"agent-{(step + 4) % 9}", ("host", "disk")[step % 2])
+                    page.wait_for_timeout(PACE_MS)
                 page.get_by_role("button", name="agent-2").click()
-                page.locator("#moves time").first.wait_for()
+                harbour.turn("agent-9", background=True, max_output_tokens=2500)
+                page.locator("#running li").first.wait_for()
                 page.screenshot(path=folder / f"{name}.png", full_page=True)
                 page.close()
                 print(folder / f"{name}.png")

@@ -311,14 +311,15 @@ def test_nothing_is_asked_while_nobody_looks(watch, harbour):
         return sum("/admin/overview" in url for url in watched.requests)
 
     expect(page.locator("#state")).to_have_text("live")
-    page.clock.run_for(1500)
-    expect(page.locator("#state")).to_have_text("live")
+    with page.expect_response(lambda answer: "/admin/overview" in answer.url):
+        page.clock.run_for(1500)
     assert looks() == 2
     page.evaluate(hide, True)
     expect(page.locator("#state")).to_have_text("paused")
     page.clock.run_for(60_000)
     assert looks() == 2
-    page.evaluate(hide, False)
+    with page.expect_response(lambda answer: "/admin/overview" in answer.url):
+        page.evaluate(hide, False)
     expect(page.locator("#state")).to_have_text("live")
     assert looks() == 3
 
