@@ -448,7 +448,7 @@ def test_a_demotion_says_how_many_blocks_it_moved(written, tier):
 
 
 def test_a_demotion_for_one_tenant_leaves_anothers_session_of_that_name_and_chains_are_found_where_they_are():
-    bench = Bench()
+    bench = Bench(host=16)
     for salt in (b"a", b"b"):
         bench.run(prompt_of(8), 4, salt=salt)
     bench.inbox.put(Demote(1, Tier.HOST, "s", b"b"))
