@@ -24,7 +24,7 @@ class Harbour(StubDaemon):
         settings = stub.settings(
             device=160, host=120, disk=600, tiers__host__after="1h", tiers__disk__after="2h"
         )
-        options = ("--port", str(free_port()))
+        options = ("--port", str(free_port()), "--endless")
         super().__init__(zygote, state_dir, (*settings, "tiers.pins=0.5", *sets), options=options)
 
     def ask(self, method: str, path: str, body: Any = None, key: str | None = None) -> Any:

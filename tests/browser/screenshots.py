@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     with (
         tempfile.TemporaryDirectory() as state,
         Zygote() as zygote,
-        Harbour(zygote, Path(state) / "state") as harbour,
+        Harbour(zygote, Path(state) / "state", "admission.max_turns=2") as harbour,
     ):
         harbour.fill()
         with chromium.opened() as browser:
@@ -45,7 +45,8 @@ def main(folder: Path) -> None:
                     harbour.demote(f"agent-{(step + 4) % 9}", ("host", "disk")[step % 2])
                     page.wait_for_timeout(PACE_MS)
                 page.get_by_role("button", name="agent-2").click()
-                harbour.turn("agent-9", background=True, max_output_tokens=2500)
+                for number in range(6):  # more than the two that may run
+                    harbour.turn(f"agent-{number}", background=True, max_output_tokens=600)
                 page.locator("#running li").first.wait_for()
                 page.screenshot(path=folder / f"{name}.png", full_page=True)
                 page.close()
