@@ -136,14 +136,15 @@ function showNow({ engine, edge, running }) {
     const a_second = rate(total);
     tell($(`rate-${name}`), a_second ?? "", a_second === null ? "–" : words.count(a_second));
   }
-  const more = running.length - SHOWN_RUNNING;
-  const shown = running.slice(0, SHOWN_RUNNING);
+  const begun = running.filter((turn) => turn.session !== null); // of the others no more is known than that they wait
+  const shown = begun.slice(0, SHOWN_RUNNING);
+  const more = running.length - shown.length;
   if (more > 0) shown.push({ request_id: "more", more });
   keyed($("running"), shown, (turn) => turn.request_id, () => el("li"), (item, turn) => {
     if (turn.more) return say(item, `and ${turn.more} more`);
     if (!item.children.length) item.append(el("bdi"), " ", el("b"), " ", el("span"));
     const [name, stage, time] = item.children;
-    say(name, turn.session ?? "a new session");
+    say(name, turn.session);
     say(stage, turn.stage);
     say(time, words.seconds(turn.so_far_s));
   });

@@ -45,7 +45,7 @@ export function long(s) {
   return s < 172_000 ? `${Math.round(s / 3600)} h` : `${Math.round(s / 86_400)} d`;
 }
 
-export const waitsFor = (of) => (of === null ? "nobody, and nothing keeps it" : CLASS_WORDS[of] ?? of);
+export const waitsFor = (of) => (of === null ? "nobody: not kept" : CLASS_WORDS[of] ?? of);
 
 export function reason(name) {
   const evicted = /^evicted_(\w+)_(\w+)$/.exec(name);

@@ -45,9 +45,10 @@ def main(folder: Path) -> None:
                     harbour.demote(f"agent-{(step + 4) % 9}", ("host", "disk")[step % 2])
                     page.wait_for_timeout(PACE_MS)
                 page.get_by_role("button", name="agent-2").click()
-                for number in range(6):  # more than the two that may run
-                    harbour.turn(f"agent-{number}", background=True, max_output_tokens=600)
-                page.locator("#running li").first.wait_for()
+                while not page.locator("#running li").count():  # until a look finds some at work
+                    for number in range(6):  # more than the two that may run
+                        harbour.turn(f"agent-{number}", background=True, max_output_tokens=600)
+                    page.wait_for_timeout(200)
                 page.screenshot(path=folder / f"{name}.png", full_page=True)
                 page.close()
                 print(folder / f"{name}.png")
