@@ -1,4 +1,8 @@
-"""One browser and one zygote for all these tests; a daemon for each file that needs it."""
+"""One browser, one zygote and one daemon for a file of tests.
+
+No longer than a file: while Playwright's synchronous API is open, asyncio counts as running in this thread, and other tests
+could not run theirs.
+"""
 
 import pytest
 
@@ -7,13 +11,13 @@ from tests.browser.harbour import Harbour
 from tests.campaign.zygote import Zygote
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def zygote():
     with Zygote() as one:
         yield one
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     with chromium.opened() as one:
         yield one
