@@ -183,6 +183,9 @@ def test_the_keyboard_alone_reaches_and_does_everything(watch, harbour):
     assert page.evaluate("document.activeElement.matches(':focus-visible')")
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid", "the focus is seen"
+    harbour.turn("another")  # its row comes first now, and the focus stays where it was
+    expect(page.locator("#session-rows tr").first).to_contain_text("another")
+    assert page.evaluate("document.activeElement.textContent") == "keys"
     page.keyboard.press("Space")
     expect(page.locator("#h-turns")).to_have_text("Turns of keys")
     expect(page.locator("#h-turns")).to_be_focused()
@@ -311,11 +314,16 @@ def test_nothing_is_asked_while_nobody_looks(watch, harbour):
         return sum("/admin/overview" in url for url in watched.requests)
 
     expect(page.locator("#state")).to_have_text("live")
-    with page.expect_response(lambda answer: "/admin/overview" in answer.url):
+    held = []
+    page.route("**/admin/overview*", held.append)
+    with page.expect_request("**/admin/overview*"):
         page.clock.run_for(1500)
-    assert looks() == 2
-    page.evaluate(hide, True)
+    page.evaluate(hide, True)  # while an answer is on its way
+    with page.expect_response("**/admin/overview*"):
+        held.pop().continue_()
+    page.unroute("**/admin/overview*")
     expect(page.locator("#state")).to_have_text("paused")
+    assert looks() == 2
     page.clock.run_for(60_000)
     assert looks() == 2
     with page.expect_response(lambda answer: "/admin/overview" in answer.url):
