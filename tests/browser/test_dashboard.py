@@ -315,7 +315,7 @@ def test_nothing_is_asked_while_nobody_looks(watch, harbour):
 
     expect(page.locator("#state")).to_have_text("live")
     held = []
-    page.route("**/admin/overview*", held.append)
+    page.route("**/admin/overview*", lambda route: held.append(route))
     with page.expect_request("**/admin/overview*"):
         page.clock.run_for(1500)
     page.evaluate(hide, True)  # while an answer is on its way
