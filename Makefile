@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP_TORCH ?= torch==2.13.0
 ARGS ?=
 
-.PHONY: serve test check bench acceptance campaign mutants quality fmt gpu size clean
+.PHONY: serve test browser check bench acceptance campaign mutants quality fmt gpu size clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "homeport needs Python 3.11 or newer; set PYTHON=")'
@@ -31,8 +31,15 @@ $(VENV)/.dev: $(VENV)/.runtime
 serve: $(VENV)/.runtime
 	@$(BIN)/homeport serve $(ARGS)
 
-test: $(VENV)/.dev check
+test: $(VENV)/.dev check browser
 	$(BIN)/python -m pytest tests $(ARGS)
+
+# The dashboard's tests need a browser. Root gets Debian's; anybody else is told.
+browser:
+	@for one in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$one >/dev/null && exit 0; done; \
+	 if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
+	 then echo "installing chromium, for the dashboard's tests"; apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; \
+	 else echo "the dashboard's tests need Chromium: install it (Debian, Ubuntu: sudo apt-get install chromium)" >&2; exit 1; fi
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -11,7 +11,8 @@ Laws
     A tenant is made of the state directory's secret and the key that proved itself: nothing else of a request can
     change it, so no field of a request gives access to another's KV.
     An operator's key is a tenant's like any other, and may besides see and move what belongs to everybody: all sessions,
-    the tiers, the metrics. A tenant's may not, for that shows what others do. An open server's one tenant is both.
+    the tiers, the metrics; and may act on a session of any tenant that it names. A tenant's may not, for that shows what
+    others do. An open server's one tenant is both.
     Without keys the server is open, and then it listens on loopback only: `check_exposure`.
     Neither a tenant's name nor its salt tells the key, nor one of them the other.
 """
@@ -25,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from broker.config import Address, ConfigError
-from broker.errors import ClientError, Forbidden, Unauthorized
+from broker.errors import ClientError, Forbidden, NotFound, Unauthorized
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -93,6 +94,22 @@ class Access:
         if found is None:
             raise Unauthorized("Incorrect API key.")
         return replace(found, operator=True) if self._trusted else found
+
+    def on_behalf_of(self, asker: Tenant, name: str | None) -> Tenant:
+        """The tenant whose session the asker acts on: itself, unless it says a name. Raises Forbidden, NotFound."""
+        if name is None or name == asker.name:
+            return asker
+        if not asker.operator:
+            raise Forbidden(
+                "To act for another tenant needs an operator's key (auth.operators).",
+                code="operator_only",
+            )
+        if name == OPEN.name:
+            return OPEN
+        for _, tenant in self._tenants:
+            if tenant.name == name:
+                return tenant
+        raise NotFound(f"No tenant '{name}'.", code="tenant_not_found", param="tenant")
 
     def check_source(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Host and Origin only: for the probes that need no key. Raises ClientError: 421 or 403."""

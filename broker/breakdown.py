@@ -12,7 +12,7 @@
 Laws
     A turn is in one stage at a time, from its first moment to its last: the stages add up to its whole time.
     While the engine works, the stages are what its outputs tell; once it is done, they are what it measured.
-    No prompt, no text, no tenant: a record is fit for a log.
+    No prompt and no text; its tenant's name is in no log line and in no span: operators alone are told.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class TurnRecord:
     recomputed: dict[str, int]  # {reason: prompt tokens}; sums to tokens["computed"]
     restore_s: dict[str, float]  # {tier: seconds}
     diverged: tuple[int, str] | None = None  # where the prompt left the turn before: token, field
+    tenant: str = ""  # whose session it is
 
     @property
     def prompt_tokens(self) -> int:
@@ -131,6 +132,7 @@ class TurnRecord:
             "request_id": self.origin.request_id,
             "response_id": self.response_id,
             "session": self.session,
+            "tenant": self.tenant,
             "model": self.model,
             "dialect": self.origin.dialect,
             "transport": self.origin.transport,
@@ -185,6 +187,7 @@ class Breakdown:
         self.reason: str | None = None
         self.response_id: str | None = None
         self.session: str | None = None
+        self.tenant = ""
         self.model: str | None = None
         self.diverged: tuple[int, str] | None = None
         self._gap = gap
@@ -200,6 +203,16 @@ class Breakdown:
         self._tokens = Counter(dict.fromkeys(SOURCES, 0))
         self._recomputed: Counter[str] = Counter()
         self._restore_s: dict[str, float] = {}
+
+    def under_way(self, now: float) -> dict[str, Any]:
+        """What is known of it while it runs; an element of `/admin/overview`."""
+        return {
+            "request_id": self.origin.request_id,
+            "session": self.session,
+            "tenant": self.tenant,
+            "stage": self._stage.value,
+            "so_far_s": now - self._began,
+        }
 
     def in_background(self) -> Breakdown:
         """The same account, of a turn that goes on without its request."""
@@ -279,6 +292,7 @@ class Breakdown:
             recomputed=dict(self._recomputed),
             restore_s=dict(self._restore_s),
             diverged=self.diverged,
+            tenant=self.tenant,
         )
 
     def _close(self, now: float) -> None:

@@ -4,8 +4,9 @@ A connection is one `hypercorn` TCPServer over the replayed stream; the routes a
 so that a new route is guarded before anybody thinks of it.
 
 Laws
-    Access is decided before routing, for every path; only the probes need no key. So is how much one key may have open.
-    What operators ask is served to everybody who may ask it on the common port, or, with `server.admin`, there alone.
+    Access is decided before routing, for every path; only the probes and the dashboard's files, which hold no data, need no
+    key. So is how much one key may have open.
+    What operators ask, the dashboard with it, is served to everybody who may ask it on the common port, or, with `server.admin`, there alone.
     A client that does not read for `http.send_timeout` is gone, and so is one that is still being written to when its
     connection is cancelled.
     Every error has the shape of the API that was asked, also 404, 405 and our own faults; a fault of ours is logged
@@ -34,6 +35,7 @@ from broker.errors import BrokerError, ClientError
 from broker.routes.admin import OPEN_PATHS, operator_routes, owner_routes, probe_routes
 from broker.routes.chat import chat_routes
 from broker.routes.conversations import conversations_routes
+from broker.routes.dashboard import PAGE_PATHS, dashboard_routes
 from broker.routes.messages import PROBE_PATHS, messages_routes
 from broker.routes.models import models_routes
 from broker.routes.refusal import (
@@ -46,6 +48,8 @@ from broker.routes.refusal import (
 from broker.routes.responses import responses_routes
 
 if TYPE_CHECKING:
+    from collections.abc import Set
+
     from starlette.routing import Route
     from starlette.types import ASGIApp, Receive, Scope, Send
     from starlette.types import Message as AsgiMessage
@@ -57,6 +61,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WORDLESS = re.compile(rb"HTTP/1\.1 (4\d\d) [^\r\n]*\r\ncontent-length: 0\r\n")
+_PROBES = {*OPEN_PATHS, *PROBE_PATHS}
 _ID_HEADERS = (b"x-request-id", b"request-id")  # OpenAI's, Anthropic's
 
 
@@ -139,18 +144,25 @@ def client_routes(port: Port) -> list[Route]:
 def common_app(port: Port) -> ASGIApp:
     """The port that everybody speaks to."""
     apart = port.config.server.admin is not None
-    routes = client_routes(port) if apart else [*client_routes(port), *operator_routes(port)]
-    return build_app(port, port.access, routes)
+    if apart:
+        return build_app(port, port.access, client_routes(port), _PROBES)
+    routes = [*dashboard_routes(), *client_routes(port), *operator_routes(port)]
+    return build_app(port, port.access, routes, _PROBES | set(PAGE_PATHS))
 
 
 def operators_app(port: Port, access: Access) -> ASGIApp:
     """An address of the operators' own."""
-    routes = [*operator_routes(port), *owner_routes(port), *probe_routes(port)]
-    return build_app(port, access, routes)
+    routes = [
+        *dashboard_routes(),
+        *operator_routes(port),
+        *owner_routes(port),
+        *probe_routes(port),
+    ]
+    return build_app(port, access, routes, {*OPEN_PATHS, *PAGE_PATHS})
 
 
-def build_app(port: Port, access: Access, table: list[Route]) -> ASGIApp:
-    """The guarded routes."""
+def build_app(port: Port, access: Access, table: list[Route], keyless: Set[str]) -> ASGIApp:
+    """The guarded routes; the `keyless` paths are asked for without a key."""
     app = Starlette(
         routes=table,
         exception_handlers={
@@ -161,16 +173,17 @@ def build_app(port: Port, access: Access, table: list[Route]) -> ASGIApp:
         },
     )
     app.router.redirect_slashes = False
-    return Guard(app, port, access)
+    return Guard(app, port, access, keyless)
 
 
 class Guard:
     """Access before anything else; the tenant goes into the request's state, an id into its answer's headers."""
 
-    def __init__(self, app: ASGIApp, port: Port, access: Access) -> None:
+    def __init__(self, app: ASGIApp, port: Port, access: Access, keyless: Set[str]) -> None:
         self._app = app
         self._port = port
         self._access = access
+        self._keyless = keyless
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = self._port.new_id("req")
@@ -194,7 +207,7 @@ class Guard:
         scope["state"]["request_id"] = request_id
         try:
             _check_framing(scope["headers"])
-            if scope["path"] in (*OPEN_PATHS, *PROBE_PATHS):
+            if scope["path"] in self._keyless:
                 self._access.check_source(scope["headers"])
                 await self._app(scope, receive, send_with_id)
                 return

@@ -69,7 +69,7 @@ class Liveness:
             began = trio.current_time()
             look: Look | None = None
             with trio.move_on_after(self._stall_s):
-                look = self._look(await self._port.engine.inspect())
+                look = self._look(await self._port.engine.inspect(sessions=False))
             was = self._watch.stalled_s
             self._watch.see(look, trio.current_time())
             if was is None and self._watch.stalled_s is not None:

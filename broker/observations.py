@@ -4,7 +4,7 @@ Laws
     A turn is observed exactly once, when it is over, however it ended: in the histograms, in the ring, as one log line,
     and by whoever else was given as `exporters`.
     What is kept is bounded: `KEPT_TURNS` turns, and numbers.
-    Nothing here bears a tenant's name, a prompt, or a text.
+    Nothing here bears a prompt or a text, and no number a tenant's name.
 """
 
 from __future__ import annotations
@@ -80,6 +80,14 @@ class Observations:
         """The turns that ended last, newest first."""
         newest_first = reversed(self._turns)
         return [turn for turn, _ in zip(newest_first, range(most), strict=False)]
+
+    @property
+    def ended_total(self) -> int:
+        return self._ended.total()
+
+    def after(self, seen: int, most: int) -> list[TurnRecord]:
+        """Of the turns that ended after the first `seen` ones, the last, newest first."""
+        return self.last(min(most, max(0, self.ended_total - seen)))
 
     def report(self) -> Observed:
         return Observed(

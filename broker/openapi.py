@@ -68,6 +68,7 @@ _MESSAGES = _object(
 _COUNTED = _object(("model", "messages"), model=_TEXT, messages={**_LIST, "minItems": 1})
 _CONVERSATION = _object(items=_LIST, metadata={"type": "object"})
 _PAGE = ("limit", "order", "after")
+_SCRIPT = ("text/javascript",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Operation:
     body: Schema | None = None
     query: tuple[str, ...] = ()
     streams: bool = False
-    text: bool = False  # answers with text, not JSON
+    kinds: tuple[str, ...] = ("application/json",)  # of its answers
     anthropic: bool = False
 
     @property
@@ -136,31 +137,57 @@ OPERATIONS = (
         query=("client_version", "limit", "after_id", "before_id"),
     ),
     Operation("GET", "/v1/models/{model}", "A model"),
-    Operation("GET", "/", "Whether anybody is there"),
+    Operation(
+        "GET",
+        "/",
+        "Whether anybody is there; to browsers, the dashboard",
+        kinds=("application/json", "text/html"),
+    ),
+    Operation("GET", "/dashboard/style.css", "Its style", kinds=("text/css",)),
+    Operation("GET", "/dashboard/words.js", "Its words", kinds=_SCRIPT),
+    Operation("GET", "/dashboard/pictures.js", "Its pictures", kinds=_SCRIPT),
+    Operation("GET", "/dashboard/actions.js", "Its actions", kinds=_SCRIPT),
+    Operation("GET", "/dashboard/page.js", "What asks and shows", kinds=_SCRIPT),
     Operation("GET", "/api/hello", "Whether anybody is there"),
     Operation("GET", "/healthz", "Whether it lives: 503 when work stands still"),
     Operation("GET", "/readyz", "Whether it takes turns"),
     Operation("GET", "/openapi.json", "This document"),
-    Operation("GET", "/metrics", "Prometheus metrics (operators)", text=True),
+    Operation("GET", "/metrics", "Prometheus metrics (operators)", kinds=("text/plain",)),
     Operation("GET", "/admin/sessions", "Sessions that are kept warm (operators)"),
-    Operation("DELETE", "/admin/sessions/{session}", "Delete a session of the key's own"),
+    Operation(
+        "DELETE",
+        "/admin/sessions/{session}",
+        "Delete a session of the key's own, or (operators) of a tenant's",
+        query=("tenant",),
+    ),
     Operation("GET", "/admin/tiers", "What is kept where (operators)"),
     Operation("GET", "/admin/edge", "Sockets, turns and responses (operators)"),
     Operation("GET", "/admin/turns", "The last turns, by stage (operators)", query=("limit",)),
     Operation(
+        "GET",
+        "/admin/overview",
+        "All of these at once, bounded (operators)",
+        query=("turns_after",),
+    ),
+    Operation(
         "POST",
         "/admin/demote",
         "Move sessions down a tier (operators)",
-        _object(("tier",), tier={"enum": ["host", "disk"]}, session=_TEXT),
+        _object(("tier",), tier={"enum": ["host", "disk"]}, session=_TEXT, tenant=_TEXT),
     ),
     Operation("GET", "/admin/pins", "The pins (operators)"),
     Operation(
         "POST",
         "/admin/pins",
-        "Pin a session of the key's own",
-        _object(("ttl",), session=_TEXT, response_id=_TEXT, ttl=_TTL),
+        "Pin a session of the key's own, or (operators) of a tenant's",
+        _object(("ttl",), session=_TEXT, response_id=_TEXT, ttl=_TTL, tenant=_TEXT),
     ),
-    Operation("DELETE", "/admin/pins/{session}", "End a pin of the key's own"),
+    Operation(
+        "DELETE",
+        "/admin/pins/{session}",
+        "End a pin of the key's own, or (operators) of a tenant's",
+        query=("tenant",),
+    ),
 )
 
 _OPENAI_ERROR = _object(
@@ -201,9 +228,7 @@ def document(version: str) -> Mapping[str, Any]:
 
 
 def _described(operation: Operation) -> Schema:
-    kinds = ["text/plain" if operation.text else "application/json"]
-    if operation.streams:
-        kinds.append("text/event-stream")
+    kinds = [*operation.kinds, *(["text/event-stream"] if operation.streams else [])]
     error = _ANTHROPIC_ERROR if operation.anthropic else _OPENAI_ERROR
     described: Schema = {
         "summary": operation.summary,

@@ -40,7 +40,7 @@ from broker.turn import Engine, Outcome, compact, count_prompt, new_stream, run_
 from broker.wire.retention import Retention
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
     from typing import Any
 
     from broker.access import Access, Tenant
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from broker.turn import Cancellation, Clock, Outcome
     from broker.wire.requests import TurnRequest
     from broker.wire.responses_out import ResponseStream
-    from engine.api import EngineReport
+    from engine.api import EngineReport, LeaseId, Located
 
     Emit = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -66,10 +66,13 @@ _RESTART_S = (
 class Service(Engine, Protocol):
     """What the broker uses of `engine.service.EngineService`."""
 
-    async def inspect(self) -> EngineReport: ...
+    async def inspect(self, *, sessions: bool = True) -> EngineReport: ...
     async def pin(self, salt: bytes, session: str, seconds: float) -> int | None: ...
     async def unpin(self, salt: bytes, session: str) -> bool: ...
     async def responses_of(self, tenant: str, session: str) -> list[str]: ...
+    async def locate(
+        self, turns: Iterable[tuple[LeaseId | None, tuple[bytes, ...]]]
+    ) -> tuple[Located, ...]: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -87,12 +90,15 @@ class Port:
     turns_total: Counter[str] = field(default_factory=Counter)  # {transport: turns}
     stored_total: Counter[str] = field(default_factory=Counter)  # {disk|memory: responses}
     disk_takes: bool = True  # what came of the last response that was to be stored
+    under_way: dict[Breakdown, None] = field(default_factory=dict)  # turns, oldest first
+    began_at: float = field(init=False)  # tells one daemon's life from the next one's
     background: Background = field(init=False)
     conversations: Conversations = field(init=False)
     liveness: Liveness = field(init=False)
     _held: Counter[str] = field(default_factory=Counter)  # {tenant: WebSockets and requests}
 
     def __post_init__(self) -> None:
+        self.began_at = self.clock.now()
         self.background = Background(self)
         self.liveness = Liveness(self)
         self.conversations = Conversations(self.engine, self.clock, self.new_id)
@@ -164,6 +170,7 @@ class Port:
     ) -> Outcome:
         async with AsyncExitStack() as place:
             place.enter_context(self._observed(breakdown))
+            breakdown.tenant = tenant.name
             self.check_open()
             self.check_model(request.model)
             breakdown.model = request.model or self.config.model.name
@@ -205,6 +212,7 @@ class Port:
     def _observed(self, breakdown: Breakdown) -> Iterator[None]:
         """A turn, until its place is given back: a warm-up's prefill is a part of it."""
         breakdown.enter(Stage.QUEUE, trio.current_time())
+        self.under_way[breakdown] = None
         try:
             yield
         except BrokerError as error:
@@ -214,6 +222,7 @@ class Port:
                 breakdown.reason = error.code
             raise
         finally:
+            del self.under_way[breakdown]
             if breakdown.status is None:
                 left = trio.current_effective_deadline() == -math.inf
                 breakdown.status = Status.ABANDONED if left else Status.FAILED

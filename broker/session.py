@@ -173,6 +173,11 @@ class Sessions:
         nodes = self._nodes.values()
         return tuple(n for n in nodes if (n.tenant, n.session) == (tenant, session))
 
+    def newest(self) -> tuple[Node, ...]:
+        """The newest node of every session, the session that was used last first. Walks the whole table: for operators."""
+        names = dict.fromkeys((n.tenant, n.session) for n in reversed(self._nodes.values()))
+        return tuple(self._latest[name] for name in names if name in self._latest)
+
     def forget(self, tenant: str, response_id: str) -> bool:
         node = self._nodes.get((tenant, response_id))
         if node is None:

@@ -110,11 +110,15 @@ class Unpin:
 
 @dataclass(frozen=True, slots=True)
 class Demote:
-    """Move one session's blocks, or everyone's, down to a tier now. Answered with the number of blocks moved."""
+    """Move one session's blocks, or everyone's, down to a tier now. Answered with the number of blocks moved.
+
+    With a `salt`: that tenant's session of the name only.
+    """
 
     ticket: int
     to: Tier
     session: str | None
+    salt: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +141,18 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class Inspect:
-    """Ask for an `EngineReport`."""
+    """Ask for an `EngineReport`; without its sessions it costs no walk over their blocks."""
 
     ticket: int
+    sessions: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Locate:
+    """Ask for what is known of some turns' KV. Answered with a tuple of `Located`, one for each."""
+
+    ticket: int
+    turns: tuple[tuple[LeaseId | None, tuple[bytes, ...]], ...]  # its lease, and its chain's keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +265,18 @@ class Answer:
 
 
 Command = (
-    Submit | Cancel | Prefetch | Reclass | Pin | Unpin | Demote | Persist | Forget | Inspect | Stop
+    Submit
+    | Cancel
+    | Prefetch
+    | Reclass
+    | Pin
+    | Unpin
+    | Demote
+    | Persist
+    | Forget
+    | Inspect
+    | Locate
+    | Stop
 )
 Output = Began | Sampled | Finished | Refused
 
@@ -277,6 +301,16 @@ class SessionReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Located:
+    """Where a turn's KV is, and what its lease says of it, if that has not ended."""
+
+    tokens_on: dict[str, int]  # {tier name: tokens}; a token may be in several
+    session_class: str | None = None
+    idle_s: float | None = None
+    pinned_s: float | None = None  # how much longer its session is pinned
+
+
+@dataclass(frozen=True, slots=True)
 class TierReport:
     tier: str
     capacity_bytes: int
@@ -285,6 +319,9 @@ class TierReport:
     leased_blocks: int
     held_refs: int
     block_bytes: int = 0  # of one block as it is kept there
+    classes: dict[str, int] = field(
+        default_factory=dict
+    )  # {what they wait for, as in tiers.policy: blocks}; sums to blocks
 
 
 @dataclass(frozen=True, slots=True)

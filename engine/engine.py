@@ -40,6 +40,8 @@ from engine.api import (
     Forget,
     Inspect,
     LeaseId,
+    Locate,
+    Located,
     Persist,
     Pin,
     PinReport,
@@ -319,12 +321,15 @@ class Engine:
             case Unpin(ticket, salt, session):
                 existed = self._cache.unpin(self._root(salt), session, now)
                 self._answers.append(Answer(ticket, existed))
-            case Demote(ticket, to, session):
-                self._answers.append(Answer(ticket, self._demote(to, session, now)))
+            case Demote(ticket, to, session, salt):
+                root = None if salt is None else self._root(salt)
+                self._answers.append(Answer(ticket, self._demote(to, session, root, now)))
             case Persist(ticket, manifest):
                 self._persist(ticket, manifest, now)
-            case Inspect(ticket):
-                self._answers.append(Answer(ticket, self._report(now)))
+            case Inspect(ticket, sessions):
+                self._answers.append(Answer(ticket, self._report(now, sessions=sessions)))
+            case Locate(ticket, turns):
+                self._answers.append(Answer(ticket, self._locate(turns, now)))
             case Stop():
                 self._stopping = True
             case Landed(action):
@@ -418,10 +423,10 @@ class Engine:
             self._cache.release(hold, now)
         self._withdraw(now)
 
-    def _demote(self, to: Tier, session: str | None, now: float) -> int:
+    def _demote(self, to: Tier, session: str | None, root: BlockKey | None, now: float) -> int:
         """How many blocks left a tier above `to`, or will once they are written."""
         before = self._held_above(to)
-        actions = self._cache.demote(to, session, now)
+        actions = self._cache.demote(to, session, now, root=root)
         self._perform(actions)
         writing = sum(isinstance(action, Spill) for action in actions)
         return before - self._held_above(to) + (writing if to is Tier.DISK else 0)
@@ -886,7 +891,31 @@ class Engine:
 
     # -- reports -----------------------------------------------------------------------------------------------------
 
-    def _report(self, now: float) -> EngineReport:
+    def _locate(
+        self, turns: Iterable[tuple[LeaseId | None, tuple[bytes, ...]]], now: float
+    ) -> tuple[Located, ...]:
+        leases = {lease.id: lease for lease in self._cache.leases()}
+        pins = self._cache.pins(now)
+        found: list[Located] = []
+        for lease_id, keys in turns:
+            places = self._cache.whereabouts(map(BlockKey, keys))
+            tokens_on = {tier.name.lower(): places[tier] for tier in Tier}
+            lease = None if lease_id is None else leases.get(lease_id)
+            if lease is None:
+                found.append(Located(tokens_on))
+                continue
+            pinned = pins.get((lease.root, lease.session))
+            found.append(
+                Located(
+                    tokens_on,
+                    session_class=lease.session_class.name.lower(),
+                    idle_s=now - lease.idle_since,
+                    pinned_s=None if pinned is None else pinned[0] - now,
+                )
+            )
+        return tuple(found)
+
+    def _report(self, now: float, *, sessions: bool) -> EngineReport:
         cache = self._cache.statistics()
         counters = self._counters
         block_bytes = self._memory.block_bytes
@@ -924,11 +953,14 @@ class Engine:
                     leased_blocks=of.leased,
                     held_refs=of.refs,
                     block_bytes=size,
+                    classes={one.name.lower(): of.classes[one] for one in SessionClass},
                 )
                 for tier, of in cache.tiers.items()
                 for size in (self._stored_bytes if tier is Tier.DISK else block_bytes,)
             ),
-            sessions=tuple(_session_report(lease, now) for lease in self._cache.leases()),
+            sessions=tuple(
+                _session_report(lease, now) for lease in (self._cache.leases() if sessions else ())
+            ),
             recomputed_total=dict(counters.recomputed),
             amplification=_amplification(counters.recomputed),
             hit_share=_hit_share(counters),

@@ -34,6 +34,7 @@ from engine.api import (
     Finished,
     Forget,
     Inspect,
+    Locate,
     Output,
     Persist,
     Pin,
@@ -68,10 +69,10 @@ from tiers.state_dir import StateDir
 from tiers.store import Durability, StoreLimits
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
     from pathlib import Path
 
-    from engine.api import Command, LeaseId, Step, Submit
+    from engine.api import Command, LeaseId, Located, Step, Submit
     from engine.constraint import Constraint
     from engine.grammar import Compiled
     from tiers.block import TokenIds
@@ -188,13 +189,15 @@ class EngineService:
         """End a pin; False if there was none."""
         return bool(await self._ask(lambda ticket: Unpin(ticket, salt, session)))
 
-    async def demote(self, to: Tier, session: str | None) -> int:
-        moved = await self._ask(lambda ticket: Demote(ticket, to, session))
+    async def demote(self, to: Tier, session: str | None, salt: bytes | None = None) -> int:
+        """Move a session down, or all; with a `salt` that tenant's. How many blocks moved."""
+        moved = await self._ask(lambda ticket: Demote(ticket, to, session, salt))
         assert isinstance(moved, int)
         return moved
 
-    async def inspect(self) -> EngineReport:
-        report = await self._ask(Inspect)
+    async def inspect(self, *, sessions: bool = True) -> EngineReport:
+        """The engine's report. Without its sessions it costs less."""
+        report = await self._ask(lambda ticket: Inspect(ticket, sessions))
         assert isinstance(report, EngineReport)
         if self._scrubber is None:
             return report
@@ -205,6 +208,15 @@ class EngineService:
             rotten_total=sum(scrubbed.bad.values()),
         )
         return replace(report, disk=disk)
+
+    async def locate(
+        self, turns: Iterable[tuple[LeaseId | None, tuple[bytes, ...]]]
+    ) -> tuple[Located, ...]:
+        """For each turn, given by its lease and its chain's keys, what is known of its KV."""
+        asked = tuple(turns)
+        found = await self._ask(lambda ticket: Locate(ticket, asked))
+        assert isinstance(found, tuple)
+        return found
 
     async def persist(self, manifest: Manifest) -> None:
         """Return once the manifest is on disk. Raises StoreError if the disk refused it."""

@@ -27,6 +27,7 @@ from engine.api import (
     FinishReason,
     LeaseId,
     Likelihood,
+    Located,
     PinReport,
     Refused,
     RefuseReason,
@@ -39,7 +40,7 @@ from engine.text import Text
 from tiers.block import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
     from engine.api import Output, Sampling, Submit
     from tiers.block import Tier, TokenIds
@@ -176,6 +177,7 @@ class FakeService:
     fed: list[tuple[bytes, TokenIds]] = field(default_factory=list)  # (salt, ids) whose KV is there
     prefetched: list[TokenIds] = field(default_factory=list)
     demoted: list[tuple[Tier, str | None]] = field(default_factory=list)
+    demoted_salts: list[bytes | None] = field(default_factory=list)  # of the same
     pinned: dict[tuple[bytes, str], float] = field(
         default_factory=dict
     )  # {(salt, session): seconds}
@@ -367,12 +369,23 @@ class FakeService:
         await trio.lowlevel.checkpoint()
         return self.pinned.pop((salt, session), None) is not None
 
-    async def demote(self, to: Tier, session: str | None) -> int:
+    async def locate(
+        self, turns: Iterable[tuple[LeaseId | None, tuple[bytes, ...]]]
+    ) -> tuple[Located, ...]:
+        await trio.lowlevel.checkpoint()
+        on = {"device": 0, "host": 0, "disk": 0, "remote": 0, self.tier: 1}
+        return tuple(
+            Located(on, "pinned", 7.0, 60.0) if lease in self.leases else Located(on)
+            for lease, _ in turns
+        )
+
+    async def demote(self, to: Tier, session: str | None, salt: bytes | None = None) -> int:
         await trio.lowlevel.checkpoint()
         self.demoted.append((to, session))
+        self.demoted_salts.append(salt)
         return len(self.leases)
 
-    async def inspect(self) -> EngineReport:
+    async def inspect(self, *, sessions: bool = True) -> EngineReport:
         await trio.lowlevel.checkpoint()
         return EngineReport(
             running=len(self._running),

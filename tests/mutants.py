@@ -80,6 +80,8 @@ FIRST, EXAMINED = ("tests/broker/test_init.py",), ("tests/broker/test_doctor.py"
 
 TRANSFERS, MOVES = "engine/transfers.py", ("tests/engine/test_transfers.py",)
 
+SEEN, PAGE = ("tests/broker/test_overview.py",), ("tests/browser",)
+
 MUTANTS = (
     # slots
     Mutant(
@@ -1306,9 +1308,107 @@ MUTANTS = (
     Mutant(
         "safe: a path that nobody serves needs no key",
         "broker/http.py",
-        'if scope["path"] in (*OPEN_PATHS, *PROBE_PATHS):',
+        'if scope["path"] in self._keyless:',
         'if not scope["path"].startswith(("/v1/", "/admin/", "/metrics", "/openapi")):',
         ("tests/broker/test_matrix.py",),
+    ),
+    Mutant(
+        "safe: a tenant's key acts on the session of a tenant that it names",
+        "broker/access.py",
+        "        if not asker.operator:\n",
+        "        if False:\n",
+        SEEN,
+    ),
+    Mutant(
+        "safe: a demotion for one tenant moves another's session of that name",
+        CACHE,
+        "if session in (None, lease.session) and root in (None, lease.root)",
+        "if session in (None, lease.session)",
+        (EXAMPLES,),
+    ),
+    Mutant(
+        "safe: the log names the tenant",
+        "broker/breakdown.py",
+        '            "response": self.response_id or "-",\n',
+        '            "response": self.response_id or "-",\n            "tenant": self.tenant,\n',
+        SEEN,
+    ),
+    Mutant(
+        "seen: an overview has no bound",
+        "broker/routes/admin.py",
+        "nodes[:SESSIONS]",
+        "nodes",
+        SEEN,
+    ),
+    Mutant(
+        "seen: a turn that has ended runs on the page for ever",
+        "broker/port.py",
+        "            del self.under_way[breakdown]\n",
+        "",
+        SEEN,
+    ),
+    Mutant(
+        "seen: the page is served where its data is not",
+        "broker/http.py",
+        "    if apart:\n        return build_app(port, port.access, client_routes(port), _PROBES)\n",
+        "",
+        ("tests/broker/test_dashboard.py",),
+    ),
+    Mutant(
+        "page: a name is read as markup",
+        "broker/dashboard/pictures.js",
+        "  if (element.textContent !== text) element.textContent = text;",
+        "  if (element.textContent !== text) element.innerHTML = text;",
+        ("tests/broker/test_dashboard.py",),
+    ),
+    Mutant(
+        "page: an order is carried out unasked",
+        "broker/dashboard/page.js",
+        "  if (!(await confirmed(...question(session)))) return;\n",
+        "",
+        PAGE,
+    ),
+    Mutant(
+        "page: a look takes the focus away",
+        "broker/dashboard/pictures.js",
+        "if (focused !== document.activeElement && parent.contains(focused)) focused.focus({ preventScroll: true });",
+        "",
+        PAGE,
+    ),
+    Mutant(
+        "page: a refusal is not said",
+        "broker/dashboard/page.js",
+        'say($("trouble"), error instanceof Refused ? error.said : ',
+        'say($("outcome"), error instanceof Refused ? "done" : ',
+        PAGE,
+    ),
+    Mutant(
+        "page: the next daemon's turns are added to those of the one before",
+        "broker/dashboard/page.js",
+        "if (kept.now && now.began_at !== kept.now.began_at) {",
+        "if (false) {",
+        PAGE,
+    ),
+    Mutant(
+        "page: a hidden page goes on asking",
+        "broker/dashboard/page.js",
+        "timer = document.hidden ? null : setTimeout(look, ms);",
+        "timer = setTimeout(look, ms);",
+        PAGE,
+    ),
+    Mutant(
+        "page: the key outlives the tab",
+        "broker/dashboard/actions.js",
+        'sessionStorage.setItem(KEY, $("key").value.trim());',
+        'localStorage.setItem(KEY, $("key").value.trim()); sessionStorage.setItem(KEY, $("key").value.trim());',
+        PAGE,
+    ),
+    Mutant(
+        "page: tokens found on the device are not drawn",
+        "broker/dashboard/page.js",
+        "words.SOURCES.map((source) => [source, turn.tokens[source]]), largest",
+        "words.SOURCES.map((source) => [source, source === 'device' ? 0 : turn.tokens[source]]), largest",
+        PAGE,
     ),
     Mutant(
         "safe: half-open connections keep their places",

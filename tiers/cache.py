@@ -81,6 +81,9 @@ RETRY_S = 0.5  # how soon to look again at a lease whose blocks are still on the
 class TierStatistics:
     pool: PoolStatistics
     leased: int  # blocks here that a lease covers
+    classes: dict[
+        SessionClass, int
+    ]  # {what they wait for: blocks here}; sums to what the pool holds
     refs: int  # by holds, to blocks here
 
 
@@ -770,14 +773,21 @@ class TieredCache:
         soonest = min(oldest + self.limits.max_lag_s, self._leases.next_due())
         return soonest if soonest < math.inf else None
 
-    def demote(self, to: Tier, session: str | None, now: float) -> list[Action]:
+    def demote(
+        self, to: Tier, session: str | None, now: float, *, root: BlockKey | None = None
+    ) -> list[Action]:
         """Move one session down now, except what others share with it; or everything that no hold holds.
 
-        What a pin covers stays in memory.
+        Without a `root`: the sessions of that name, whoever's they are. What a pin covers stays in memory.
         """
         assert to is not Tier.DEVICE
+        assert root is None or session is not None
         actions: list[Action] = []
-        leases = [lease for lease in self._leases.all if session in (None, lease.session)]
+        leases = [
+            lease
+            for lease in self._leases.all
+            if session in (None, lease.session) and root in (None, lease.root)
+        ]
         mine = Counter(block for lease in leases for block in lease.blocks)
         for block in list(self._index.blocks) if session is None else list(mine):
             pinned = to is Tier.DISK and block.leases[SessionClass.PINNED]
@@ -1155,6 +1165,16 @@ class TieredCache:
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
+    def whereabouts(self, keys: Iterable[BlockKey]) -> Counter[Tier]:
+        """{tier: tokens of these blocks there}; a block may be in several."""
+        found: Counter[Tier] = Counter()
+        for key in keys:
+            block = self._index.get(key)
+            if block is not None:
+                for tier in block.places:
+                    found[tier] += len(block.tokens)
+        return found
+
     def statistics(self) -> CacheStatistics:
         blocks = self._index.blocks
         return CacheStatistics(
@@ -1162,6 +1182,7 @@ class TieredCache:
                 tier: TierStatistics(
                     pool=self._pools[tier].statistics(),
                     leased=sum(any(block.leases) for block in self._where.residents[tier].values()),
+                    classes=_by_class(self._where.residents[tier].values()),
                     refs=sum(block.refs for block in self._where.residents[tier].values()),
                 )
                 for tier in Tier
@@ -1244,6 +1265,14 @@ def _bring(block: Block, slot: Slot) -> Copy | Fetch:
     if source is Tier.DISK:
         return Fetch(block.key, block.parent, block.tokens, Tier.DEVICE, slot)
     return Copy(block.key, source, block.places[source], Tier.DEVICE, slot)
+
+
+def _by_class(blocks: Iterable[Block]) -> dict[SessionClass, int]:
+    """{class: blocks}. A list counts twice as fast as a dict of an enum's members would, and there may be many blocks."""
+    counts = [0] * len(SessionClass)
+    for block in blocks:
+        counts[session_class(block)] += 1
+    return dict(zip(SessionClass, counts, strict=True))
 
 
 def _is_to_be_brought(block: Block) -> bool:

@@ -2,7 +2,8 @@
 
 probes       whether we live and take turns: without a key; and the description of all routes, with one
 operators'   what shows or moves everybody's: metrics, sessions, the tiers, demotion, the list of pins
-owners'      what concerns one session of the key that asks: to pin it, to delete it
+owners'      what concerns one session of the key that asks: to pin it, to delete it; an operator's key may say whose
+             (`tenant`: in the body, or in the query of a DELETE)
 
 GET /admin/sessions     sessions whose KV is kept warm
     {"sessions": [{session, session_class, tokens, idle_s, tokens_on: {device, host, disk, remote: tokens}}]}
@@ -10,20 +11,28 @@ GET /admin/sessions     sessions whose KV is kept warm
 GET /admin/tiers        the engine's report, `engine.api.EngineReport`, without its sessions; totals since the start
     {running, waiting, loading, leases, refs, dirty, tokens_total: {source: n}, output_tokens_total, spilled_total: {tier: n},
      restored_total: {tier: n}, evictions_total: {tier: n}, eviction_causes: {tier: {cause: n}}, recomputed_total: {reason: n},
-     tiers: [{tier, capacity_bytes, used_bytes, blocks, leased_blocks, held_refs, block_bytes}], disk: {state, reason, …},
+     tiers: [{tier, capacity_bytes, used_bytes, blocks, leased_blocks, held_refs, block_bytes, classes: {class: blocks}}],
+     disk: {state, reason, …},
      amplification, hit_share, pins: […], …}
 GET /admin/edge         the sockets' side
     {websockets, turns_total: {transport: n}, ended_total: {status: n}, turns_admitted, turns_queued, turns_refused_total,
      background, responses, stored_total: {disk|memory: n}}
 GET /admin/turns        the last turns that ended, newest first; `limit` (default 50) of the `KEPT_TURNS` that are kept
-    {"now": seconds since the epoch, "turns": [{request_id, response_id, session, model, dialect, transport, trace_id, status, reason, ended_at, total_s,
+    {"now": seconds since the epoch, "turns": [{request_id, response_id, session, tenant, model, dialect, transport, trace_id, status, reason, ended_at, total_s,
      first_token_s, stages_s: {parse, queue, render, restore, prefill, decode, store, send: seconds},
      restore_s: {device, host, disk: seconds}, prompt_tokens, output_tokens,
      tokens: {computed, device, host, disk, remote: prompt tokens}, recomputed: {reason: prompt tokens},
      diverged: {at: token, part: field} or null}]}
     `stages_s` adds up to `total_s`, `tokens` to `prompt_tokens`, `recomputed` to `tokens.computed`. `ended_at` is seconds
-    since the epoch, `first_token_s` null where nothing was sampled, `response_id` and `session` null for a turn that was
+    since the epoch, `tenant` the owner's name ("" without keys), `first_token_s` null where nothing was sampled, `response_id` and `session` null for a turn that was
     refused before it had them. `status` is completed, incomplete, cancelled, failed, refused or abandoned.
+GET /admin/overview     all of it at once, bounded, for who looks again and again; `turns_after` leaves out what was seen
+    {now, began_at, model, engine: as /admin/tiers without pins, edge: as /admin/edge,
+     running: [{request_id, session, tenant, stage, so_far_s}], sessions_known: n,
+     sessions: [{session, tenant, response_id, tokens, tokens_on, session_class or null, idle_s, pinned_s or null}],
+     turns: as /admin/turns, those that ended after the first `turns_after`, turns_ended: n}
+    Sessions are those that the daemon remembers, used last first (`overview.py`); `session_class` is null where nothing
+    keeps one warm. `began_at` tells one daemon from the next: its counts begin at 0.
 """
 
 from __future__ import annotations
@@ -33,6 +42,7 @@ import math
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import trio
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -42,8 +52,9 @@ from broker.errors import BadRequest, Forbidden
 from broker.metrics import render
 from broker.observations import KEPT_TURNS
 from broker.openapi import document
+from broker.overview import SESSIONS, TURNS, Look, edge_json, overview
 from broker.routes.body import read_body, tenant_of
-from broker.wire.fields import optional_name
+from broker.wire.fields import optional_name, optional_string
 from broker.wire.json_in import parse_object
 from tiers.block import Tier
 
@@ -52,12 +63,14 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from broker.access import Tenant
     from broker.port import Port
 
     Answering = Callable[[Request], Awaitable[Response]]
 
 _TURNS = 50  # where `limit` does not say
 _LIMIT_CHARS = 6
+_COUNT_CHARS = 15
 OPEN_PATHS = ("/healthz", "/readyz")  # need no key
 
 
@@ -78,6 +91,7 @@ def operator_routes(port: Port) -> list[Route]:
         Route("/admin/tiers", _operators(routes.tiers), methods=["GET"]),
         Route("/admin/edge", _operators(routes.edge), methods=["GET"]),
         Route("/admin/turns", _operators(routes.turns), methods=["GET"]),
+        Route("/admin/overview", _operators(routes.overview), methods=["GET"]),
         Route("/admin/demote", _operators(routes.demote), methods=["POST"]),
         Route("/admin/pins", _operators(routes.pins), methods=["GET"]),
     ]
@@ -124,7 +138,7 @@ class _Admin:
         return JSONResponse(document(version("homeport")))
 
     async def metrics(self, request: Request) -> Response:
-        report = await self._port.engine.inspect()
+        report = await self._port.engine.inspect(sessions=False)
         return PlainTextResponse(
             render(report, self._port.report()),
             media_type="text/plain; version=0.0.4; charset=utf-8",
@@ -135,25 +149,39 @@ class _Admin:
         return JSONResponse({"sessions": [dataclasses.asdict(one) for one in report.sessions]})
 
     async def tiers(self, request: Request) -> Response:
-        report = dataclasses.asdict(await self._port.engine.inspect())
+        report = dataclasses.asdict(await self._port.engine.inspect(sessions=False))
         del report["sessions"]
         return JSONResponse(report)
 
     async def edge(self, request: Request) -> Response:
-        report = self._port.report()
-        return JSONResponse(
-            {
-                "websockets": report.websockets,
-                "turns_total": report.turns_total,
-                "ended_total": report.observed.ended_total,
-                "turns_admitted": report.admission.admitted,
-                "turns_queued": report.admission.waiting,
-                "turns_refused_total": report.admission.refused_total,
-                "background": report.background,
-                "responses": report.sessions,
-                "stored_total": report.stored_total,
-            }
+        return JSONResponse(edge_json(self._port.report()))
+
+    async def overview(self, request: Request) -> Response:
+        seen = request.query_params.get("turns_after", "0")
+        if not seen.isdecimal() or not seen.isascii() or len(seen) > _COUNT_CHARS:
+            raise BadRequest(
+                "'turns_after' must be a number of turns.",
+                code="invalid_value",
+                param="turns_after",
+            )
+        port, observations = self._port, self._port.observations
+        report = await port.engine.inspect(sessions=False)
+        nodes = port.sessions.newest()
+        located = await port.engine.locate((node.lease, node.keys) for node in nodes[:SESSIONS])
+        look = Look(
+            now=port.clock.now(),
+            monotonic=trio.current_time(),
+            began_at=port.began_at,
+            model=port.config.model.name,
+            engine=report,
+            edge=port.report(),
+            nodes=nodes,
+            located=located,
+            turns=observations.after(int(seen), TURNS),
+            turns_ended=observations.ended_total,
+            under_way=port.under_way,
         )
+        return JSONResponse(overview(look))
 
     async def turns(self, request: Request) -> Response:
         limit = request.query_params.get("limit", str(_TURNS))
@@ -169,20 +197,32 @@ class _Admin:
         body = parse_object(await read_body(request, self._port))
         tiers = {"host": Tier.HOST, "disk": Tier.DISK}
         tier, session = body.get("tier"), body.get("session")
+        owner = optional_string(body, "tenant")
         if not isinstance(tier, str) or tier not in tiers:
             raise BadRequest("'tier' must be 'host' or 'disk'.", code="invalid_value", param="tier")
         if not isinstance(session, str | None):
             raise BadRequest(
                 "'session' must be a string or null.", code="invalid_type", param="session"
             )
-        return JSONResponse({"moved_blocks": await self._port.engine.demote(tiers[tier], session)})
+        salt: bytes | None = None
+        if owner is not None:
+            if session is None:
+                raise BadRequest(
+                    "'tenant' says whose 'session' is meant: name that, too.",
+                    code="invalid_value",
+                    param="session",
+                )
+            salt = self._port.access.on_behalf_of(tenant_of(request), owner).salt
+        moved = await self._port.engine.demote(tiers[tier], session, salt)
+        return JSONResponse({"moved_blocks": moved})
 
     async def pins(self, request: Request) -> Response:
-        report = await self._port.engine.inspect()
+        report = await self._port.engine.inspect(sessions=False)
         return JSONResponse({"pins": [dataclasses.asdict(one) for one in report.pins]})
 
     async def pin(self, request: Request) -> Response:
-        tenant, body = tenant_of(request), parse_object(await read_body(request, self._port))
+        body = parse_object(await read_body(request, self._port))
+        tenant = self._port.access.on_behalf_of(tenant_of(request), optional_string(body, "tenant"))
         session, response_id = optional_name(body, "session"), optional_name(body, "response_id")
         if (session is None) == (response_id is None):
             raise BadRequest(
@@ -199,13 +239,18 @@ class _Admin:
 
     async def unpin(self, request: Request) -> Response:
         session = request.path_params["session"]
-        await keeping.unpin(self._port, tenant_of(request), session)
+        await keeping.unpin(self._port, self._owner(request), session)
         return JSONResponse({"session": session, "deleted": True})
 
     async def forget(self, request: Request) -> Response:
         session = request.path_params["session"]
-        forgotten = await keeping.forget(self._port, tenant_of(request), session)
+        forgotten = await keeping.forget(self._port, self._owner(request), session)
         return JSONResponse(dataclasses.asdict(forgotten))
+
+    def _owner(self, request: Request) -> Tenant:
+        """Whose session is meant."""
+        named = request.query_params.get("tenant")
+        return self._port.access.on_behalf_of(tenant_of(request), named)
 
 
 def _ttl(value: Any) -> float:

@@ -50,7 +50,7 @@ def messages_routes(port: Port) -> list[Route]:
     return [
         Route("/v1/messages", routes.create, methods=["POST"]),
         Route("/v1/messages/count_tokens", routes.count_tokens, methods=["POST"]),
-        *(Route(path, routes.hello, methods=["GET"]) for path in PROBE_PATHS),  # and HEAD
+        *(Route(path, hello, methods=["GET"]) for path in PROBE_PATHS),  # and HEAD
     ]
 
 
@@ -145,8 +145,10 @@ class _Messages:
         except UnrenderableError as error:
             raise BadRequest(str(error), code="invalid_prompt", param="messages") from error
 
-    async def hello(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+
+async def hello(request: Request) -> Response:
+    """Somebody is there."""
+    return JSONResponse({"status": "ok"})
 
 
 def _parsed(body: bytes) -> MessagesRequest:

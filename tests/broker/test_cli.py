@@ -29,7 +29,7 @@ class Reporting(FakeService):
         super().__init__(nursery, disk=DiskReport("ok", records=7))
         self.why = {"evicted_disk_capacity": 3, "new": 40, "slow": 0}
 
-    async def inspect(self):
+    async def inspect(self, *, sessions=True):
         from dataclasses import replace
 
         tiers = (

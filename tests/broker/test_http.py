@@ -47,6 +47,7 @@ ROUTES = [
     ("GET", "/admin/tiers"),
     ("GET", "/admin/edge"),
     ("GET", "/admin/turns"),
+    ("GET", "/admin/overview"),
     ("POST", "/admin/demote"),
     ("GET", "/admin/pins"),
     ("POST", "/admin/pins"),
@@ -588,7 +589,7 @@ async def test_headers_that_name_a_session_have_its_kv_fetched_before_the_body_i
 class Warm(FakeService):
     """A fake that lists what it was submitted as warm, as the engine does."""
 
-    async def inspect(self):
+    async def inspect(self, *, sessions=True):
         names = dict.fromkeys(submit.session for submit in self.submitted)
         sessions = tuple(SessionReport(name, "HUMAN_WAIT", 100, 0.0) for name in names)
         return dataclasses.replace(await super().inspect(), sessions=sessions)

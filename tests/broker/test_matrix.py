@@ -6,12 +6,13 @@ import pytest
 
 from broker.http import client_routes
 from broker.routes.admin import OPEN_PATHS, operator_routes
+from broker.routes.dashboard import PAGE_PATHS, dashboard_routes
 from broker.routes.messages import PROBE_PATHS
 from tests.broker.rig import open_rig
 from tests.broker.test_websocket import handshake
 
 KEYS = ("auth.keys=['tenant']", "auth.operators=['operator']", "server.max_per_address=10000")
-NO_KEY = {*OPEN_PATHS, *PROBE_PATHS}
+NO_KEY = {*OPEN_PATHS, *PROBE_PATHS, *PAGE_PATHS}  # the page's files hold no data
 HOSTS = {"localhost:8321": 200, "evil.example": 421, "localhost.evil.example": 421, "": 421}
 ORIGINS = {None: 200, "http://localhost:8321": 200, "https://evil.example": 403, "null": 403}
 BEARERS = {None: 401, "Bearer tenant": 200, "Bearer tenan": 401, "Basic tenant": 401}
@@ -19,7 +20,7 @@ BEARERS = {None: 401, "Bearer tenant": 200, "Bearer tenan": 401, "Basic tenant":
 
 def all_routes(port):
     """(method, path) of every route, and of paths that are none."""
-    table = [*client_routes(port), *operator_routes(port)]
+    table = [*dashboard_routes(), *client_routes(port), *operator_routes(port)]
     for route in table:
         path = route.path.replace(":path", "").replace("{", "").replace("}", "")
         for method in sorted(route.methods - {"HEAD"}):

@@ -5,12 +5,13 @@ import jsonschema
 from broker.http import client_routes
 from broker.openapi import OPERATIONS, document
 from broker.routes.admin import operator_routes
+from broker.routes.dashboard import dashboard_routes
 from tests.broker.rig import open_rig
 
 
 async def test_every_route_is_described_and_nothing_else():
     async with open_rig() as rig:
-        routes = [*client_routes(rig.port), *operator_routes(rig.port)]
+        routes = [*dashboard_routes(), *client_routes(rig.port), *operator_routes(rig.port)]
         served = {
             (method, route.path.replace(":path", ""))
             for route in routes

@@ -1,6 +1,6 @@
 """`homeport serve` with a stub model: the real broker, command line, engine thread, tiers and LMDB.
 
-    python -m tests.campaign.stub_daemon --state-dir DIR --set key.path=value ... [--fail-call N --error ENOSPC] [--endless]
+    python -m tests.campaign.stub_daemon --state-dir DIR [--port N] --set key.path=value ... [--fail-call N --error ENOSPC] [--endless]
 
 Started like this it takes the seconds that importing torch takes; `zygote.py` starts it in a few hundredths of one.
 """
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--state-dir", required=True)
+    parser.add_argument("--port", default="0", help="0 picks a free one")
     parser.add_argument("--set", action="append", default=[], dest="assignments")
     parser.add_argument("--fail-call", type=int, help="the store's call, from 1, that fails")
     parser.add_argument("--fail-calls", type=int, default=1, help="so many in a row fail")
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--endless", action="store_true", help="no answer ends by itself")
     parser.add_argument("--tables", type=int, help="what may be forgotten is, beyond so many")
     arguments = parser.parse_args(argv)
-    serve = ["serve", "--port", "0", "--state-dir", arguments.state_dir]
+    serve = ["serve", "--port", arguments.port, "--state-dir", arguments.state_dir]
     for one in stub.settings() if not arguments.assignments else arguments.assignments:
         serve += ["--set", one]
     failing = nullcontext()

@@ -20,6 +20,8 @@ from engine.api import (
     FinishReason,
     Forget,
     Inspect,
+    Locate,
+    Located,
     Persist,
     Pin,
     Prefetch,
@@ -443,6 +445,25 @@ def test_a_demotion_says_how_many_blocks_it_moved(written, tier):
     bench.inbox.put(Demote(1, tier, "s"))
     bench.until_quiet()
     assert bench.answers[1] == 5
+
+
+def test_a_demotion_for_one_tenant_leaves_anothers_session_of_that_name_and_chains_are_found_where_they_are():
+    bench = Bench(host=16)
+    for salt in (b"a", b"b"):
+        bench.run(prompt_of(8), 4, salt=salt)
+    bench.inbox.put(Demote(1, Tier.HOST, "s", b"b"))
+    bench.until_quiet()
+    turns = [(bench.finished(one).lease, bench.finished(one).keys) for one in (1, 2)]
+    bench.inbox.put(Pin(3, b"a", "s", 60.0))
+    bench.inbox.put(Locate(2, (*turns, (None, turns[0][1]))))
+    bench.until_quiet()
+    a, b, without_lease = bench.answers[2]
+    assert (a.tokens_on["device"], a.tokens_on["host"]) == (11, 0)
+    assert (b.tokens_on["device"], b.tokens_on["host"]) == (0, 11)
+    assert a.session_class == "pinned"
+    assert 0 < a.pinned_s <= 60
+    assert (b.session_class, b.pinned_s) == ("burst", None)
+    assert without_lease == Located(a.tokens_on)
 
 
 def test_an_idle_session_moves_to_the_host_then_to_the_disk():

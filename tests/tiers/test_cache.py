@@ -387,6 +387,34 @@ def test_demoting_a_session_leaves_what_others_share_with_it():
     assert cache.match(ROOT, (*shared, 4, 6)).blocks[0].places.keys() == {Tier.DEVICE}
 
 
+def test_where_a_chain_is_and_what_its_blocks_wait_for_can_be_asked():
+    cache = make()
+    keys = turn(cache, (0, 1, 2, 3, 4), 1)
+    turn(cache, (7, 8), 2, session="t")
+    cache.reclass(2, SessionClass.TOOL_WAIT, 0.0)
+    assert cache.whereabouts(keys) == {Tier.DEVICE: 5}
+    spilled(cache)
+    land(cache, cache.demote(Tier.DISK, "s", 1.0), 1.0)
+    assert cache.whereabouts((*keys, b"x" * 32)) == {Tier.DISK: 5}
+    for of in cache.statistics().tiers.values():
+        assert sum(of.classes.values()) == of.pool.held
+    assert cache.statistics().tiers[Tier.DEVICE].classes[SessionClass.TOOL_WAIT] == 1
+
+
+def test_of_two_tenants_sessions_of_one_name_only_the_one_of_the_root_is_demoted():
+    cache = make()
+    other = root_key(b"model", b"another tenant")
+    keys = {ROOT: turn(cache, (0, 1, 2, 3), 1)}
+    hold = cache.acquire(cache.match(other, (0, 1, 2, 3)), 0.0)
+    land(cache, cache.load(hold, 0.0))
+    assert cache.ready(hold)
+    compute(cache, hold, (0, 1, 2, 3))
+    keys[other] = cache.lease(hold, 2, "s", 0.0, None)
+    land(cache, cache.demote(Tier.HOST, "s", 1.0, root=other), 1.0)
+    assert cache.whereabouts(keys[other]) == {Tier.HOST: 4}
+    assert cache.whereabouts(keys[ROOT]) == {Tier.DEVICE: 4}
+
+
 def test_demoted_blocks_on_disk_go_through_the_host_again():
     cache = make()
     turn(cache, (0, 1, 2), 1)
