@@ -337,6 +337,7 @@ async def open_model_engine(config: Config) -> AsyncIterator[Service]:
         block_tokens=config.engine.block_tokens,
         step_tokens=config.engine.step_tokens,
         mixed_tokens=config.engine.mixed_tokens,
+        prefill_share=config.engine.prefill_share,
         draft_tokens=config.engine.draft_tokens,
         max_running=config.engine.max_running,
         max_waiting=config.engine.max_waiting,

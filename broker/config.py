@@ -116,6 +116,7 @@ class Engine:
     block_tokens: Annotated[int, Within(1, 1024)] = 32
     step_tokens: Annotated[int, Within(1)] = 512
     mixed_tokens: Annotated[int, Within(1)] = 128
+    prefill_share: Annotated[float, Within(0.01, 1)] = 0.75
     draft_tokens: Annotated[int, Within(0, 31)] = 15
     max_running: Annotated[int, Within(1)] = 16
     max_waiting: Annotated[int, Within(1)] = 256

@@ -247,11 +247,13 @@ class Engine:
         self._begin_loaded(now)
         if chunks := self._make_place(self._scheduler.plan(), now):
             began = self._clock()
+            decodes = sum(chunk.decodes for chunk in chunks)
             chunks = self._drafts.lengthen(chunks)
             batch = _batch_of(chunks)
             self._memory.fence(batch)
             logits = self._runner.run(batch)
             self._advance(chunks, logits, began)
+            self._scheduler.took(decodes, len(chunks) - decodes, self._clock() - began)
         elif not self._scheduler.idle:
             self._stuck = True
             self._costs.idle()

@@ -1,9 +1,13 @@
-"""Which sequences run in the next step, and how many tokens of each. Pure: no clock, no tensors, no waiting.
+"""Which sequences run in the next step, and how many tokens of each. Pure: no clock, no tensors, no waiting; how long a step
+took, it is told.
 
 Laws
     A step feeds at most `step_tokens` tokens, or one per running sequence if those are more.
-    Every running sequence is in every plan: a sequence that only decodes gets its token, whatever others prefill.
-    While anything decodes, prefills together get at most `mixed_tokens`, so a long prompt cannot stop running streams.
+    Every sequence that only decodes is in every plan and gets its token, whatever others prefill.
+    While anything decodes, prefills together get at most `mixed_tokens` of a step, which bounds the gap between two tokens of
+    a stream, and at most `prefill_share` of the time, which bounds the mean gap: with three quarters, streams are a
+    quarter as fast as alone, whatever the machine. What a step took for prefills is owed to decodes, which run alone
+    until they have had it; then prefills are in the plan again, so they do not starve.
     Prefills share what is left evenly (a short delta beside a long prompt is done after one step); none gets nothing.
     Sequences are admitted in arrival order; one that does not fit holds back those behind it, so nothing starves.
     At most `max_loading` sequences restore from disk at once. Those that wait for that, or for the disk to say what it
@@ -59,6 +63,7 @@ class Scheduler:
         *,
         step_tokens: int,
         mixed_tokens: int,
+        prefill_share: float,
         max_running: int,
         max_waiting: int,
         max_loading: int,
@@ -70,6 +75,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._step_tokens = step_tokens
         self._mixed_tokens = mixed_tokens
+        self._owed_per_second = (1 - prefill_share) / prefill_share
+        self._owed_s = 0.0  # to decodes, for the last step that also prefilled
+        self._decode_s = 0.0  # what decodes alone took last
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._max_loading = max_loading
@@ -138,14 +146,24 @@ class Scheduler:
         """Whom to preempt so that `keep` can go on: the one that started last, never `keep` itself."""
         return next((s for s in reversed(self.running) if s is not keep), None)
 
+    def took(self, decodes: int, prefills: int, seconds: float) -> None:
+        """A step of so many chunks is over."""
+        if not prefills:
+            self._decode_s = seconds
+            self._owed_s -= seconds
+        elif decodes:
+            self._owed_s = (seconds - self._decode_s) * self._owed_per_second
+
     def plan(self) -> list[Chunk]:
-        """The next step's chunks, decodes first. Every running sequence has exactly one."""
+        """The next step's chunks, decodes first. A running sequence has one at most: none if it prefills and decodes are owed time."""
         decodes = [s for s in self.running if s.pending == 1]
         prefills = sorted((s for s in self.running if s.pending > 1), key=_next_tokens)
         chunks = [Chunk(s, *s.next_range) for s in decodes]
         budget = self._step_tokens - len(decodes)
         if decodes:
             budget = min(budget, self._mixed_tokens)
+            if self._owed_s > 0:
+                return chunks
         for position, sequence in enumerate(prefills):
             share = budget // (len(prefills) - position)
             begin, until = sequence.next_range

@@ -102,6 +102,7 @@ class EngineSettings:
     block_tokens: int
     step_tokens: int
     mixed_tokens: int
+    prefill_share: float
     draft_tokens: int
     max_running: int
     max_waiting: int
@@ -533,6 +534,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         scheduler=Scheduler(
             step_tokens=settings.step_tokens,
             mixed_tokens=settings.mixed_tokens,
+            prefill_share=settings.prefill_share,
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
             max_loading=settings.restore.max_loading,

@@ -1084,6 +1084,20 @@ MUTANTS = (
             "tests/engine/test_model.py::test_fingerprint_names_the_dtypes_of_kv_and_of_what_computes_it",
         ),
     ),
+    Mutant(
+        "what prefills took is not owed to decodes",
+        "engine/engine.py",
+        "            self._scheduler.took(decodes, len(chunks) - decodes, self._clock() - began)\n",
+        "",
+        ("tests/engine/test_engine.py",),
+    ),
+    Mutant(
+        "a prompt owes decodes all that its step took, their own part as well",
+        "engine/scheduler.py",
+        "(seconds - self._decode_s) * self._owed_per_second",
+        "seconds * self._owed_per_second",
+        ("tests/engine/test_scheduler.py",),
+    ),
     # what operators see
     Mutant(
         "what was seen of the engine counts beside what it measured",

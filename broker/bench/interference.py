@@ -62,7 +62,8 @@ class Trial:
         out = []
         for side, gaps in ((ALONE, self.alone_s), (BESIDE, self.beside_s)):
             for name, value in (
-                ("between tokens", statistics.median(gaps)),
+                ("between tokens", statistics.fmean(gaps)),
+                ("half of the gaps below", statistics.median(gaps)),
                 ("longest", max(gaps)),
             ):
                 out.append(

@@ -105,6 +105,7 @@ class Bench:
         store: MemoryStore | None = None,
         step_tokens: int = 16,
         mixed_tokens: int = 4,
+        prefill_share: float = 1.0,
         max_running: int = 4,
         max_waiting: int = 64,
         host_after_s: float = 1e6,
@@ -136,6 +137,7 @@ class Bench:
         self.scheduler = Scheduler(
             step_tokens=step_tokens,
             mixed_tokens=mixed_tokens,
+            prefill_share=prefill_share,
             max_running=max_running,
             max_waiting=max_waiting,
             max_loading=restore.max_loading,
@@ -1325,3 +1327,24 @@ def test_a_disk_that_begins_empty_has_been_read():
     """A soak showed it: what was dropped was remembered until the index was read, and that never ended."""
     unknown = chain_key(root_key(b"fake", b""), (1, 2))
     assert Bench().cache.forget_chain((unknown,), (), 0.0) == []
+
+
+def test_a_stream_keeps_its_share_of_the_time_beside_a_long_prompt():
+    """A decode takes a second here, and each token of a prompt another one."""
+    bench = Bench(device=64, prefill_share=0.5)
+    run = bench.runner.run
+
+    def at_length(batch):
+        bench.now += 1.0 + sum(s.count for s in batch.segments if not s.decodes)
+        return run(batch)
+
+    bench.runner.run = at_length
+    stream = bench.submit(range(5), 200)
+    while len(bench.ids(stream)) < 2:
+        bench.turn()
+    other = bench.submit(range(100, 180), 1, session="other")
+    said, since = len(bench.ids(stream)), bench.now
+    while not bench.ids(other):
+        bench.turn()
+    tokens = len(bench.ids(stream)) - said
+    assert bench.now - since <= 2 * tokens + 4  # twice the second that it takes alone, and a step

@@ -23,10 +23,11 @@ def sequence(prompt: int, *, output: int = 8, computed: int = 0, request: int = 
     return made
 
 
-def scheduler(**changes: int) -> Scheduler:
+def scheduler(**changes: float) -> Scheduler:
     settings = {
         "step_tokens": 64,
         "mixed_tokens": 16,
+        "prefill_share": 0.75,
         "max_running": 4,
         "max_waiting": 8,
         "max_loading": 2,
@@ -159,6 +160,47 @@ def test_prefills_leave_no_budget_unused_and_finish_in_bounded_steps(pending, st
                 target.remove(chunk.sequence)
         steps += 1
         assert steps <= sum(pending) // step_tokens + len(pending) + 1
+
+
+@given(
+    share=st.floats(0.05, 1),
+    decode_s=st.floats(0.001, 1),
+    token_s=st.floats(0.0001, 1),
+    decodes=st.integers(1, 3),
+    prompt=st.integers(2, 2000),
+)
+def test_streams_keep_their_share_of_the_time_and_the_prompt_beside_them_ends(
+    share, decode_s, token_s, decodes, prompt
+):
+    target = scheduler(prefill_share=share)
+    streams = [sequence(5, output=10**6, computed=4) for _ in range(decodes)]
+    long = sequence(prompt)
+    start(target, *streams)
+    for _ in range(100):  # no credit for the prompt
+        target.took(decodes, 0, decode_s)
+    start(target, long)
+    passed, steps, owed_s = 0.0, 0, 0.0
+    while long.pending > 1:
+        plan = target.plan()
+        assert {chunk.sequence for chunk in plan} >= set(streams)
+        [fed] = [chunk.count for chunk in plan if chunk.sequence is long] or [0]
+        if fed:
+            assert passed * (1 - share) <= decode_s * steps * 1.001, "not all was paid for"
+            owed_s = fed * token_s * (1 - share) / share
+            long.advance(long.computed + fed)
+        else:
+            assert owed_s > -0.001 * decode_s, "it was paid for, and still the prompt waits"
+            owed_s -= decode_s
+        target.took(decodes, len(plan) - decodes, decode_s + fed * token_s)
+        passed, steps = passed + decode_s + fed * token_s, steps + 1
+
+
+def test_a_prompt_that_nobody_decodes_beside_owes_nothing():
+    target = scheduler(prefill_share=0.5)
+    start(target, sequence(1000))
+    target.took(0, 1, 5.0)
+    start(target, sequence(5, computed=4))
+    assert [chunk.count for chunk in target.plan()] == [1, 16]
 
 
 def test_holes_are_fed_first_each_by_chunks_that_end_where_it_ends():
