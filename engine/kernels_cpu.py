@@ -423,6 +423,73 @@ def _keep_in(vector: Any, row: Any) -> Any:
 FAST_BUT_INFINITE = {"reassoc", "contract", "arcp", "nsz", "afn"}
 
 
+def _mixer(vectors: int) -> Any:
+    """share[at:] = share[at:] * shrink + sum over rows of parts[row] * values[row, at:], of so many vectors, in registers."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def mix(
+        typing: Any, parts: Any, rows: Any, values: Any, row_step: Any, share: Any, at: Any, shrink: Any
+    ) -> Any:  # fmt: skip
+        number = types.int64
+        signature = types.void(parts, number, values, number, share, number, types.float32)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            def data(index: int) -> ir.Value:
+                array = context.make_array(signature.args[index])(
+                    context, builder, arguments[index]
+                )
+                return builder.bitcast(array.data, _FLOAT.as_pointer())
+
+            rows, row_step, at, shrink = (arguments[index] for index in (1, 3, 5, 6))
+            parts, values = data(0), builder.gep(data(2), [at])
+            to = builder.gep(data(4), [at])
+            factor = _splat(builder, shrink)
+            sums = [
+                cgutils.alloca_once_value(
+                    builder, builder.fmul(_load(builder, to, _FLOAT, k * LANES), factor)
+                )
+                for k in range(vectors)
+            ]
+            with cgutils.for_range(builder, rows) as loop:
+                part = _splat(builder, builder.load(builder.gep(parts, [loop.index])))
+                row = builder.gep(values, [builder.mul(loop.index, row_step)])
+                for k, sum_ in enumerate(sums):
+                    value = _load(builder, row, _FLOAT, k * LANES)
+                    builder.store(_fused(builder, part, value, builder.load(sum_)), sum_)
+            for k, sum_ in enumerate(sums):
+                place = builder.gep(to, [_number(k * LANES)])
+                stored = builder.store(
+                    builder.load(sum_), builder.bitcast(place, _VECTOR.as_pointer())
+                )
+                stored.align = 4
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return mix
+
+
+_mix_four, _mix_one = _mixer(4), _mixer(1)
+
+
+@numba.njit(nogil=True, fastmath=FAST_BUT_INFINITE, error_model="numpy")  # type: ignore[untyped-decorator]
+def _mix(parts: Array, rows: int, values: Array, share: Array, shrink: np.float32) -> None:
+    """share = share * shrink + the first rows of values [block_tokens, head_dim], weighted by `parts`."""
+    size, d = share.shape[0], 0
+    while size - d >= 4 * LANES:
+        _mix_four(parts, rows, values, size, share, d, shrink)
+        d += 4 * LANES
+    while size - d >= LANES:
+        _mix_one(parts, rows, values, size, share, d, shrink)
+        d += LANES
+    while d < size:
+        total = share[d] * shrink
+        for row in range(rows):
+            total += parts[row] * values[row, d]
+        share[d] = total
+        d += 1
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _from_bits(typing: Any, bits: Any) -> Any:
     """The float32 that 32 bits stand for."""
@@ -502,16 +569,16 @@ def attend(
                                 top = max(top, score)
                             shrink = np.exp(before - top)
                             total = weight[thread, token, head] * shrink
-                            share = shares[thread, token, head]
-                            for d in range(head_dim):
-                                share[d] *= shrink
                             for row in range(rows):
                                 scores[row] = _exponential(scores[row] - top)
                                 total += scores[row]
-                            for row in range(rows):
-                                part = scores[row]
-                                for d in range(head_dim):
-                                    share[d] += part * values[row, d]
+                            _mix(
+                                scores,
+                                rows,
+                                values,
+                                shares[thread, token, head],
+                                np.float32(shrink),
+                            )
                             highest[thread, token, head] = top
                             weight[thread, token, head] = total
 

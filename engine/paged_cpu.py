@@ -3,7 +3,7 @@
 Measured on two AVX2 cores, 4,096 tokens of context, 3 KV heads, 9 query heads, head_dim 64, fp32, per
 layer: 0.70 ms for one query token (contiguous SDPA 0.85, gather and SDPA 2.0), 1.7 for 4, 2.8 for 8, 5.3
 for 16, where gathering costs 3.4.
-So `MAX_QUERIES` is 8. At one token it moves 9 GB/s, which is what this memory gives.
+So `MAX_QUERIES` is 8. At one token it moves 9 GB/s, which is what this memory gives. With KV in float16 one token took 0.32 ms.
 """
 
 from __future__ import annotations
