@@ -38,12 +38,11 @@ class Plan:
 
 
 def plan(segments: Sequence[Segment], block_tokens: int) -> Plan:
-    """Lay out block tables for the kernel, and give the calling thread as many threads as torch has."""
+    """Lay out block tables for the kernel."""
     blocks = [-(-segment.context // block_tokens) for segment in segments]
     tables = np.zeros((len(segments), max(blocks)), np.int64)
     for row, (segment, used) in enumerate(zip(segments, blocks, strict=True)):
         tables[row, :used] = segment.table[:used]
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     return Plan(
         tables=tables,
         starts=np.array([segment.start for segment in segments], np.int64),
@@ -53,9 +52,10 @@ def plan(segments: Sequence[Segment], block_tokens: int) -> Plan:
 
 
 def threads() -> int:
-    """As many as the last plan gave the calling thread."""
-    given: int = numba.get_num_threads()
-    return given
+    """As many as torch has, for the calling thread's kernels from now on."""
+    given = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(given)
+    return int(given)
 
 
 def attend(
