@@ -14,8 +14,8 @@ How it works
 
     which segments                  how
     few query tokens                in place, engine/paged_cpu.py or engine/paged_cuda.py; without Triton: padded tables, gathered
-    many                            that layer's blocks gathered, SDPA with a lower-right causal mask; on CUDA torch's flash
-                                    attention, which knows such a mask without being shown one
+    many                            that layer's blocks gathered; on the CPU `attend_in_parts`, on CUDA SDPA with a lower-right
+                                    causal mask, which torch's flash attention knows without being shown one
 
     On the CPU, KV may be narrower than what is computed with it (float16 beside float32): it is narrowed when it is
     written and widened when it is read, so a token sees its own batch's KV as every later one will.
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -123,9 +123,7 @@ class Many:
     count: int
     context: int
     table: torch.Tensor  # [blocks]
-    mask: (
-        torch.Tensor | None
-    )  # [count, context] added to the scores, or its likeness; None without a past
+    mask: CausalBias | None  # None without a past, and on the CPU
 
 
 class PagedForward:
@@ -188,6 +186,9 @@ class PagedForward:
         for many in self._many:
             run = slice(many.start, many.start + many.count)
             keys, values = _gather(here, many.table)[:, :, : many.context].to(tokens.dtype)
+            if many.context > many.count and many.mask is None:
+                out[run] = attend_in_parts(tokens[run].transpose(0, 1), keys, values, scaling)
+                continue
             attended = scaled_dot_product_attention(
                 tokens[run].transpose(0, 1)[None],
                 keys[None],
@@ -232,17 +233,42 @@ def attend_padded(
     return attended[:, :, 0]
 
 
+def attend_in_parts(
+    query: torch.Tensor,  # [query_heads, count, head_dim] the last tokens
+    keys: torch.Tensor,  # [kv_heads, context, head_dim]
+    values: torch.Tensor,  # as `keys`
+    scaling: float,
+) -> torch.Tensor:
+    """Causal attention of the last tokens of a context, on the CPU. [count, query_heads, head_dim].
+
+    Over the past, of which every token sees all, without a mask and for all heads of a group at once; over the last tokens
+    themselves with a causal one, of which half is left out; joined by the weights of their softmax. A seventh faster than
+    one call with a mask. Of torch's attentions on the CPU, the one below alone gives those weights.
+    """
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+    heads, count, size = query.shape
+    kv_heads, past = keys.shape[0], keys.shape[1] - count
+    grouped = query.reshape(1, kv_heads, -1, size)
+    of_past, past_weight = attend(
+        grouped, keys[None, :, :past], values[None, :, :past], scale=scaling
+    )
+    fresh = torch.stack((keys[:, past:], values[:, past:])).repeat_interleave(
+        heads // kv_heads, dim=1
+    )
+    of_fresh, fresh_weight = attend(
+        query[None], fresh[0, None], fresh[1, None], is_causal=True, scale=scaling
+    )
+    # What the logarithms of sums say of past and fresh: their shares.
+    share = torch.sigmoid(past_weight.reshape(heads, count) - fresh_weight.reshape(heads, count))
+    joined = torch.lerp(of_fresh[0], of_past.reshape(heads, count, size), share[:, :, None])
+    return joined.transpose(0, 1)
+
+
 def _many(segment: Segment, arena: Arena) -> Many:
     used = -(-segment.context // arena.geometry.block_tokens)
-    mask: torch.Tensor | None = None
+    mask: CausalBias | None = None
     if segment.context > segment.count and arena.device.type != "cpu":
         mask = causal_lower_right(segment.count, segment.context)
-    elif segment.context > segment.count:
-        mask = torch.zeros(segment.count, segment.context, device=arena.device)
-        past = segment.context - segment.count
-        mask[:, past:] = torch.full(
-            (segment.count, segment.count), -torch.inf, dtype=mask.dtype, device=mask.device
-        ).triu(1)
     return Many(
         start=segment.start,
         count=segment.count,

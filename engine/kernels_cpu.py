@@ -423,6 +423,73 @@ def _keep_in(vector: Any, row: Any) -> Any:
 FAST_BUT_INFINITE = {"reassoc", "contract", "arcp", "nsz", "afn"}
 
 
+def _mixer(vectors: int) -> Any:
+    """share[at:] = share[at:] * shrink + sum over rows of parts[row] * values[row, at:], of so many vectors, in registers."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def mix(
+        typing: Any, parts: Any, rows: Any, values: Any, row_step: Any, share: Any, at: Any, shrink: Any
+    ) -> Any:  # fmt: skip
+        number = types.int64
+        signature = types.void(parts, number, values, number, share, number, types.float32)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            def data(index: int) -> ir.Value:
+                array = context.make_array(signature.args[index])(
+                    context, builder, arguments[index]
+                )
+                return builder.bitcast(array.data, _FLOAT.as_pointer())
+
+            rows, row_step, at, shrink = (arguments[index] for index in (1, 3, 5, 6))
+            parts, values = data(0), builder.gep(data(2), [at])
+            to = builder.gep(data(4), [at])
+            factor = _splat(builder, shrink)
+            sums = [
+                cgutils.alloca_once_value(
+                    builder, builder.fmul(_load(builder, to, _FLOAT, k * LANES), factor)
+                )
+                for k in range(vectors)
+            ]
+            with cgutils.for_range(builder, rows) as loop:
+                part = _splat(builder, builder.load(builder.gep(parts, [loop.index])))
+                row = builder.gep(values, [builder.mul(loop.index, row_step)])
+                for k, sum_ in enumerate(sums):
+                    value = _load(builder, row, _FLOAT, k * LANES)
+                    builder.store(_fused(builder, part, value, builder.load(sum_)), sum_)
+            for k, sum_ in enumerate(sums):
+                place = builder.gep(to, [_number(k * LANES)])
+                stored = builder.store(
+                    builder.load(sum_), builder.bitcast(place, _VECTOR.as_pointer())
+                )
+                stored.align = 4
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return mix
+
+
+_mix_four, _mix_one = _mixer(4), _mixer(1)
+
+
+@numba.njit(nogil=True, fastmath=FAST_BUT_INFINITE, error_model="numpy")  # type: ignore[untyped-decorator]
+def _mix(parts: Array, rows: int, values: Array, share: Array, shrink: np.float32) -> None:
+    """share = share * shrink + the first rows of values [block_tokens, head_dim], weighted by `parts`."""
+    size, d = share.shape[0], 0
+    while size - d >= 4 * LANES:
+        _mix_four(parts, rows, values, size, share, d, shrink)
+        d += 4 * LANES
+    while size - d >= LANES:
+        _mix_one(parts, rows, values, size, share, d, shrink)
+        d += LANES
+    while d < size:
+        total = share[d] * shrink
+        for row in range(rows):
+            total += parts[row] * values[row, d]
+        share[d] = total
+        d += 1
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _from_bits(typing: Any, bits: Any) -> Any:
     """The float32 that 32 bits stand for."""
@@ -502,16 +569,16 @@ def attend(
                                 top = max(top, score)
                             shrink = np.exp(before - top)
                             total = weight[thread, token, head] * shrink
-                            share = shares[thread, token, head]
-                            for d in range(head_dim):
-                                share[d] *= shrink
                             for row in range(rows):
                                 scores[row] = _exponential(scores[row] - top)
                                 total += scores[row]
-                            for row in range(rows):
-                                part = scores[row]
-                                for d in range(head_dim):
-                                    share[d] += part * values[row, d]
+                            _mix(
+                                scores,
+                                rows,
+                                values,
+                                shares[thread, token, head],
+                                np.float32(shrink),
+                            )
                             highest[thread, token, head] = top
                             weight[thread, token, head] = total
 
@@ -533,6 +600,247 @@ def attend(
                         result[d] += part * shares[thread, token, head, d]
                 for d in range(head_dim):
                     result[d] /= total
+
+
+# Attention of prompts, in bfloat16
+
+
+class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc] # noqa: SLF001 (llvmlite has no name for it)
+    intrinsic_name = "bf16"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+_BFloat._create_instance()  # noqa: SLF001
+_WORDS = ir.VectorType(_I32, LANES)  # each a pair of bfloat16, the first one lower
+_PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
+_AT_ONCE = 8  # products that share a vector of the other side
+_KEYS = 32  # tokens of a round: a round's scores of a tile stay in the first-level cache
+
+
+def _pairs_added(
+    builder: ir.IRBuilder, total: ir.Value, one: ir.Value, other: ir.Value
+) -> ir.Value:
+    """total[lane] + one[lane].first * other[lane].first + one[lane].second * other[lane].second, in float32."""
+    kind = ir.FunctionType(_VECTOR, [_VECTOR, _PAIRS, _PAIRS])
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    pairs = (builder.bitcast(each, _PAIRS) for each in (one, other))
+    return builder.call(function, [total, *pairs])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pair_products(
+    typing: Any, lanes: Any, words: Any, first: Any, word_step: Any, pair_step: Any, pairs: Any,
+    out: Any, out_at: Any, factor: Any,
+) -> Any:  # fmt: skip
+    """out[k] = out[k] * factor + sum over p of lanes[p] . words[first + k * word_step + p * pair_step], of `_AT_ONCE` k.
+
+    `lanes` is [pairs, LANES] and `out` float32 [.., LANES], of which row `out_at` is the first. `factor` is one for each lane;
+    where it is None, `out` is not read.
+    """
+    number = types.int64
+    signature = types.void(
+        lanes, words, number, number, number, number, out, number, factor
+    )  # fmt: skip
+    fresh = isinstance(factor, types.NoneType)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def data(index: int, kind: ir.Type) -> ir.Value:
+            array = context.make_array(signature.args[index])(context, builder, arguments[index])
+            return builder.bitcast(array.data, kind.as_pointer())
+
+        def vector(pointer: ir.Value, at: ir.Value, kind: ir.Type) -> ir.Value:
+            """The at-th row."""
+            place = builder.gep(pointer, [builder.mul(at, _number(LANES))])
+            return builder.bitcast(place, kind.as_pointer())
+
+        def read(place: ir.Value) -> ir.Value:
+            loaded = builder.load(place)
+            loaded.align = 4
+            return loaded
+
+        first, word_step, pair_step, pairs = (arguments[index] for index in (2, 3, 4, 5))
+        lanes, words, out = data(0, _I32), builder.gep(data(1, _I32), [first]), data(6, _FLOAT)
+        rows = [
+            vector(out, builder.add(arguments[7], _number(k)), _VECTOR) for k in range(_AT_ONCE)
+        ]
+        if fresh:
+            begins = [ir.Constant(_VECTOR, None)] * _AT_ONCE
+        else:
+            by = read(vector(data(8, _FLOAT), _number(0), _VECTOR))
+            begins = [builder.fmul(read(row), by) for row in rows]
+        totals = [cgutils.alloca_once_value(builder, begin) for begin in begins]
+        starts = [builder.gep(words, [builder.mul(word_step, _number(k))]) for k in range(_AT_ONCE)]
+        with cgutils.for_range(builder, pairs) as loop:
+            shared = read(vector(lanes, loop.index, _WORDS))
+            step = builder.mul(loop.index, pair_step)
+            for total, start in zip(totals, starts, strict=True):
+                word = builder.load(builder.gep(start, [step]))
+                added = _pairs_added(
+                    builder, builder.load(total), shared, _splat_word(builder, word)
+                )
+                builder.store(added, total)
+        for row, total in zip(rows, totals, strict=True):
+            builder.store(builder.load(total), row).align = 4
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _splat_word(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    nothing = ir.Constant(_WORDS, ir.Undefined)
+    first = builder.insert_element(nothing, value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, nothing, _all(_I32, 0))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _bits(typing: Any, number: Any) -> Any:
+    """The 32 bits of a float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _I32)
+
+    return types.uint32(types.float32), generate
+
+
+def _float(element: Any) -> Any:
+    """An element of KV as float32."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_float, strict=False)  # type: ignore[untyped-decorator]
+def _float_of(element: Any) -> Any:
+    if element is types.float32:
+        return lambda element: element
+    return lambda element: _from_half(element)
+
+
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _pair(first: np.float32, second: np.float32) -> Any:
+    """Two numbers as bfloat16, to nearest, ties to even. Infinities and NaN are not for it."""
+    low, high = _bits(first), _bits(second)
+    low += np.uint32(0x7FFF) + ((low >> np.uint32(16)) & np.uint32(1))
+    high += np.uint32(0x7FFF) + ((high >> np.uint32(16)) & np.uint32(1))
+    return (low >> np.uint32(16)) | (high & np.uint32(0xFFFF0000))
+
+
+@numba.njit(nogil=True, fastmath=FAST_BUT_INFINITE, error_model="numpy")  # type: ignore[untyped-decorator]
+def _power(x: np.float32) -> np.float32:
+    """2^x for x <= 0, as `_exponential`, within 4e-6: it becomes a bfloat16. Below 2^-126 it is that."""
+    x = max(x, np.float32(-126))
+    n = np.floor(x + np.float32(0.5))
+    r = x - n
+    e = np.float32(0.0013333558)  # ln 2 to the fifth, by 5!
+    for factor in (0.009618129, 0.05550411, 0.24022651, 0.6931472, 1.0):
+        e = e * r + np.float32(factor)
+    return np.float32(e * _from_bits((np.int32(n) + np.int32(127)) << np.int32(23)))
+
+
+@numba.njit(  # type: ignore[untyped-decorator]
+    parallel=True, fastmath=FAST_BUT_INFINITE, nogil=True, cache=True, error_model="numpy"
+)
+def attend_prompt(
+    query: Array,  # [count, query_heads, head_dim] the last tokens of one sequence
+    blocks: Array,  # as of `attend`
+    layer: int,
+    table: Array,  # int64 [blocks]
+    context: int,
+    scaling: np.float32,
+    out: Array,  # as `query`
+    threads: int,
+) -> None:
+    """Causal attention in bfloat16, summed in float32. For processors with AVX512-BF16; head_dim is a multiple of `_AT_ONCE`.
+
+    A tile is one head of `LANES` tokens, and a lane one of them: nothing is summed across lanes, and nothing that a lane does
+    depends on the others or on where its tile begins.
+    """
+    count, query_heads, size = query.shape
+    kv_heads, block_tokens = blocks.shape[3], blocks.shape[4]
+    group, past, halves = query_heads // kv_heads, context - count, size // 2
+    rounds = (context + _KEYS - 1) // _KEYS
+    padded = rounds * _KEYS
+    keys = np.empty((kv_heads, padded, halves), np.uint32)  # pairs of neighbouring elements
+    values = np.empty((kv_heads, padded // 2, size), np.uint32)  # pairs of neighbouring tokens
+    for thread in numba.prange(threads):
+        both = np.zeros((2, size), np.float32)
+        for job in range(
+            kv_heads * rounds * thread // threads, kv_heads * rounds * (thread + 1) // threads
+        ):
+            head, first = job % kv_heads, job // kv_heads * _KEYS
+            for token in range(first, first + _KEYS):
+                at = token % 2
+                if token < context:
+                    slot, row = table[token // block_tokens], token % block_tokens
+                    key = blocks[slot, layer, 0, head, row]
+                    for d in range(halves):
+                        keys[head, token, d] = _pair(_float(key[2 * d]), _float(key[2 * d + 1]))
+                    value = blocks[slot, layer, 1, head, row]
+                    for d in range(size):
+                        both[at, d] = _float(value[d])
+                else:
+                    keys[head, token] = 0
+                    both[at] = 0
+                if at == 1:
+                    for d in range(size):
+                        values[head, token // 2, d] = _pair(both[0, d], both[1, d])
+
+    tiles = (count + LANES - 1) // LANES
+    factor = np.float32(scaling * np.float32(1.44269504))  # powers of two are cheaper
+    for thread in numba.prange(threads):
+        asked = np.empty((halves, LANES), np.uint32)
+        scores = np.empty((_KEYS, LANES), np.float32)
+        parts = np.empty((_KEYS // 2, LANES), np.uint32)
+        mixed = np.empty((size, LANES), np.float32)
+        top, before, total, shrink = (
+            np.empty(LANES, np.float32),
+            np.empty(LANES, np.float32),
+            np.empty(LANES, np.float32),
+            np.empty(LANES, np.float32),
+        )
+        for job in range(thread, tiles * query_heads, threads):
+            # The last tiles see most: they come first, so that threads end together.
+            start, head = (tiles - 1 - job // query_heads) * LANES, job % query_heads
+            kv_head = head // group
+            for lane in range(LANES):
+                token = min(start + lane, count - 1)
+                for d in range(halves):
+                    asked[d, lane] = _pair(
+                        query[token, head, 2 * d] * factor, query[token, head, 2 * d + 1] * factor
+                    )
+            mixed[:] = 0
+            top[:] = -np.inf
+            total[:] = 0
+            for first in range(0, min(past + start + LANES, context), _KEYS):
+                for token in range(0, _KEYS, _AT_ONCE):
+                    at = (kv_head * padded + first + token) * halves
+                    _pair_products(asked, keys, at, halves, 1, halves, scores, token, None)
+                if first + _KEYS > past + start + 1:
+                    for token in range(_KEYS):
+                        for lane in range(LANES):
+                            if first + token > past + start + lane:
+                                scores[token, lane] = -np.inf
+                for lane in range(LANES):
+                    before[lane] = top[lane]
+                for token in range(_KEYS):
+                    for lane in range(LANES):
+                        top[lane] = max(top[lane], scores[token, lane])
+                for lane in range(LANES):
+                    shrink[lane] = _power(before[lane] - top[lane])
+                    total[lane] *= shrink[lane]
+                for pair in range(_KEYS // 2):
+                    for lane in range(LANES):
+                        one = _power(scores[2 * pair, lane] - top[lane])
+                        other = _power(scores[2 * pair + 1, lane] - top[lane])
+                        total[lane] += one + other
+                        parts[pair, lane] = _pair(one, other)
+                for d in range(0, size, _AT_ONCE):
+                    at = (kv_head * padded + first) // 2 * size + d
+                    _pair_products(parts, values, at, 1, size, _KEYS // 2, mixed, d, shrink)
+            for lane in range(min(LANES, count - start)):
+                for d in range(size):
+                    out[start + lane, head, d] = mixed[d, lane] / total[lane]
 
 
 # A forward pass

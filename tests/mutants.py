@@ -1098,6 +1098,27 @@ MUTANTS = (
         "seconds * self._owed_per_second",
         ("tests/engine/test_scheduler.py",),
     ),
+    Mutant(
+        "a token of a prompt sees the one after it",
+        "engine/kernels_cpu.py",
+        "                            if first + token > past + start + lane:\n",
+        "                            if first + token > past + start + lane + 1:\n",
+        ("tests/engine/test_fused_cpu.py",),
+    ),
+    Mutant(
+        "what a prompt's token summed so far keeps the weight that it had",
+        "engine/kernels_cpu.py",
+        "                    total[lane] *= shrink[lane]\n",
+        "",
+        ("tests/engine/test_fused_cpu.py",),
+    ),
+    Mutant(
+        "a prompt's sums depend on where its tiles begin",
+        "engine/kernels_cpu.py",
+        "            for first in range(0, min(past + start + LANES, context), _KEYS):\n",
+        "            for first in range(past % 2, min(past + start + LANES, context), _KEYS):\n",
+        ("tests/engine/test_fused_cpu.py",),
+    ),
     # what operators see
     Mutant(
         "what was seen of the engine counts beside what it measured",

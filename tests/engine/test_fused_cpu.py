@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine import fused_cpu
+from engine import fused_cpu, kernels_cpu, paged_cpu
 from engine.batch import Batch, Segment
 from engine.fused_cpu import FusedModel, grouped
 from engine.model import LoadSpec, UnsupportedModel, compare, load
+from engine.prefill_cpu import multiplies_bfloat16
 from engine.runner import Runner
 from tests.engine.tiny import EXACT, TINY, save_tiny
 from tiers.arena import Arena
@@ -174,3 +177,53 @@ def test_a_model_that_is_not_exactly_of_the_known_shape_is_left_to_transformers(
     model.config.hidden_act = "silu"
     model.model.layers[1].self_attn.o_proj.bias = torch.nn.Parameter(torch.zeros(48))
     assert FusedModel.of(model, torch.float32) is None
+
+
+def prompt_kv(loaded, tokens, cuts, slots):
+    """The bits of one prompt's KV, computed in the chunks that end at `cuts`, on blocks of four tokens in these slots."""
+    arena = Arena(loaded.geometry, slots=20)
+    arena.blocks.fill_(torch.nan)
+    runner = Runner(loaded, arena)
+    for begin, end in itertools.pairwise((0, *cuts, len(tokens))):
+        segment = Segment(0, end - begin, end, slots, 0)
+        runner.run(Batch(tokens[begin:end], range(begin, end), [segment]))
+    return arena.blocks[list(slots[: -(-len(tokens) // 4)])].view(torch.int16)
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(8), reason="no AVX512-BF16: prompts run in float32")
+@pytest.mark.parametrize("cuts", [(1,), (17,), (32, 34), (5, 21, 22, 60), tuple(range(2, 70, 2))])
+def test_a_prompt_in_bfloat16_has_the_same_kv_to_the_bit_however_it_is_cut(loaded, tmp_path, cuts):
+    """What was evicted and is computed again is what it was; in other slots, too."""
+    rounded = narrower(loaded, tmp_path, kv_dtype="float16", prefill_dtype="bfloat16")
+    tokens = [7 * i % 90 + 3 for i in range(70)]
+    slots = tuple(range(18))
+    whole = prompt_kv(rounded, tokens, (), slots)
+    assert torch.equal(prompt_kv(rounded, tokens, cuts, slots), whole)
+    assert torch.equal(prompt_kv(rounded, tokens, cuts, slots[::-1]), whole)
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(8), reason="no AVX512-BF16: prompts run in float32")
+@pytest.mark.parametrize(("past", "count"), [(0, 1), (0, 70), (37, 5), (64, 33), (130, 20)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_attention_of_prompts_in_bfloat16_is_the_textbook_s(past, count, dtype):
+    torch.manual_seed(past + count)
+    kv_heads, group, size, block_tokens, context = 2, 3, 24, 8, past + count
+    used = -(-context // block_tokens)
+    blocks = torch.full((used + 2, 3, 2, kv_heads, block_tokens, size), torch.nan, dtype=dtype)
+    table = torch.randperm(used + 2)[:used]
+    kv = torch.randn(2, kv_heads, context, size).bfloat16().to(dtype)
+    for token in range(context):
+        row = blocks[table[token // block_tokens], 1, :, :, token % block_tokens]
+        row.copy_(kv[:, :, token])
+    query = torch.randn(count, kv_heads * group, size)
+    out = torch.full_like(query, torch.nan)
+    kernels_cpu.attend_prompt(
+        query.numpy(), paged_cpu.in_numpy(blocks), 1, table.numpy(), context, np.float32(0.3),
+        out.numpy(), 2,
+    )  # fmt: skip
+    mask = torch.full((count, context), -torch.inf).triu(past + 1)
+    asked, (keys, values) = query.transpose(0, 1)[None], kv.float()
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        asked, keys[None], values[None], attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    assert torch.allclose(out, exact[0].transpose(0, 1), rtol=0, atol=0.02)
