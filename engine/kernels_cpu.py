@@ -84,7 +84,7 @@ def _all(kind: ir.Type, value: int) -> ir.Constant:
 
 
 def _splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    nothing = ir.Constant(_VECTOR, ir.Undefined)
+    nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
     first = builder.insert_element(nothing, value, ir.Constant(_I32, 0))
     return builder.shuffle_vector(first, nothing, _all(_I32, 0))
 
@@ -615,7 +615,7 @@ class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc] # noqa: SLF001 (ll
 _BFloat._create_instance()  # noqa: SLF001
 _WORDS = ir.VectorType(_I32, LANES)  # each a pair of bfloat16, the first one lower
 _PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
-_AT_ONCE = 8  # products that share a vector of the other side
+AT_ONCE = 8  # products that share a vector of the other side
 _KEYS = 32  # tokens of a round: a round's scores of a tile stay in the first-level cache
 
 
@@ -635,7 +635,7 @@ def _pair_products(
     typing: Any, lanes: Any, words: Any, first: Any, word_step: Any, pair_step: Any, pairs: Any,
     out: Any, out_at: Any, factor: Any,
 ) -> Any:  # fmt: skip
-    """out[k] = out[k] * factor + sum over p of lanes[p] . words[first + k * word_step + p * pair_step], of `_AT_ONCE` k.
+    """out[k] = out[k] * factor + sum over p of lanes[p] . words[first + k * word_step + p * pair_step], of `AT_ONCE` k.
 
     `lanes` is [pairs, LANES] and `out` float32 [.., LANES], of which row `out_at` is the first. `factor` is one for each lane;
     where it is None, `out` is not read.
@@ -663,36 +663,26 @@ def _pair_products(
 
         first, word_step, pair_step, pairs = (arguments[index] for index in (2, 3, 4, 5))
         lanes, words, out = data(0, _I32), builder.gep(data(1, _I32), [first]), data(6, _FLOAT)
-        rows = [
-            vector(out, builder.add(arguments[7], _number(k)), _VECTOR) for k in range(_AT_ONCE)
-        ]
+        rows = [vector(out, builder.add(arguments[7], _number(k)), _VECTOR) for k in range(AT_ONCE)]
         if fresh:
-            begins = [ir.Constant(_VECTOR, None)] * _AT_ONCE
+            begins = [ir.Constant(_VECTOR, None)] * AT_ONCE
         else:
             by = read(vector(data(8, _FLOAT), _number(0), _VECTOR))
             begins = [builder.fmul(read(row), by) for row in rows]
         totals = [cgutils.alloca_once_value(builder, begin) for begin in begins]
-        starts = [builder.gep(words, [builder.mul(word_step, _number(k))]) for k in range(_AT_ONCE)]
+        starts = [builder.gep(words, [builder.mul(word_step, _number(k))]) for k in range(AT_ONCE)]
         with cgutils.for_range(builder, pairs) as loop:
             shared = read(vector(lanes, loop.index, _WORDS))
             step = builder.mul(loop.index, pair_step)
             for total, start in zip(totals, starts, strict=True):
                 word = builder.load(builder.gep(start, [step]))
-                added = _pairs_added(
-                    builder, builder.load(total), shared, _splat_word(builder, word)
-                )
+                added = _pairs_added(builder, builder.load(total), shared, _splat(builder, word))
                 builder.store(added, total)
         for row, total in zip(rows, totals, strict=True):
             builder.store(builder.load(total), row).align = 4
         return context.get_dummy_value()
 
     return signature, generate
-
-
-def _splat_word(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    nothing = ir.Constant(_WORDS, ir.Undefined)
-    first = builder.insert_element(nothing, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, nothing, _all(_I32, 0))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -751,7 +741,7 @@ def attend_prompt(
     out: Array,  # as `query`
     threads: int,
 ) -> None:
-    """Causal attention in bfloat16, summed in float32. For processors with AVX512-BF16; head_dim is a multiple of `_AT_ONCE`.
+    """Causal attention in bfloat16, summed in float32. For processors with AVX512-BF16; head_dim is a multiple of `AT_ONCE`.
 
     A tile is one head of `LANES` tokens, and a lane one of them: nothing is summed across lanes, and nothing that a lane does
     depends on the others or on where its tile begins.
@@ -813,7 +803,7 @@ def attend_prompt(
             top[:] = -np.inf
             total[:] = 0
             for first in range(0, min(past + start + LANES, context), _KEYS):
-                for token in range(0, _KEYS, _AT_ONCE):
+                for token in range(0, _KEYS, AT_ONCE):
                     at = (kv_head * padded + first + token) * halves
                     _pair_products(asked, keys, at, halves, 1, halves, scores, token, None)
                 if first + _KEYS > past + start + 1:
@@ -835,7 +825,7 @@ def attend_prompt(
                         other = _power(scores[2 * pair + 1, lane] - top[lane])
                         total[lane] += one + other
                         parts[pair, lane] = _pair(one, other)
-                for d in range(0, size, _AT_ONCE):
+                for d in range(0, size, AT_ONCE):
                     at = (kv_head * padded + first) // 2 * size + d
                     _pair_products(parts, values, at, 1, size, _KEYS // 2, mixed, d, shrink)
             for lane in range(min(LANES, count - start)):

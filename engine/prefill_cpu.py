@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 def multiplies_bfloat16(head_dim: int) -> bool:
     """Whether `kernels_cpu.attend_prompt` runs here, for such heads."""
-    return kernels_cpu.processor_has("avx512bf16") and head_dim % 8 == 0
+    return kernels_cpu.processor_has("avx512bf16") and head_dim % kernels_cpu.AT_ONCE == 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,16 +128,17 @@ class Prefill:
         size = arena.geometry.block_tokens
         parts = [
             (
-                slice(segment.start, segment.start + segment.count),
+                query[run].numpy(),
                 np.array(segment.table[: -(-segment.context // size)], np.int64),
                 segment.context,
+                out[run].numpy(),
             )
             for segment in batch.segments
+            for run in (slice(segment.start, segment.start + segment.count),)
         ]
 
         def attend(layer: int) -> torch.Tensor:
-            for run, table, context in parts:
-                asked, answered = query[run].numpy(), out[run].numpy()
+            for asked, table, context, answered in parts:
                 kernels_cpu.attend_prompt(
                     asked, blocks, layer, table, context, np.float32(scaling), answered, threads
                 )

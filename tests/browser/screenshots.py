@@ -55,4 +55,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("/tmp/dashboard"))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("dashboard-pictures"))
