@@ -7,6 +7,8 @@ restored: a hundred sessions that come back at once are work too.
 Laws
     At most `max_turns` turns of `max_tokens` in all are admitted; one turn is, however large. At most `max_queued` turns
     of `max_queued_tokens` wait.
+    Where there are several tenants, an eighth of either is kept for those who have nothing admitted: one who fills the
+    rest with long answers makes nobody wait for their end.
     A place that becomes free goes to the waiting tenant with the fewest tokens admitted; among those that have the same, to
     the one that was served longest ago. A tenant's own turns are served as they came, and who is next is not
     overtaken because he is large.
@@ -15,6 +17,7 @@ Laws
     A turn that `check` refuses would be refused when it arrives, so nobody need read it.
     Whose deadline has passed is not admitted. Who leaves while waiting costs nothing. Admitted work is never shed, nor is
     a patient turn, which was promised to somebody who does not wait.
+    A place is for work: who has only words left to say gives it back, so a client that does not read holds up nobody.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ import trio
 from broker.errors import Overloaded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 AT_ONCE = "Too many turns are waiting; try again."
 IN_THE_LINE = (
     "Too many turns are waiting: this one waited, and no place became free for it; try again."
 )
+_KEPT = 0.125  # of the places, for tenants who have none (guessed)
 _PACE = 0.2  # weight of the newest turn in the running mean of their lengths (guessed)
 _FIRST_MEAN_S = 5.0  # until a turn has ended (guessed)
 
@@ -73,13 +77,17 @@ class Queue:
         max_queued: int,
         max_tokens: float = math.inf,
         max_queued_tokens: float = math.inf,
+        several: bool = False,
     ) -> None:
+        kept = _KEPT if several else 0.0
         self._max_turns = max_turns
         self._max_tokens = max_tokens
+        self._most = max_turns - math.ceil(max_turns * kept), max_tokens * (1 - kept)
         self._max_queued = max_queued
         self._max_queued_tokens = max_queued_tokens
         self._admitted: set[Ticket] = set()
         self._admitted_tokens: Counter[str] = Counter()  # {tenant: tokens}
+        self._admitted_turns: Counter[str] = Counter()  # {tenant: turns}
         self._lines: dict[str, deque[Ticket]] = {}  # {tenant: who waits}; served longest ago first
         self._waiting = 0
         self._waiting_tokens = 0
@@ -122,6 +130,7 @@ class Queue:
         else:
             self._admitted.remove(ticket)
             self._admitted_tokens[ticket.tenant] -= ticket.tokens
+            self._admitted_turns[ticket.tenant] -= 1
             self._mean_s += _PACE * (now - ticket.admitted_at - self._mean_s)
         return self._fill(now)
 
@@ -143,8 +152,13 @@ class Queue:
     def _fits(self, ticket: Ticket) -> bool:
         if not self._admitted:
             return True
-        tokens = sum(self._admitted_tokens.values()) + ticket.tokens
-        return len(self._admitted) < self._max_turns and tokens <= self._max_tokens
+        has_some = self._admitted_turns[ticket.tenant] > 0
+        turns, tokens = self._most if has_some else (self._max_turns, self._max_tokens)
+        in_all = sum(self._admitted_tokens.values()) + ticket.tokens
+        return len(self._admitted) < turns and in_all <= tokens
+
+    def _held_by(self, tenant: str) -> tuple[int, int]:
+        return self._admitted_tokens[tenant], self._admitted_turns[tenant]
 
     def _makes_room(self, arriving: Ticket) -> Ticket | None:
         """Who must leave the line for it; None: nobody need. Raises Overloaded if nobody can."""
@@ -178,7 +192,7 @@ class Queue:
         """Admit whoever is next while there is room."""
         admitted: list[Ticket] = []
         while self._waiting:
-            tenant = min(self._lines, key=lambda one: self._admitted_tokens[one])
+            tenant = min(self._lines, key=self._held_by)
             line = self._lines[tenant]
             following = line[0]
             if following.due < now:  # its own task is about to say so
@@ -207,6 +221,7 @@ class Queue:
         ticket.admitted_at = now
         self._admitted.add(ticket)
         self._admitted_tokens[ticket.tenant] += ticket.tokens
+        self._admitted_turns[ticket.tenant] += 1
 
 
 class Admission:
@@ -220,12 +235,14 @@ class Admission:
         queue_timeout_s: float,
         max_tokens: float = math.inf,
         max_queued_tokens: float = math.inf,
+        several: bool = False,
     ) -> None:
         self._queue = Queue(
             max_turns=max_turns,
             max_queued=max_queued,
             max_tokens=max_tokens,
             max_queued_tokens=max_queued_tokens,
+            several=several,
         )
         self._timeout_s = queue_timeout_s
         self._changed: dict[Ticket, trio.Event] = {}  # {who waits: set when admitted or refused}
@@ -233,22 +250,31 @@ class Admission:
     @asynccontextmanager
     async def place(
         self, tenant: str = "", tokens: int = 0, *, patient: bool = False
-    ) -> AsyncIterator[None]:
-        """Wait for a place and hold it. Raises Overloaded when the line is full, or too slow for someone who waits.
+    ) -> AsyncIterator[Callable[[], None]]:
+        """Wait for a place and hold it: to the end, or until what this gives is called, whichever is first.
 
-        A `patient` turn has nobody who waits: it stays in the line as long as it takes.
+        Raises Overloaded when the line is full, or too slow for someone who waits. A `patient` turn has nobody who waits:
+        it stays in the line as long as it takes.
         """
         wait_s = math.inf if patient else self._timeout_s
         ticket, changed = self._queue.arrive(
             trio.current_time(), tenant, tokens, wait_s=wait_s, patient=patient
         )
         self._tell(changed)
+        held = True
+
+        def give_back() -> None:
+            nonlocal held
+            if held:
+                held = False
+                self._tell(self._queue.depart(ticket, trio.current_time()))
+
         try:
             if ticket.admitted_at is None:
                 await self._wait(ticket)
-            yield
+            yield give_back
         finally:
-            self._tell(self._queue.depart(ticket, trio.current_time()))
+            give_back()
 
     def check(self, tenant: str = "") -> None:
         """Raises Overloaded if a turn of this tenant would be refused at once, whatever it weighs: before it is read."""

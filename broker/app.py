@@ -134,6 +134,7 @@ async def _serve_port(
             max_queued=config.admission.max_queued,
             max_queued_tokens=config.admission.max_queued_tokens,
             queue_timeout_s=config.admission.queue_timeout,
+            several=len({*config.auth.keys, *config.auth.operators}) > 1,
         ),
         clock=SystemClock(),
         new_id=new_id,

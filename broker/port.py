@@ -174,7 +174,7 @@ class Port:
             self.check_open()
             self.check_model(request.model)
             breakdown.model = request.model or self.config.model.name
-            await place.enter_async_context(
+            computed = await place.enter_async_context(
                 self.admission.place(
                     tenant.name, self._weigh(request, tenant, scope), patient=queued is not None
                 )
@@ -196,6 +196,7 @@ class Port:
                 cancellation=cancellation,
                 queued=queued,
                 breakdown=breakdown,
+                computed=computed,
             )
             breakdown.status = Status(outcome.response["status"])
             breakdown.reason = _reason(outcome.response)

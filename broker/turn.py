@@ -106,6 +106,9 @@ _ROOM_SHARE = 4
 _COMPACT_AT = 0.8  # of the context, where a compaction rule does not say (guessed)
 
 
+def _nothing() -> None: ...
+
+
 class Clock(Protocol):
     def now(self) -> float: ...  # seconds since the epoch
 
@@ -121,7 +124,7 @@ class Engine(Manifests, Protocol):
     def max_context(self) -> int: ...
     def new_request(self) -> RequestId: ...
     def generate(
-        self, submit: Submit
+        self, submit: Submit, ended: Callable[[], None] = ...
     ) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Output]]: ...
     def cancel(self, request: RequestId) -> None: ...
     def token_bytes(self, token: int) -> bytes: ...
@@ -212,10 +215,12 @@ async def run_turn(
     cancellation: Cancellation | None = None,
     queued: ResponseStream | None = None,
     breakdown: Breakdown | None = None,
+    computed: Callable[[], None] = _nothing,
 ) -> Outcome:
     """Serve one request. `emit` is awaited for each event in turn.
 
-    `queued` is the response's stream, where its first events have been said already.
+    `queued` is the response's stream, where its first events have been said already. `computed` is called when the answer
+    is whole, however much of it is still to be said.
     Whoever gets an outcome with something `behind` it runs that, once, or cancels it: others may wait for it.
     Raises BrokerError if nothing was emitted: the transport says it in its own way.
     """
@@ -232,6 +237,7 @@ async def run_turn(
         cancellation or Cancellation(),
         queued,
         breakdown or _unobserved(),
+        computed,
     )
     try:
         outcome = await turn.run()
@@ -314,6 +320,7 @@ class _Turn:
     cancellation: Cancellation = field(default_factory=Cancellation)
     queued: ResponseStream | None = None
     breakdown: Breakdown = field(default_factory=_unobserved)
+    computed: Callable[[], None] = _nothing
     started: bool = False  # the first event is out: from now on, errors are events
 
     async def run(self) -> Outcome:
@@ -513,7 +520,9 @@ class _Turn:
         """What the engine answers. Raises BadRequest for a schema or grammar that cannot be enforced."""
         async with AsyncExitStack() as stack:
             try:
-                outputs = await stack.enter_async_context(self.engine.generate(submit))
+                outputs = await stack.enter_async_context(
+                    self.engine.generate(submit, self.computed)
+                )
             except ConstraintRefused as refused:
                 raise _unenforceable(refused) from refused
             yield outputs

@@ -9,18 +9,19 @@ Laws
     quarter as fast as alone, whatever the machine. What a step took for prefills is owed to decodes, which run alone
     until they have had it; then prefills are in the plan again, so they do not starve.
     Prefills share what is left evenly (a short delta beside a long prompt is done after one step); none gets nothing.
-    Sequences are admitted in arrival order; one that does not fit holds back those behind it, so nothing starves.
+    The tenant who has the fewest sequences under way is next, each tenant's own in arrival order, as are tenants who have
+    as many. One that is next and does not fit holds back those behind it, so nothing starves.
     At most `max_loading` sequences restore from disk at once. Those that wait for that, or for the disk to say what it
     has of them, hold nothing and are passed by others that need no disk.
     A chunk never crosses the end of a range: what stands behind a hole has its KV already.
 
-How: `waiting` is a queue. `admissible` names the first that may start; the engine then loads it. `plan` gives
+How: `waiting` is a queue. `admissible` names the one that may start; the engine then loads it. `plan` gives
 decodes one token each and fills the rest by water-filling: the shortest range first, each at most an even share.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -104,12 +105,15 @@ class Scheduler:
         return sum(each.reads_disk for each in self.loading) < self._max_loading
 
     def admissible(self) -> Sequence | None:
-        """The first in the queue that does not wait for the disk, if it may start beside those that hold slots."""
+        """Who is next of those that do not wait for the disk, if it may start beside those that hold slots."""
         may_read = self.may_read()
-        first = next(
-            (s for s in self.waiting if not s.looking_up and (may_read or not s.reads_disk)), None
-        )
         active = [*self.loading, *self.running]
+        under_way = Counter(s.tenant for s in active)
+        first = min(
+            (s for s in self.waiting if not s.looking_up and (may_read or not s.reads_disk)),
+            key=lambda s: under_way[s.tenant],
+            default=None,
+        )
         if first is None or not active:
             return first
         if len(active) >= self._max_running:

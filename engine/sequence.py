@@ -78,6 +78,11 @@ class Sequence:
         return self.submit.request
 
     @property
+    def tenant(self) -> bytes:
+        """Whose it is: what keeps his blocks apart from others'."""
+        return self.submit.salt
+
+    @property
     def prompt_tokens(self) -> int:
         return len(self.submit.prompt)
 

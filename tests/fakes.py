@@ -201,7 +201,9 @@ class FakeService:
         return RequestId(next(self._requests))
 
     @asynccontextmanager
-    async def generate(self, submit: Submit) -> AsyncIterator[trio.MemoryReceiveChannel[Output]]:
+    async def generate(
+        self, submit: Submit, ended: Callable[[], None] = lambda: None
+    ) -> AsyncIterator[trio.MemoryReceiveChannel[Output]]:
         matcher = None
         if submit.sampling.constraint is not None:
             await trio.lowlevel.checkpoint()
@@ -209,7 +211,7 @@ class FakeService:
         send, receive = trio.open_memory_channel[Any](submit.sampling.max_tokens + 4)
         self.submitted.append(submit)
         self._running[submit.request] = trio.CancelScope()
-        self.nursery.start_soon(self._run, submit, send, matcher)
+        self.nursery.start_soon(self._run, submit, send, matcher, ended)
         try:
             yield receive
         finally:
@@ -224,7 +226,11 @@ class FakeService:
             self._running[request].cancel()
 
     async def _run(
-        self, submit: Submit, send: trio.MemorySendChannel[Output], matcher: Matcher | None
+        self,
+        submit: Submit,
+        send: trio.MemorySendChannel[Output],
+        matcher: Matcher | None,
+        ended: Callable[[], None],
     ) -> None:
         request, sampling, prompt = submit.request, submit.sampling, submit.prompt
         with send:
@@ -233,6 +239,7 @@ class FakeService:
             if (refusal := self._refusal(submit)) is not None:
                 del self._running[request]
                 send.send_nowait(refusal)
+                ended()
                 return
             cached = self._cached(submit)
             said: list[int] = []
@@ -273,6 +280,7 @@ class FakeService:
             usage = Usage(len(prompt), cached, computed, len(said), recomputed=_reasons(computed))
             self.finished.append(Finished(request, reason, usage, lease, (b"k" * 32,)))
             _offer(send, self.finished[-1])
+            ended()
 
     def _likelihoods(self, tokens: TokenIds, sampling: Sampling) -> tuple[Likelihood, ...]:
         """Alternatives are the ids before it, each twice as unlikely as the last."""

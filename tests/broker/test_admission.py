@@ -1,5 +1,7 @@
 """Bounded in turns and tokens, fair to tenants, and nobody is dropped in silence."""
 
+import math
+
 import pytest
 import trio
 from hypothesis import event, given
@@ -17,16 +19,25 @@ STEPS = st.lists(
 )
 
 
-@given(st.integers(1, 3), st.integers(0, 4), st.integers(1, 20), st.integers(1, 20), STEPS)
+@given(
+    st.integers(1, 9),
+    st.integers(0, 4),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.booleans(),
+    STEPS,
+)
 def test_the_queue_is_bounded_and_fair_and_gives_free_places_away_at_once(
-    max_turns, max_queued, max_tokens, max_queued_tokens, script
+    max_turns, max_queued, max_tokens, max_queued_tokens, several, script
 ):
     queue = Queue(
         max_turns=max_turns,
         max_queued=max_queued,
         max_tokens=max_tokens,
         max_queued_tokens=max_queued_tokens,
+        several=several,
     )
+    kept = 0.125 if several else 0
     here = []  # in order of arrival
     was_admitted = set()
 
@@ -53,13 +64,19 @@ def test_the_queue_is_bounded_and_fair_and_gives_free_places_away_at_once(
         assert len(impatient) <= max_queued
         if waiting():  # somebody waits: then the next in line has no room
             held = {
-                t.tenant: sum(a.tokens for a in admitted if a.tenant == t.tenant) for t in waiting()
+                t.tenant: sorted(a.tokens for a in admitted if a.tenant == t.tenant)
+                for t in waiting()
             }
-            poorest = min(held.values())
-            heads = [waiting(tenant)[0] for tenant in held if held[tenant] == poorest]
-            full = len(admitted) == max_turns
+            poorest = min((sum(tokens), len(tokens)) for tokens in held.values())
+            heads = [
+                waiting(tenant)[0]
+                for tenant, tokens in held.items()
+                if (sum(tokens), len(tokens)) == poorest
+            ]
+            share = kept if poorest[1] else 0
             used = sum(t.tokens for t in admitted)
-            assert full or any(used + t.tokens > max_tokens for t in heads)
+            full = len(admitted) >= max_turns - math.ceil(max_turns * share)
+            assert full or any(used + t.tokens > max_tokens * (1 - share) for t in heads)
             assert admitted
         seen = queue.statistics()
         assert (seen.admitted, seen.waiting) == (len(admitted), len(waiting()))
@@ -103,6 +120,33 @@ def test_a_tenant_with_a_thousand_turns_does_not_delay_anothers_one():
     assert changed == [flood[-1]], "the newest of the flood made room"
     assert flood[-1].refused
     assert queue.depart(flood[0], 2.0) == [alone], "the next free place is his"
+
+
+def test_an_eighth_of_the_places_is_kept_for_tenants_who_have_none():
+    queue = Queue(max_turns=16, max_queued=100, max_tokens=1600, several=True)
+    flood = [queue.arrive(0.0, "flood", 10)[0] for _ in range(50)]
+    assert [one.admitted_at for one in flood].count(0.0) == 14
+    first, _ = queue.arrive(1.0, "modest", 100)
+    second, _ = queue.arrive(1.0, "modest", 100)
+    other, _ = queue.arrive(1.0, "other", 1000)
+    assert (first.admitted_at, second.admitted_at, other.admitted_at) == (1.0, None, 1.0)
+
+
+def test_a_lone_tenant_has_all_the_places():
+    queue = Queue(max_turns=16, max_queued=100, max_tokens=1600)
+    turns = [queue.arrive(0.0, "", 100)[0] for _ in range(20)]
+    assert [one.admitted_at for one in turns].count(0.0) == 16
+
+
+async def test_a_place_that_is_given_back_early_is_somebody_else_s_at_once(autojump_clock):
+    admission = Admission(max_turns=1, max_queued=2, queue_timeout_s=10)
+    async with admission.place() as give_back:
+        give_back()
+        give_back()
+        async with admission.place():
+            assert admission.statistics().admitted == 1
+        assert admission.statistics().admitted == 0
+    assert (admission.statistics().admitted, admission.statistics().waiting) == (0, 0)
 
 
 def test_a_large_turn_is_admitted_alone_and_is_not_overtaken_for_its_size():

@@ -4,6 +4,7 @@ import itertools
 import json
 import struct
 from contextlib import suppress
+from types import SimpleNamespace
 
 import h11
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from broker.websocket import Fragments
+from broker.config import WebSocket
+from broker.websocket import Fragments, Metered
 from tests.broker.rig import open_rig
 from tests.broker.wire.grammar import TERMINALS, check_events
 from tests.fakes import saying
@@ -757,6 +759,53 @@ async def test_the_connection_limit_in_the_middle_of_a_text_tears_no_event(autoj
             assert numbers == list(range(len(numbers)))
             assert not {event["type"] for event in events} & set(TERMINALS)
             assert await client.closed() == 1000
+
+
+async def test_a_peer_that_reads_nothing_holds_no_place_that_others_wait_for(autojump_clock):
+    sets = ("websocket.send_timeout=1h", "websocket.ping_interval=1h", "admission.max_turns=1")
+    async with open_rig(*sets, reply=saying("x" * 3000)) as rig:
+        client, server = trio.testing.lockstep_stream_pair()
+        rig.nursery.start_soon(rig.door.serve, server)
+        await client.send_all(handshake())
+        await client.receive_some()
+        await client.send_all(frame(b'{"type":"response.create","input":"Hi."}'))
+        await trio.sleep(1)
+        assert rig.port.under_way, "it is still being said"
+        async with rig.websocket() as other:
+            check_events(await other.turn())
+        assert trio.current_time() < 10
+        await client.aclose()
+
+
+class Sent:
+    """A peer's bytes, of which a read gets as many as it asks for."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.reads: list[bytes] = []
+
+    async def receive_some(self, max_bytes):
+        await trio.lowlevel.checkpoint()
+        self.reads.append(self.data[:max_bytes])
+        self.data = self.data[max_bytes:]
+        return self.reads[-1]
+
+
+@pytest.mark.parametrize(
+    ("message", "most"),
+    [(frame(b"x"), 16), (frame(b"", opcode=9), 16), (frame(b"x" * 9000), 1)],
+)
+async def test_small_frames_are_read_a_few_at_a_time_and_large_ones_as_ever(message, most):
+    """What is read at once is parsed in one go, and the loop stands meanwhile."""
+    sent = Sent(message * 2000)
+    arrival = SimpleNamespace(stream=sent, head_bytes=0)
+    metered = Metered(arrival, WebSocket(max_empty=1 << 30), pytest.fail)
+    received = b""
+    while data := await metered.receive_some(4096):
+        received += data
+    assert received == message * 2000
+    sizes = [len(read) for read in sent.reads[1:-2]]
+    assert set(sizes) == {min(most * len(message), 4096)}
 
 
 async def test_a_peer_that_reads_nothing_is_dropped_after_the_send_timeout(autojump_clock):

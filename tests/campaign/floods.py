@@ -2,7 +2,7 @@
 
     python -m tests.campaign.floods [--seconds 60] [--quick]
 
-From addresses of their own (127.0.0.2 and on): half-open connections that never end their head, WebSockets that send empty
+From addresses of their own (127.0.0.2 and on), with a key of their own: half-open connections that never end their head, WebSockets that send empty
 fragments, pings, single characters and messages that are too large, and clients that ask for answers and read none.
 Passes if: a good client's turn on a new connection takes under a second at the 99th percentile; the daemon closes every flood
 by itself; its memory grows by less than 200 MB; when the attackers have gone nothing is held and nothing runs. The
@@ -39,11 +39,15 @@ if TYPE_CHECKING:
 QUICK_S = 2.0
 SETTINGS = stub.settings(
     device=400,
+    auth__keys='["flood", "good"]',
+    auth__operators='["operator"]',
     websocket__max_message="1MiB",
     websocket__send_timeout="3s",
     http__send_timeout="3s",
     http__head_timeout="2s",
 )
+GOOD, OPERATOR = ({"authorization": f"Bearer {key}"} for key in ("good", "operator"))
+UPGRADE = HANDSHAKE.replace(b"\r\n\r\n", b"\r\nAuthorization: Bearer flood\r\n\r\n")
 CROWDS = {
     "half_open": 300,
     "fragments": 7,
@@ -89,7 +93,7 @@ class Flood:
             await trio.sleep(min(1.0, seconds / 4))
             while trio.current_time() < due:
                 body = body_of("responses", "A good one.", 4, store=False)
-                answer = await ask(self.url, "POST", PATHS["responses"], body)
+                answer = await ask(self.url, "POST", PATHS["responses"], body, headers=GOOD)
                 if answer.status == 200:
                     self.times_s.append(answer.taken_s)
                 else:
@@ -142,7 +146,7 @@ class Flood:
     async def unread(self, stream: trio.SocketStream) -> None:
         """Asks again and again, and reads nothing."""
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        await stream.send_all(HANDSHAKE)
+        await stream.send_all(UPGRADE)
         while True:
             body = {"type": "response.create", **body_of("responses", "Speak.", 16, store=False)}
             text = json.dumps(body).encode()
@@ -150,7 +154,7 @@ class Flood:
             await trio.sleep(0.05)
 
     async def _upgraded(self, stream: trio.SocketStream) -> None:
-        await stream.send_all(HANDSHAKE)
+        await stream.send_all(UPGRADE)
         answer = b""
         while b"\r\n\r\n" not in answer:
             if not (more := bytes(await stream.receive_some(4096))):
@@ -178,10 +182,10 @@ class Flood:
 async def quiet(url: str, verdict: Verdict) -> None:
     """Nothing is held and nothing runs."""
     names = ("running", "waiting", "refs", "turns_admitted", "turns_queued")
-    verdict.require(await gone(url) == 0, "WebSockets are still held")
+    verdict.require(await gone(url, OPERATOR) == 0, "WebSockets are still held")
     seen: dict[str, float] = {}
     for _ in range(100):
-        seen = await metrics(url)
+        seen = await metrics(url, OPERATOR)
         if not any(seen[f"homeport_{name}"] for name in names):
             return
         await trio.sleep(0.1)

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import trio
@@ -26,6 +27,9 @@ from tests.campaign import stub
 from tests.campaign.verdict import Verdict
 from tests.campaign.visitors import PATHS, ask, body_of, faults, holdings, metrics, percentile
 from tests.campaign.zygote import StubDaemon, Zygote
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 QUICK = (200, 20)
 SERVED_S = 1.0
@@ -108,11 +112,11 @@ async def newcomers(url: str, verdict: Verdict) -> list[float]:
     return times
 
 
-async def gone(url: str) -> float:
+async def gone(url: str, headers: Mapping[str, str] | None = None) -> float:
     """WebSockets still held, once that is none or ten seconds have passed."""
     held = 1.0
     for _ in range(100):
-        held = (await metrics(url))["homeport_websockets"]
+        held = (await metrics(url, headers))["homeport_websockets"]
         if not held:
             break
         await trio.sleep(0.1)

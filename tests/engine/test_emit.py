@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import trio
 import trio.testing
 
-from engine.api import RequestId, Sampled, Sampling, Step, Submit
+from engine.api import Finished, FinishReason, RequestId, Sampled, Sampling, Step, Submit
 from engine.service import EngineService
 
 
@@ -51,3 +51,37 @@ async def test_on_a_cpu_a_step_s_events_go_out_before_the_next_step_takes_the_co
             await engine._hand_over(Step((Sampled(RequestId(1), (token,)),), ()))
             assert sent[-1:] == [token]
         nursery.cancel_scope.cancel()
+
+
+async def test_a_loop_that_does_not_keep_up_does_not_hold_the_engine_for_all_it_has_to_do(
+    mock_clock, monkeypatch
+):
+    monkeypatch.setattr("engine.service._EVENT_PASSES", 50)
+    engine = service()
+    passes = 0
+
+    async def busy():
+        nonlocal passes
+        while True:
+            passes += 1
+            mock_clock.jump(0.05)
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(busy)
+        await trio.lowlevel.checkpoint()
+        before = passes
+        await engine._hand_over(Step((), ()))
+        assert passes - before <= 3  # trio runs what is ready in any order
+        nursery.cancel_scope.cancel()
+
+
+async def test_whoever_asked_to_know_is_told_when_all_is_there_though_he_has_read_nothing():
+    engine = service()
+    told: list[bool] = []
+    submit = Submit(RequestId(1), "s", b"", (1,), Sampling(max_tokens=60))
+    async with engine.generate(submit, lambda: told.append(True)):
+        engine._deliver(Step((Sampled(RequestId(1), (5,)),), ()))
+        assert not told
+        engine._deliver(Step((Finished(RequestId(1), FinishReason.LENGTH, None, None, ()),), ()))
+        assert told == [True]

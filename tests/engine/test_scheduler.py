@@ -10,11 +10,13 @@ from engine.scheduler import Scheduler
 from engine.sequence import Phase, Sequence
 
 
-def sequence(prompt: int, *, output: int = 8, computed: int = 0, request: int = 1) -> Sequence:
+def sequence(
+    prompt: int, *, output: int = 8, computed: int = 0, request: int = 1, salt: bytes = b""
+) -> Sequence:
     submit = Submit(
         request=RequestId(request),
         session="s",
-        salt=b"",
+        salt=salt,
         prompt=tuple(range(prompt)),
         sampling=Sampling(max_tokens=output),
     )
@@ -250,6 +252,27 @@ def test_who_waits_for_the_disk_is_passed_by_others_and_keeps_the_place_among_it
     target.start_running(first)
     assert target.admissible() is second
     assert list(target.waiting) == [second, third, lookup]
+
+
+def test_the_tenant_who_has_least_under_way_is_next_and_his_own_keep_their_order():
+    target = scheduler(max_running=16)
+    flood = [sequence(4, salt=b"flood") for _ in range(5)]
+    modest = [sequence(4, salt=b"modest") for _ in range(2)]
+    for each in (*flood, *modest):
+        target.enqueue(each)
+    begun = []
+    while (following := target.admissible()) is not None:
+        target.start_loading(following)
+        begun.append(following)
+    assert begun == [flood[0], modest[0], flood[1], modest[1], *flood[2:]]
+
+
+def test_who_is_next_and_does_not_fit_holds_back_the_other_tenants_too():
+    target = scheduler(device_slots=12)
+    start(target, sequence(30, salt=b"flood"))
+    target.enqueue(sequence(1, salt=b"flood"))
+    target.enqueue(sequence(20, salt=b"modest"))
+    assert target.admissible() is None
 
 
 def test_what_is_loaded_from_memory_is_not_limited():
