@@ -501,6 +501,13 @@ MUTANTS = (
         HITS,
     ),
     Mutant(
+        "what finds no room at a start is adopted from an older slice",
+        CACHE,
+        "                self._drop_record(entry.key, actions)\n                self._note_dirty(block, now)",
+        "                actions.append(Drop(entry.key))\n                self._note_dirty(block, now)",
+        HITS,
+    ),
+    Mutant(
         "a slice older than a drop is believed",
         CACHE,
         "if self._gone is None or entry.key in self._gone:",

@@ -648,11 +648,8 @@ class TieredCache:
                 if key in shared or (block is not None and self._is_needed(block)):
                     break
                 if block is None:
-                    if (
-                        self._gone is not None
-                    ):  # perhaps on a part of the disk that is not known yet
-                        actions.append(Drop(key))
-                        self._gone.add(key)
+                    if self._gone is not None:  # perhaps on a part of the disk not known yet
+                        self._drop_record(key, actions)
                 elif block.busy:
                     self._deletions.append((keys[at:], shared))
                     break
@@ -963,10 +960,14 @@ class TieredCache:
         self._evictions[tier][cause] += 1
 
     def _drop(self, block: Block, actions: list[Action], cause: str) -> None:
-        actions.append(Drop(block.key))
-        if self._gone is not None:
-            self._gone.add(block.key)
+        self._drop_record(block.key, actions)
         self._vacate(block, Tier.DISK, cause)
+
+    def _drop_record(self, key: BlockKey, actions: list[Action]) -> None:
+        """What was read of the index before the drop is done may name it still: it is not adopted any more."""
+        actions.append(Drop(key))
+        if self._gone is not None:
+            self._gone.add(key)
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -1048,8 +1049,7 @@ class TieredCache:
         block = self._index.get(key)
         if block is None:
             if tier is Tier.DISK and self._gone is not None:  # not known yet
-                actions.append(Drop(key))
-                self._gone.add(key)
+                self._drop_record(key, actions)
         elif tier in block.places and not block.busy and not (block.refs and tier is Tier.DEVICE):
             self._refuse_place(block, tier, actions)
             for hold in self._holds:
@@ -1108,13 +1108,13 @@ class TieredCache:
                 block = self._index.adopt(entry, last_used=entry.last_used - _LONG_AGO_S)
                 self._where.reweigh(self._index.siblings(block))
             else:
-                actions.append(Drop(entry.key))
+                self._drop_record(entry.key, actions)
                 continue
             slot = self._adopted_slot(block, now, actions)
             if slot is not None:
                 self._where.place(block, Tier.DISK, slot)
             else:
-                actions.append(Drop(entry.key))
+                self._drop_record(entry.key, actions)
                 self._note_dirty(block, now)
                 self._settle(block)
         return actions

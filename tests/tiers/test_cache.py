@@ -511,6 +511,19 @@ def test_a_child_is_not_kept_at_its_parents_cost():
     small.check()
 
 
+def test_a_record_that_found_no_room_is_not_adopted_from_an_older_slice_either():
+    old = make()
+    turn(old, tuple(range(8)), 1)
+    head, tail = spilled(old)
+    small = make(disk=1)
+    small.begin_adopting(0)
+    assert small.adopt([entry(head, 1.0), entry(tail, 5.0)], 0.0) == [Drop(tail.key)]
+    assert small.forget_chain((head.key,), (), 1.0) == [Drop(head.key)]
+    assert small.adopt([entry(tail, 5.0)], 2.0) == []
+    assert pool(small, Tier.DISK).held == 0
+    small.check()
+
+
 def test_a_record_that_was_computed_anew_before_it_was_read_is_not_written_again():
     old = make()
     turn(old, tuple(range(9)), 1)
