@@ -92,7 +92,7 @@ class FusedModel:
         nothing = torch.empty(0, 0)
         net = Net(
             matrices=lay_out(matrices),
-            embedding=weights[EMBEDDING].numpy(),
+            embedding=weights[EMBEDDING].clone().numpy(),
             norms=torch.stack([*norms, weights[LAST_NORM]]).numpy(),
             biases=(
                 torch.cat(stacked(BIASES)).reshape(len(layers), -1) if found.biased else nothing

@@ -19,7 +19,8 @@ Laws
     In bfloat16, with AVX512-BF16, a prompt's KV and logits are the same to the bit however it is cut into chunks, whatever it is
     batched with and wherever its blocks are: every product and sum is of one token's own, in one order. (A chunk of the last
     token alone is a decode.)
-    A weight is in memory once in each dtype: the model's own float32 parameters become views of what is laid together here.
+    Nothing here is a view of the model's own parameters, which are the mapped file: with the model it goes, and what is left
+    in memory is a weight once in each dtype.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ class Prefill:
         layers = tuple(
             Layer(
                 projections=laid(prefix, PROJECTIONS),
-                out=found.weights[prefix + OUT].to(dtype),
+                out=found.weights[prefix + OUT].to(dtype, copy=True),
                 gate_and_up=laid(prefix, GATE_AND_UP),
-                down=found.weights[prefix + DOWN].to(dtype),
+                down=found.weights[prefix + DOWN].to(dtype, copy=True),
             )
             for prefix in found.layers
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -167,6 +169,18 @@ def test_a_wrong_weight_in_it_is_refused_at_load(loaded):
     net.norms[2, 0] += 1
     with pytest.raises(UnsupportedModel, match="differ"):
         compare(loaded)
+
+
+def test_weights_that_no_pass_reads_leave_the_memory_with_the_model(loaded, tmp_path):
+    rounded = narrower(loaded, tmp_path, prefill_dtype="bfloat16")
+    runner = Runner(rounded, Arena(rounded.geometry, slots=4))
+    products = weakref.ref(rounded.model.model.layers[0].mlp.down_proj.weight)
+    assert products() is not None
+    del rounded
+    gc.collect()
+    assert products() is None
+    segment = Segment(0, 2, 2, (1,), logits=1)
+    assert runner.run(Batch([5, 6], [0, 1], [segment])).isfinite().all()
 
 
 def test_a_model_that_is_not_exactly_of_the_known_shape_is_left_to_transformers(loaded):
