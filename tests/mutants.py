@@ -1572,6 +1572,13 @@ MUTANTS = (
         ("tests/engine/test_scheduler.py",),
     ),
     Mutant(
+        "calm: a client event that we do not know is a fault of ours",
+        "broker/websocket.py",
+        '                log.debug("ignored a client event of a type that we do not know")\n',
+        "                raise KeyError(frame)\n",
+        ("tests/broker/test_frames_fuzz.py",),
+    ),
+    Mutant(
         "calm: small frames are read by the thousand",
         "broker/websocket.py",
         "min(self._room, max_bytes)",
