@@ -21,7 +21,6 @@ from tiers.block import StoreError
 if TYPE_CHECKING:
     from broker.access import Tenant
     from broker.port import Port
-    from engine.api import EngineReport
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class Pinned:
 
     session: str
     held_bytes: int
-    tokens: int  # of the session's KV that leases know
+    tokens: int  # of its longest turn that is known
     ttl_s: int
     expires_at: int  # seconds since the epoch
 
@@ -57,10 +56,9 @@ async def pin(port: Port, tenant: Tenant, session: str, asked_s: float) -> Pinne
     """Keep a session's KV for a time. Raises NotFound, or ClientError 409 over the quota."""
     seconds = min(asked_s, port.config.tiers.ttl_max)
     held = await port.engine.pin(tenant.salt, session, seconds)
-    report = await port.engine.inspect()
-    tokens = _tokens(report, session)
+    turns = port.sessions.of_session(tenant.name, session)
     if not held:
-        if held is None and port.sessions.of_session(tenant.name, session) and tokens:
+        if held is None and turns:
             raise ClientError(
                 f"Pins may cover at most {port.config.tiers.pins:.0%} of the host tier, and '{session}'"
                 " does not fit in what is left. End another pin, or raise tiers.pins.",
@@ -73,6 +71,7 @@ async def pin(port: Port, tenant: Tenant, session: str, asked_s: float) -> Pinne
             param="session",
         )
     expires_at = int(port.clock.now() + seconds)
+    tokens = max((len(node.tokens) for node in turns), default=0)
     return Pinned(session, held, tokens, int(seconds), expires_at)
 
 
@@ -120,7 +119,3 @@ async def forget_response(port: Port, tenant: Tenant, response_id: str) -> bool:
 def _cannot_delete(error: StoreError) -> Overloaded:
     log.warning("nothing was deleted: %s", error)
     return Overloaded("The disk cannot delete now; try again.", retry_after_s=_RETRY_AFTER_S)
-
-
-def _tokens(report: EngineReport, session: str) -> int:
-    return max((one.tokens for one in report.sessions if one.session == session), default=0)

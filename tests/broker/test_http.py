@@ -1,11 +1,9 @@
 """The HTTP side against a fake engine, over socket pairs."""
 
-import dataclasses
 import json
 import logging
 import socket
 import threading
-from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -14,7 +12,7 @@ from broker.admission import AdmissionStatistics
 from broker.metrics import EdgeReport, render
 from broker.routes.body import understood
 from broker.session import Sessions
-from engine.api import DiskReport, EngineReport, PinReport, RefuseReason, SessionReport, TierReport
+from engine.api import DiskReport, EngineReport, PinReport, RefuseReason, TierReport
 from tests.broker.rig import open_rig
 from tests.broker.wire.grammar import check_events, check_response
 from tests.fakes import FakeService, saying
@@ -586,24 +584,8 @@ async def test_headers_that_name_a_session_have_its_kv_fetched_before_the_body_i
         assert rig.engine.prefetched == [node.tokens]
 
 
-class Warm(FakeService):
-    """A fake that lists what it was submitted as warm, as the engine does."""
-
-    async def inspect(self, *, sessions=True):
-        names = dict.fromkeys(submit.session for submit in self.submitted)
-        sessions = tuple(SessionReport(name, "HUMAN_WAIT", 100, 0.0) for name in names)
-        return dataclasses.replace(await super().inspect(), sessions=sessions)
-
-
-@asynccontextmanager
-async def warm_rig(*sets):
-    async with open_rig(*sets) as rig:
-        rig.engine = rig.port.engine = Warm(rig.nursery, reply=saying("Hello there."))
-        yield rig
-
-
 async def test_a_pin_is_granted_for_no_longer_than_the_most_and_is_listed():
-    async with warm_rig("tiers.ttl_max=2h") as rig:
+    async with open_rig("tiers.ttl_max=2h") as rig:
         browser = rig.browser()
         body = {"input": "Hi.", "prompt_cache_key": "a/b"}
         response_id = (await browser.request("POST", "/v1/responses", body)).json["id"]
@@ -613,7 +595,7 @@ async def test_a_pin_is_granted_for_no_longer_than_the_most_and_is_listed():
                 assert answer.json == {
                     "session": "a/b",
                     "held_bytes": 1024,
-                    "tokens": 100,
+                    "tokens": len(rig.engine.fed[0][1]),
                     "ttl_s": granted,
                     "expires_at": 1_000_000_000 + granted,
                 }
@@ -632,7 +614,7 @@ async def test_a_pin_is_granted_for_no_longer_than_the_most_and_is_listed():
 
 
 async def test_a_pin_over_the_quota_is_a_conflict_and_one_of_nothing_is_not_found():
-    async with warm_rig() as rig:
+    async with open_rig() as rig:
         browser = rig.browser()
         body = {"input": "Hi.", "prompt_cache_key": "s"}
         await browser.request("POST", "/v1/responses", body)

@@ -138,6 +138,17 @@ async def test_a_tenant_hits_anothers_kv_only_where_it_is_shared_and_its_ids_nev
         assert (await browser.request("GET", path, x_api_key="alice-key")).status == 200
 
 
+async def test_a_pin_says_nothing_of_another_tenants_session_of_the_same_name():
+    async with open_rig(TWO_KEYS) as rig:
+        browser = rig.browser()
+        for key, words in (("alice-key", 5), ("bob-key", 500)):
+            body = {"input": "word " * words, "prompt_cache_key": "main"}
+            await browser.request("POST", "/v1/responses", body, x_api_key=key)
+        pin = {"session": "main", "ttl": "1h"}
+        pinned = await browser.request("POST", "/admin/pins", pin, x_api_key="alice-key")
+        assert pinned.json["tokens"] == len(rig.engine.fed[0][1])
+
+
 def test_two_keys_in_one_request_are_the_first_ones_tenant_or_none():
     door = access()
     both = [
