@@ -368,7 +368,7 @@ class FakeService:
 
     async def pin(self, salt: bytes, session: str, seconds: float) -> int | None:
         await trio.lowlevel.checkpoint()
-        if self.faults.pin or session not in {submit.session for submit in self.submitted}:
+        if self.faults.pin or (salt, session) not in {(s.salt, s.session) for s in self.submitted}:
             return None
         self.pinned[salt, session] = seconds
         return 1024

@@ -144,6 +144,7 @@ def add_commands(commands: Commands) -> None:
         "--tier", choices=("host", "disk"), required=True, help="where to: RAM, or disk"
     )
     demote.add_argument("--session", metavar="ID", help="one session; all of them without it")
+    _add_tenant(demote)
     demote.set_defaults(run=_demote)
 
     pin = add(commands, "pin", _PIN)
@@ -154,17 +155,28 @@ def add_commands(commands: Commands) -> None:
     pin.add_argument(
         "--ttl", required=True, metavar="TIME", help='for how long, such as "30m" or "1h"'
     )
+    _add_tenant(pin)
     pin.set_defaults(run=_pin)
 
     unpin = add(commands, "unpin", _UNPIN)
     add_daemon(unpin)
     unpin.add_argument("--session", metavar="ID", required=True, help="the session's name")
+    _add_tenant(unpin)
     unpin.set_defaults(run=_unpin)
 
     forget = add(commands, "forget", _FORGET)
     add_daemon(forget)
     forget.add_argument("--session", metavar="ID", required=True, help="the session's name")
+    _add_tenant(forget)
     forget.set_defaults(run=_forget)
+
+
+def _add_tenant(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tenant",
+        metavar="NAME",
+        help="whose session, for an operator's key: as `homeport turns --json` and the dashboard name him",
+    )
 
 
 def _sessions(arguments: argparse.Namespace) -> int:
@@ -268,7 +280,11 @@ def _disk_line(disk: Mapping[str, Any]) -> str:
 
 
 def _demote(arguments: argparse.Namespace) -> int:
-    body = {"tier": arguments.tier, "session": arguments.session}
+    body = {
+        "tier": arguments.tier,
+        "session": arguments.session,
+        "tenant": arguments.tenant,
+    }
     answer = ask(arguments, "POST", "/admin/demote", body)
     if arguments.json:
         print(json.dumps(answer, indent=2))
@@ -278,7 +294,12 @@ def _demote(arguments: argparse.Namespace) -> int:
 
 
 def _pin(arguments: argparse.Namespace) -> int:
-    body = {"session": arguments.session, "response_id": arguments.response, "ttl": arguments.ttl}
+    body = {
+        "session": arguments.session,
+        "response_id": arguments.response,
+        "ttl": arguments.ttl,
+        "tenant": arguments.tenant,
+    }
     answer = ask(arguments, "POST", "/admin/pins", body)
     if arguments.json:
         print(json.dumps(answer, indent=2))
@@ -291,13 +312,13 @@ def _pin(arguments: argparse.Namespace) -> int:
 
 
 def _unpin(arguments: argparse.Namespace) -> int:
-    answer = ask(arguments, "DELETE", f"/admin/pins/{_quoted(arguments.session)}")
+    answer = ask(arguments, "DELETE", f"/admin/pins/{_named(arguments)}")
     print(json.dumps(answer, indent=2) if arguments.json else f"{answer['session']}: not pinned")
     return 0
 
 
 def _forget(arguments: argparse.Namespace) -> int:
-    answer = ask(arguments, "DELETE", f"/admin/sessions/{_quoted(arguments.session)}")
+    answer = ask(arguments, "DELETE", f"/admin/sessions/{_named(arguments)}")
     if arguments.json:
         print(json.dumps(answer, indent=2))
     else:
@@ -305,8 +326,12 @@ def _forget(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _quoted(name: str) -> str:
-    return urllib.parse.quote(name, safe="")
+def _named(arguments: argparse.Namespace) -> str:
+    """A session, and whose, as a path's end."""
+    name = urllib.parse.quote(arguments.session, safe="")
+    if arguments.tenant is None:
+        return name
+    return f"{name}?{urllib.parse.urlencode({'tenant': arguments.tenant})}"
 
 
 def _mib(count: int) -> str:

@@ -119,7 +119,7 @@ async def test_tiers_says_how_the_disk_is_and_why_tokens_were_computed(tmp_path,
 
 
 async def test_a_session_is_pinned_seen_unpinned_and_forgotten(tmp_path, capsys):
-    async with daemon(tmp_path) as (url, _):
+    async with daemon(tmp_path) as (url, engine):
 
         async def ask(*argv):
             status = await run(*argv, "--url", url)
@@ -129,7 +129,7 @@ async def test_a_session_is_pinned_seen_unpinned_and_forgotten(tmp_path, capsys)
         response_id = await turn(url, prompt_cache_key="my/thread")
         assert await ask("pin", "--session", "my/thread", "--ttl", "1h") == (
             0,
-            "my/thread: 1500 tokens, 0MiB, pinned for 3600 s\n",
+            f"my/thread: {len(engine.fed[0][1])} tokens, 0MiB, pinned for 3600 s\n",
         )
         assert (await ask("sessions"))[1].splitlines()[2].split()[-1] == "3600s"
         assert await ask("unpin", "--session", "my/thread") == (0, "my/thread: not pinned\n")
@@ -154,14 +154,33 @@ async def test_a_session_is_pinned_seen_unpinned_and_forgotten(tmp_path, capsys)
         assert (await ask("forget", "--session", "my/thread"))[0] == 1
 
 
-async def turn(url, **body):
+async def test_an_operator_says_whose_session_is_meant(tmp_path, capsys):
+    keys = ('auth.keys=["alice-key"]', 'auth.operators=["operator-key"]')
+    async with daemon(tmp_path, *keys) as (url, engine):
+
+        async def ask(*argv):
+            status = await run(*argv, "--url", url, "--key", "operator-key")
+            return status, capsys.readouterr().out
+
+        await turn(url, key="alice-key", prompt_cache_key="main")
+        _, said = await ask("turns", "--json")
+        named = ("--session", "main", "--tenant", json.loads(said)["turns"][0]["tenant"])
+        assert (await ask("pin", "--session", "main", "--ttl", "1h"))[0] == 1, "not the operator's"
+        assert (await ask("pin", *named, "--ttl", "1h"))[0] == 0
+        assert (await ask("demote", "--tier", "disk", *named))[0] == 0
+        assert engine.demoted_salts == [engine.submitted[0].salt]
+        assert (await ask("unpin", *named))[0] == 0
+        assert await ask("forget", *named) == (0, "main: 1 responses deleted\n")
+
+
+async def turn(url, key="", **body):
     """One turn over HTTP; its response id."""
 
     def post():
         request = urllib.request.Request(
             f"{url}/v1/responses",
             json.dumps({"input": "Hi.", **body}).encode(),
-            {"content-type": "application/json"},
+            {"content-type": "application/json", **({"x-api-key": key} if key else {})},
         )
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)["id"]
