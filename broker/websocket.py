@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 import trio
 from trio_websocket import ConnectionClosed, wrap_server_stream
+from wsproto.utilities import LocalProtocolError
 
 from broker.boundary import confessed
 from broker.breakdown import Origin, Stage, TraceContext
@@ -308,6 +309,7 @@ class Connection:
     lanes: dict[str | None, Lane] = field(default_factory=dict)
     quiet: trio.Event = field(default_factory=trio.Event)  # set when we stop and nothing runs
     closed: trio.Event = field(default_factory=trio.Event)  # nothing is sent any more
+    closing: Close | None = None
     expired: bool = False  # no lane can begin any more
     stream: Metered = field(init=False)
     ws: WebSocketConnection = field(init=False)
@@ -339,6 +341,11 @@ class Connection:
                 self.nursery.start_soon(self._drain)
                 await self.nursery.start(self._live)
                 await self._read()
+        except* LocalProtocolError:
+            # The library answers a ping also when we are about to close, and then must not.
+            if self.closing is None:
+                raise
+            await self._last_word(self.closing.code)
         finally:
             self.scope.close(self.port.engine)
 
@@ -370,7 +377,13 @@ class Connection:
         self._close(code, "")  # ends the writer: what it has begun to send is whole
         with trio.move_on_after(_LAST_WORD_S, shield=True):
             await self.closed.wait()
-            await self.stream.send_all(struct.pack("!BBH", _CLOSE_FRAME, 2, code))
+        await self._last_word(code)
+
+    async def _last_word(self, code: int) -> None:
+        """A close frame without the library, if it has sent none."""
+        if self.closed.is_set() and not self.stream.close_sent:
+            with trio.move_on_after(_LAST_WORD_S, shield=True):
+                await self.stream.send_all(struct.pack("!BBH", _CLOSE_FRAME, 2, code))
 
     def _take(self, frame: Frame, arrived: float) -> None:
         """One frame: started, queued or answered, without waiting."""
@@ -584,6 +597,7 @@ class Connection:
             async for item in outgoing:
                 with trio.fail_after(send_timeout_s):
                     if isinstance(item, Close):
+                        self.closing = item
                         await self.ws.aclose(item.code, item.reason)
                         break  # the reader is awake, too
                     await self.ws.send_message(item.text)

@@ -1579,6 +1579,13 @@ MUTANTS = (
         ("tests/broker/test_frames_fuzz.py",),
     ),
     Mutant(
+        "calm: a ping that crosses our close is a fault of ours",
+        "broker/websocket.py",
+        "            if self.closing is None:\n                raise\n            await self._last_word(self.closing.code)",
+        "            raise",
+        ("tests/broker/test_websocket.py",),
+    ),
+    Mutant(
         "calm: small frames are read by the thousand",
         "broker/websocket.py",
         "min(self._room, max_bytes)",

@@ -546,6 +546,24 @@ async def test_a_close_frame_is_answered_and_ends_the_connection():
         assert rig.port.websockets == 0
 
 
+async def test_a_ping_that_crosses_our_close_is_no_fault_of_ours(autojump_clock, caplog):
+    async with open_rig() as rig:
+        client, server = trio.testing.lockstep_stream_pair()  # nothing is sent before it is read
+        rig.nursery.start_soon(rig.door.serve, server)
+        await client.send_all(handshake())
+        await client.receive_some()
+        await client.send_all(frame(b"binary", opcode=2))
+        await wait_all_tasks_blocked()
+        await client.send_all(frame(b"late", opcode=9) * 2)
+        said = b""
+        while more := await client.receive_some():
+            said += more
+        assert said == b"\x88\x13" + struct.pack("!H", 1003) + b"Text frames only."
+        await wait_all_tasks_blocked()
+        assert rig.port.websockets == 0
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 async def test_a_binary_frame_closes_with_1003():
     async with open_rig() as rig, rig.websocket() as client:
         await client.send(b"\x00")
