@@ -91,11 +91,15 @@ class Replay(trio.abc.HalfCloseableStream):
         self._seen = seen
 
     @property
+    def transport(self) -> trio.abc.HalfCloseableStream:
+        """Below TLS, if there is any."""
+        return self.stream.transport if isinstance(self.stream, Secured) else self.stream
+
+    @property
     def socket(self) -> trio.socket.SocketType:
         """Hypercorn asks for the addresses. Only a real socket has them."""
-        transport = self.stream.transport if isinstance(self.stream, Secured) else self.stream
-        assert isinstance(transport, trio.SocketStream)
-        return transport.socket
+        assert isinstance(self.transport, trio.SocketStream)
+        return self.transport.socket
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         if not self._seen:

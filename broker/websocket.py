@@ -15,6 +15,7 @@ Laws
     waits) and `_REPLIES` of the reader (then the connection ends: a peer that sends and never reads).
     A create is answered on its lane, in its lane's order, by a terminal event or an error event; never both. That
     holds to the end of the connection's lifetime: what runs or waits then is answered by the error that says so.
+    Who breaks the rules again and again is refused before the upgrade, for a while (broker/offences.py).
     When the connection goes, so do its turns and its `store: false` ids. What they computed stays cached.
     Unknown client events are ignored: a late error would be read as the answer to the next request.
 
@@ -41,7 +42,8 @@ from broker.boundary import confessed
 from broker.breakdown import Origin, Stage, TraceContext
 from broker.errors import BadRequest, BrokerError, ClientError, NotFound, Overloaded, error_event
 from broker.foresight import session_labels
-from broker.listen import drop, linger, refuse
+from broker.listen import address_of, drop, linger, refuse
+from broker.offences import Offences
 from broker.session import ConnectionScope
 from broker.turn import Cancellation
 from broker.wire.article import Dialogue, done_event
@@ -88,6 +90,7 @@ _LARGE_FRAME = (
 )  # characters; parsing takes up to 0.4 s a MiB (measured), and until then the loop stands
 _LAST_WORD_S = 1.0
 _EMPTY_S = 10.0
+_OFFENCES = frozenset({1002, 1007, 1008, 1013})  # closes of ours that are the peer's fault
 _CLOSE_FRAME = 0x88  # a final frame with the opcode of a close
 _RECEIVE_BYTES = 4096
 _FRAMES_AT_ONCE = 16  # of one client before the loop sees to the others: some 20 us each (measured)
@@ -98,6 +101,7 @@ class WebSocketSide:
 
     def __init__(self, port: Port) -> None:
         self._port = port
+        self._offences = Offences()
 
     async def serve(self, arrival: Arrival) -> None:
         port = self._port
@@ -107,6 +111,8 @@ class WebSocketSide:
                 port.check_open()
                 _check_handshake(arrival)
                 self._check_path(arrival.path)
+                who = tenant.name, address_of(arrival.stream.transport)
+                self._check_offences(who)
                 held.enter_context(port.held_by(tenant))
             except BrokerError as error:
                 await refuse(arrival.stream, error, arrival.dialect, _refusal_headers(error))
@@ -117,7 +123,10 @@ class WebSocketSide:
                 await _echo(arrival, port.config.websocket)
             else:
                 scope = ConnectionScope(labels=session_labels(arrival.headers), socket=True)
-                await Connection(port, tenant, scope, _trace(arrival)).run(arrival)
+                connection = Connection(port, tenant, scope, _trace(arrival))
+                await connection.run(arrival)
+                if connection.offended:
+                    self._offences.note(who, trio.current_time())
         await linger(arrival.stream)
 
     def _check_path(self, path: str) -> None:
@@ -131,6 +140,17 @@ class WebSocketSide:
             raise ClientError(
                 "WebSockets are off: use HTTP.", code="websocket_disabled", status=426
             )
+
+    def _check_offences(self, who: tuple[str, str]) -> None:
+        """Raises Overloaded, as long as somebody is barred."""
+        wait_s = self._offences.barred_s(who, trio.current_time())
+        if wait_s:
+            error = Overloaded(
+                "Too many of this client's connections broke the rules; try again later.",
+                retry_after_s=wait_s,
+            )
+            error.code = "too_many_violations"
+            raise error
 
     def _left(self) -> None:
         self._port.websockets -= 1
@@ -310,6 +330,7 @@ class Connection:
     quiet: trio.Event = field(default_factory=trio.Event)  # set when we stop and nothing runs
     closed: trio.Event = field(default_factory=trio.Event)  # nothing is sent any more
     closing: Close | None = None
+    offended: bool = False  # the peer broke the rules
     expired: bool = False  # no lane can begin any more
     stream: Metered = field(init=False)
     ws: WebSocketConnection = field(init=False)
@@ -580,6 +601,8 @@ class Connection:
 
     def _close(self, code: int, reason: str) -> None:
         """End the connection after what is in the outbox. The first reason given counts."""
+        if code in _OFFENCES:
+            self.offended = True
         self._post(Close(code, reason))
 
     def _post(self, item: Text | Close) -> None:

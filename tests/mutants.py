@@ -1579,6 +1579,20 @@ MUTANTS = (
         ("tests/broker/test_frames_fuzz.py",),
     ),
     Mutant(
+        "calm: whoever is barred bars his neighbours",
+        "broker/websocket.py",
+        "who = tenant.name, address_of(arrival.stream.transport)",
+        'who = "", ""',
+        ("tests/broker/test_websocket.py",),
+    ),
+    Mutant(
+        "calm: a flood comes again as often as it likes",
+        "broker/websocket.py",
+        "                    self._offences.note(who, trio.current_time())\n",
+        "                    pass\n",
+        ("tests/broker/test_websocket.py",),
+    ),
+    Mutant(
         "calm: a ping that crosses our close is a fault of ours",
         "broker/websocket.py",
         "            if self.closing is None:\n                raise\n            await self._last_word(self.closing.code)",

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
+from broker import offences
 from broker.config import WebSocket
 from broker.websocket import Fragments, Metered
 from tests.broker.rig import open_rig
@@ -544,6 +545,26 @@ async def test_a_close_frame_is_answered_and_ends_the_connection():
         await client.connection.aclose()
         await wait_all_tasks_blocked()
         assert rig.port.websockets == 0
+
+
+async def test_who_breaks_the_rules_again_and_again_is_refused_for_a_while(autojump_clock):
+    async with open_rig('auth.keys=["rude", "good"]') as rig:
+        for _ in range(offences.MOST):
+            async with rig.websocket(authorization="Bearer rude") as client:
+                await client.stream.send_all(frame(b"", opcode=9) * 1000)
+                assert await client.closed() == 1008
+        stream = rig.stream()
+        await stream.send_all(handshake(x_api_key="rude"))
+        head, _, body = bytes(await stream.receive_some()).partition(b"\r\n\r\n")
+        assert b" 503 " in head.split(b"\r\n")[0]
+        assert b"\r\nretry-after: 30" in head
+        assert json.loads(body)["error"]["code"] == "too_many_violations"
+        await trio.aclose_forcefully(stream)
+        async with rig.websocket(authorization="Bearer good") as client:
+            check_events(await client.turn())
+        await trio.sleep(offences.BARRED_S)
+        async with rig.websocket(authorization="Bearer rude") as client:
+            check_events(await client.turn())
 
 
 async def test_a_ping_that_crosses_our_close_is_no_fault_of_ours(autojump_clock, caplog):
