@@ -33,7 +33,7 @@ class Offences:
 
     def barred_s(self, who: Who, now: float) -> float:
         """For how long still. 0: come in."""
-        times = self._times.get(who, ())
-        if len(times) < MOST or times[-1] - times[0] > WITHIN_S:
+        times = self._times.get(who)
+        if times is None or len(times) < MOST or times[-1] - times[0] > WITHIN_S:
             return 0.0
         return max(0.0, times[-1] + BARRED_S - now)
