@@ -8,8 +8,8 @@ From addresses of their own (127.0.0.2 and on), with a key of their own; as soon
                  good client's stream: its 99th percentile between two tokens is less than 100 ms over what it was before
     silence      5,000 connections that never end their head and 500 that asked for an answer and read none of it, beside good
                  newcomers: 99 of 100 are connected, upgraded and welcome within a second
-    everything   of all kinds at once, 60 of them asking as fast as they can: how long a good turn takes is reported, and it is
-                 served
+    everything   of all kinds at once, 60 of them asking as fast as they can, beside a good client's turns on new connections:
+                 99 of 100 take under a second
 
 In each, the daemon closes every flood by itself, its memory grows by less than 200 MB, and when the attackers have gone
 nothing is held and nothing runs. The quick form is small and leaves out the times.
@@ -57,7 +57,7 @@ SETTINGS = stub.settings(
 )
 GOOD, OPERATOR = ({"authorization": f"Bearer {key}"} for key in ("good", "operator"))
 UPGRADE = HANDSHAKE.replace(b"\r\n\r\n", b"\r\nAuthorization: Bearer %s\r\n\r\n")
-GAP_S, WELCOME_S = 0.1, 1.0
+GAP_S, SERVED_S = 0.1, 1.0
 NEWCOMERS_EVERY_S = 0.1
 STREAM_TOKENS = 100
 
@@ -141,7 +141,9 @@ class Flood:
         while trio.current_time() < due:
             began = trio.current_time()
             async with await trio.open_tcp_stream(*self.address) as stream:
-                await self._upgraded(stream, b"good")
+                answer = await self._upgraded(stream, b"good")
+            if not answer.startswith(b"HTTP/1.1 101 "):
+                self.verdict.violation(f"a newcomer was answered {answer[:80]!r}")
             self.times_s.append(trio.current_time() - began)
             self.verdict.progress(f"{len(self.times_s)} newcomers, {dict(self.closes)}")
             await trio.sleep(NEWCOMERS_EVERY_S)
@@ -219,13 +221,14 @@ class Flood:
         text = json.dumps(body).encode()
         return frame(0x81, text, len(text), self.chance)
 
-    async def _upgraded(self, stream: trio.SocketStream, key: bytes = b"flood") -> None:
+    async def _upgraded(self, stream: trio.SocketStream, key: bytes = b"flood") -> bytes:
         await stream.send_all(UPGRADE % key)
         answer = b""
         while b"\r\n\r\n" not in answer:
             if not (more := bytes(await stream.receive_some(4096))):
                 raise trio.BrokenResourceError
             answer += more
+        return answer
 
     async def _flood(self, stream: trio.SocketStream, first: bytes, then: bytes) -> None:
         """Send until the daemon has said that it is enough."""
@@ -286,8 +289,8 @@ def campaign(zygote: Zygote, folder: Path, *, seconds: float, seed: int, timed: 
         p99, calm = percentile(flood.times_s, 0.99), percentile(flood.before_s, 0.99)
         if timed and wave.name == "noise":
             verdict.require(p99 < calm + GAP_S, f"tokens came {p99:.3f} s apart, before {calm:.3f}")
-        if timed and wave.name == "silence":
-            verdict.require(p99 < WELCOME_S, f"newcomers waited {p99:.2f} s")
+        elif timed:
+            verdict.require(p99 < SERVED_S, f"{wave.name}: good clients waited {p99:.2f} s at p99")
         figures[wave.name] = {
             "attackers": sum(-(-count // divided_by) for count in wave.crowd.values()),
             "good": len(flood.times_s),
