@@ -632,17 +632,17 @@ def _pairs_added(
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _pair_products(
-    typing: Any, lanes: Any, words: Any, first: Any, word_step: Any, pair_step: Any, pairs: Any,
-    out: Any, out_at: Any, factor: Any,
+    typing: Any, lanes: Any, lane_at: Any, words: Any, first: Any, word_step: Any, pair_step: Any,
+    pairs: Any, out: Any, out_at: Any, out_step: Any, factor: Any,
 ) -> Any:  # fmt: skip
     """out[k] = out[k] * factor + sum over p of lanes[p] . words[first + k * word_step + p * pair_step], of `AT_ONCE` k.
 
-    `lanes` is [pairs, LANES] and `out` float32 [.., LANES], of which row `out_at` is the first. `factor` is one for each lane;
-    where it is None, `out` is not read.
+    `lanes` is [pairs, LANES] from element `lane_at` on; row k of `out`, float32, is the `LANES` from out_at + k * out_step on.
+    `factor` is one for each lane; where it is None, `out` is not read.
     """
     number = types.int64
     signature = types.void(
-        lanes, words, number, number, number, number, out, number, factor
+        lanes, number, words, number, number, number, number, out, number, number, factor
     )  # fmt: skip
     fresh = isinstance(factor, types.NoneType)
 
@@ -652,27 +652,29 @@ def _pair_products(
             return builder.bitcast(array.data, kind.as_pointer())
 
         def vector(pointer: ir.Value, at: ir.Value, kind: ir.Type) -> ir.Value:
-            """The at-th row."""
-            place = builder.gep(pointer, [builder.mul(at, _number(LANES))])
-            return builder.bitcast(place, kind.as_pointer())
+            return builder.bitcast(builder.gep(pointer, [at]), kind.as_pointer())
 
         def read(place: ir.Value) -> ir.Value:
             loaded = builder.load(place)
             loaded.align = 4
             return loaded
 
-        first, word_step, pair_step, pairs = (arguments[index] for index in (2, 3, 4, 5))
-        lanes, words, out = data(0, _I32), builder.gep(data(1, _I32), [first]), data(6, _FLOAT)
-        rows = [vector(out, builder.add(arguments[7], _number(k)), _VECTOR) for k in range(AT_ONCE)]
+        first, word_step, pair_step, pairs = (arguments[index] for index in (3, 4, 5, 6))
+        lanes = builder.gep(data(0, _I32), [arguments[1]])
+        words, out = builder.gep(data(2, _I32), [first]), data(7, _FLOAT)
+        rows = [
+            vector(out, builder.add(arguments[8], builder.mul(arguments[9], _number(k))), _VECTOR)
+            for k in range(AT_ONCE)
+        ]
         if fresh:
             begins = [ir.Constant(_VECTOR, None)] * AT_ONCE
         else:
-            by = read(vector(data(8, _FLOAT), _number(0), _VECTOR))
+            by = read(vector(data(10, _FLOAT), _number(0), _VECTOR))
             begins = [builder.fmul(read(row), by) for row in rows]
         totals = [cgutils.alloca_once_value(builder, begin) for begin in begins]
         starts = [builder.gep(words, [builder.mul(word_step, _number(k))]) for k in range(AT_ONCE)]
         with cgutils.for_range(builder, pairs) as loop:
-            shared = read(vector(lanes, loop.index, _WORDS))
+            shared = read(vector(lanes, builder.mul(loop.index, _number(LANES)), _WORDS))
             step = builder.mul(loop.index, pair_step)
             for total, start in zip(totals, starts, strict=True):
                 word = builder.load(builder.gep(start, [step]))
@@ -695,16 +697,43 @@ def _bits(typing: Any, number: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
-def _float(element: Any) -> Any:
-    """An element of KV as float32."""
-    raise NotImplementedError("compiled code only")
+@intrinsic  # type: ignore[untyped-decorator]
+def _pack(typing: Any, blocks: Any, at: Any, other: Any, words: Any, to: Any) -> Any:
+    """words[to + k] = elements 2k and 2k + 1 of the `AT_ONCE` from `at` on; or, with `other`, element k of each, for `AT_ONCE` k.
 
+    Rounded as by `_pair`. `blocks` holds float32, or float16 as uint16.
+    """
+    number = types.int64
+    signature = types.void(blocks, number, other, words, number)
+    element = _FLOAT if blocks.dtype is types.float32 else _HALF
+    alone = isinstance(other, types.NoneType)
 
-@overload(_float, strict=False)  # type: ignore[untyped-decorator]
-def _float_of(element: Any) -> Any:
-    if element is types.float32:
-        return lambda element: element
-    return lambda element: _from_half(element)
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def data(index: int, kind: ir.Type) -> ir.Value:
+            array = context.make_array(signature.args[index])(context, builder, arguments[index])
+            return builder.bitcast(array.data, kind.as_pointer())
+
+        def rounded(at: ir.Value) -> ir.Value:
+            place = builder.gep(data(0, element), [at])
+            kind = ir.VectorType(element, AT_ONCE)
+            loaded = builder.load(builder.bitcast(place, kind.as_pointer()))
+            loaded.align = 2
+            if element is _HALF:
+                loaded = builder.fpext(loaded, ir.VectorType(_FLOAT, AT_ONCE))
+            short = builder.fptrunc(loaded, ir.VectorType(_BFloat(), AT_ONCE))
+            return builder.bitcast(short, ir.VectorType(_I16, AT_ONCE))
+
+        pairs = rounded(arguments[1])
+        if not alone:
+            order = [k + side * AT_ONCE for k in range(AT_ONCE) for side in range(2)]
+            kind = ir.VectorType(_I32, 2 * AT_ONCE)
+            pairs = builder.shuffle_vector(pairs, rounded(arguments[2]), ir.Constant(kind, order))
+        place = builder.gep(data(3, _I32), [arguments[4]])
+        place = builder.bitcast(place, pairs.type.as_pointer())
+        builder.store(pairs, place).align = 4
+        return context.get_dummy_value()
+
+    return signature, generate
 
 
 @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -728,6 +757,49 @@ def _power(x: np.float32) -> np.float32:
     return np.float32(e * _from_bits((np.int32(n) + np.int32(127)) << np.int32(23)))
 
 
+def in_pairs(weight: Array) -> Array:
+    """A matrix for `multiply_prompt`, of one whose bits these are: uint16 [rows, columns] of bfloat16.
+
+    uint32 [rows in whole groups, by `LANES`; pairs; LANES]: lane by lane the rows of a group, zero where there is none.
+    """
+    rows, columns = weight.shape
+    groups = -(-rows // LANES)
+    padded = np.zeros((groups * LANES, columns), np.uint16)
+    padded[:rows] = weight
+    words = padded.view(np.uint32).reshape(groups, LANES, columns // 2)
+    return np.ascontiguousarray(words.transpose(0, 2, 1))
+
+
+@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def multiply_prompt(matrix: Array, x: Array, words: Array, out: Array, threads: int) -> None:
+    """out[t, r] = sum over k of matrix[r, k] * x[t, k], of bfloat16, summed in float32 in the order of k.
+
+    For processors with AVX512-BF16. `matrix` is as `in_pairs` makes it, `x` float32 [tokens, columns], whose columns are a
+    multiple of `AT_ONCE`; `out` is float32 [tokens in whole `AT_ONCE`, rows in whole groups], and `words` room for
+    `x` in pairs: uint32, as many tokens, of any length. What a token's row becomes depends on no other's.
+    """
+    groups, pairs = matrix.shape[0], matrix.shape[1]
+    tokens, columns = x.shape
+    stored, padded = out.shape[1], out.shape[0]
+    for thread in numba.prange(threads):
+        for token in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+            for k in range(0, columns, AT_ONCE):
+                _pack(x, token * columns + k, None, words, token * pairs + k // 2)
+    words[tokens * pairs : padded * pairs] = 0
+    for thread in numba.prange(threads):
+        for group in range(groups * thread // threads, groups * (thread + 1) // threads):
+            for token in range(0, padded, AT_ONCE):
+                _pair_products(
+                    matrix, group * pairs * LANES, words, token * pairs, pairs, 1, pairs,
+                    out, token * stored + group * LANES, stored, None,
+                )  # fmt: skip
+
+
+def pairs_of(context: int, kv_heads: int, head_dim: int) -> int:
+    """How many words `attend_prompt` takes to hold so many tokens' keys and values in bfloat16."""
+    return kv_heads * -(-context // _KEYS) * _KEYS * head_dim
+
+
 @numba.njit(  # type: ignore[untyped-decorator]
     parallel=True, fastmath=FAST_BUT_INFINITE, nogil=True, cache=True, error_model="numpy"
 )
@@ -738,43 +810,54 @@ def attend_prompt(
     table: Array,  # int64 [blocks]
     context: int,
     scaling: np.float32,
+    pairs: Array,  # uint32, of `pairs_of` this context or a longer one: what is in it before and after is nobody's
     out: Array,  # as `query`
     threads: int,
 ) -> None:
     """Causal attention in bfloat16, summed in float32. For processors with AVX512-BF16; head_dim is a multiple of `AT_ONCE`.
 
+    `pairs` is the caller's: made anew in each layer it would cost as much as 16 tokens' attention, in pages that the kernel
+    clears.
+
     A tile is one head of `LANES` tokens, and a lane one of them: nothing is summed across lanes, and nothing that a lane does
     depends on the others or on where its tile begins.
     """
     count, query_heads, size = query.shape
-    kv_heads, block_tokens = blocks.shape[3], blocks.shape[4]
+    layers, kv_heads, block_tokens = blocks.shape[1], blocks.shape[3], blocks.shape[4]
     group, past, halves = query_heads // kv_heads, context - count, size // 2
     rounds = (context + _KEYS - 1) // _KEYS
     padded = rounds * _KEYS
-    keys = np.empty((kv_heads, padded, halves), np.uint32)  # pairs of neighbouring elements
-    values = np.empty((kv_heads, padded // 2, size), np.uint32)  # pairs of neighbouring tokens
+    words = kv_heads * padded * halves
+    # Pairs of neighbouring elements, and pairs of neighbouring tokens.
+    keys = pairs[:words].reshape(kv_heads, padded, halves)
+    values = pairs[words : 2 * words].reshape(kv_heads, padded // 2, size)
+    between = block_tokens * size  # elements from one head's tokens of a block to the next one's
+    of_values = kv_heads * between  # behind the keys
     for thread in numba.prange(threads):
-        both = np.zeros((2, size), np.float32)
         for job in range(
             kv_heads * rounds * thread // threads, kv_heads * rounds * (thread + 1) // threads
         ):
             head, first = job % kv_heads, job // kv_heads * _KEYS
+            even = np.int64(0)  # where the values of the last even token begin
             for token in range(first, first + _KEYS):
-                at = token % 2
-                if token < context:
-                    slot, row = table[token // block_tokens], token % block_tokens
-                    key = blocks[slot, layer, 0, head, row]
-                    for d in range(halves):
-                        keys[head, token, d] = _pair(_float(key[2 * d]), _float(key[2 * d + 1]))
-                    value = blocks[slot, layer, 1, head, row]
-                    for d in range(size):
-                        both[at, d] = _float(value[d])
-                else:
-                    keys[head, token] = 0
-                    both[at] = 0
-                if at == 1:
-                    for d in range(size):
-                        values[head, token // 2, d] = _pair(both[0, d], both[1, d])
+                if token >= context:
+                    keys[head, token] = 0  # its score is masked: finite values will do
+                    if token % 2 == 0:
+                        values[head, token // 2] = 0
+                    continue
+                slot, row = table[token // block_tokens], token % block_tokens
+                at = (slot * layers + layer) * 2 * of_values + head * between + row * size
+                to = (head * padded + token) * halves
+                for d in range(0, size, AT_ONCE):
+                    _pack(blocks, at + d, None, keys, to + d // 2)
+                at += of_values
+                if token % 2 == 0:
+                    even = at
+                    if token + 1 < context:
+                        continue  # with the next one
+                to = (head * padded + token) // 2 * size
+                for d in range(0, size, AT_ONCE):
+                    _pack(blocks, even + d, at + d, values, to + d)
 
     tiles = (count + LANES - 1) // LANES
     factor = np.float32(scaling * np.float32(1.44269504))  # powers of two are cheaper
@@ -805,7 +888,9 @@ def attend_prompt(
             for first in range(0, min(past + start + LANES, context), _KEYS):
                 for token in range(0, _KEYS, AT_ONCE):
                     at = (kv_head * padded + first + token) * halves
-                    _pair_products(asked, keys, at, halves, 1, halves, scores, token, None)
+                    _pair_products(
+                        asked, 0, keys, at, halves, 1, halves, scores, token * LANES, LANES, None
+                    )
                 if first + _KEYS > past + start + 1:
                     for token in range(_KEYS):
                         for lane in range(LANES):
@@ -827,7 +912,9 @@ def attend_prompt(
                         parts[pair, lane] = _pair(one, other)
                 for d in range(0, size, AT_ONCE):
                     at = (kv_head * padded + first) // 2 * size + d
-                    _pair_products(parts, values, at, 1, size, _KEYS // 2, mixed, d, shrink)
+                    _pair_products(
+                        parts, 0, values, at, 1, size, _KEYS // 2, mixed, d * LANES, LANES, shrink
+                    )
             for lane in range(min(LANES, count - start)):
                 for d in range(size):
                     out[start + lane, head, d] = mixed[d, lane] / total[lane]

@@ -1,16 +1,11 @@
 """A forward pass of many tokens on the CPU: what prompts are computed with, where the model is of the Llama family.
 
-Products and attention are torch's, which run near what the processor can do; the rest of transformers' forward is some 25
-small operations a layer, each over a batch that no longer fits the cache. Here a layer is four products (queries, keys and
-values are one, gate and up another), attention, and three small kernels.
+transformers' forward is some 25 small operations a layer beside its products and attention, each over a batch that no longer
+fits the cache. Here a layer is four products (queries, keys and values are one, gate and up another), attention, and three
+small kernels. In float32 products and attention are torch's. In bfloat16, which rounds what goes into a product to eight bits
+and is twice as fast, they are ours where the processor has AVX512-BF16 (`kernels_cpu.multiply_prompt`, `attend_prompt`), and
+torch's elsewhere. Sums, norms and the logits are float32 always.
 
-Measured 2026-11 on two cores (AMD EPYC with AVX512-BF16, load 1.5), the default model, 4,053 tokens by chunks of 512, three runs
-each: transformers' forward 9.9 s, this in float32 9.4 s, in bfloat16 6.7 s with torch's attention and 5.2 s with ours
-(`kernels_cpu.attend_prompt`). 200 tokens behind 3,853: 0.74, 0.69, 0.55 and 0.42 s.
-
-Products are made in `dtype`: float32, or bfloat16, which is twice as fast on processors that multiply it, and rounds what
-goes into a product and what comes out to eight bits; with AVX512-BF16 attention is made of such products, too. Sums, norms
-and the logits are float32 always.
 
 Laws
     In float32 it computes what transformers computes, in another order of sums: `engine.model.compare` holds one against
@@ -25,6 +20,7 @@ Laws
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,26 +33,28 @@ from engine.attention import PagedForward
 from engine.family import DOWN, GATE_AND_UP, OUT, PROJECTIONS, Family, together
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from engine.batch import Batch
     from engine.kernels_cpu import Net
     from tiers.arena import Arena
 
 
-def multiplies_bfloat16(head_dim: int) -> bool:
-    """Whether `kernels_cpu.attend_prompt` runs here, for such heads."""
-    return kernels_cpu.processor_has("avx512bf16") and head_dim % kernels_cpu.AT_ONCE == 0
+# [tokens, inputs] in, [tokens, outputs or more] out, both float32 and contiguous.
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def multiplies_bfloat16(*sizes: int) -> bool:
+    """Whether our products and attention in bfloat16 run here, for a model of such sizes."""
+    fit = all(size % kernels_cpu.AT_ONCE == 0 for size in sizes)
+    return fit and kernels_cpu.processor_has("avx512bf16")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """[outputs, inputs] each."""
-
-    projections: torch.Tensor  # queries, keys, values
-    out: torch.Tensor
-    gate_and_up: torch.Tensor
-    down: torch.Tensor
+    projections: Product  # queries, keys, values
+    out: Product
+    gate_and_up: Product
+    down: Product
+    inner: int  # outputs of gate, and of up
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,25 +62,33 @@ class Prefill:
     """A model's weights for many tokens at once. Used by one thread."""
 
     layers: tuple[Layer, ...]
-    dtype: torch.dtype
+    in_pairs: bool  # of bfloat16, by our own kernels
 
     @classmethod
     def of(cls, model: Any, found: Family, dtype: torch.dtype) -> Prefill:
-        def laid(prefix: str, names: tuple[str, ...]) -> torch.Tensor:
-            if dtype is torch.float32:
-                return together(model, prefix, names)
-            return torch.cat([weight.to(dtype) for weight in found.of_layer(prefix, names)])
+        config = model.config
+        head_dim = model.model.layers[0].self_attn.head_dim
+        in_pairs = dtype is torch.bfloat16 and multiplies_bfloat16(
+            config.hidden_size, config.intermediate_size, head_dim
+        )
+
+        def product(prefix: str, *names: str) -> Product:
+            if dtype is torch.float32 and len(names) > 1:
+                return _by_torch(together(model, prefix, names))
+            weight = torch.cat([weight.to(dtype) for weight in found.of_layer(prefix, names)])
+            return _in_pairs(weight) if in_pairs else _by_torch(weight)
 
         layers = tuple(
             Layer(
-                projections=laid(prefix, PROJECTIONS),
-                out=found.weights[prefix + OUT].to(dtype, copy=True),
-                gate_and_up=laid(prefix, GATE_AND_UP),
-                down=found.weights[prefix + DOWN].to(dtype, copy=True),
+                projections=product(prefix, *PROJECTIONS),
+                out=product(prefix, OUT),
+                gate_and_up=product(prefix, *GATE_AND_UP),
+                down=product(prefix, DOWN),
+                inner=config.intermediate_size,
             )
             for prefix in found.layers
         )
-        return cls(layers, dtype)
+        return cls(layers, in_pairs)
 
     def run(self, net: Net, batch: Batch, arena: Arena) -> np.ndarray[Any, Any]:
         """Write these tokens' KV, and give the last states, normalised, of those whose logits are wanted: [wanted, hidden]."""
@@ -103,7 +109,7 @@ class Prefill:
             return out
 
         for index, layer in enumerate(self.layers):
-            mixed = _floats(self._product(normalised(2 * index), layer.projections))
+            mixed = layer.projections(normalised(2 * index)).numpy()
             kernels_cpu.place(net, index, mixed, positions, slots, rows, blocks, query.numpy())
             last = index == len(self.layers) - 1
             if last and not len(wanted):
@@ -111,22 +117,26 @@ class Prefill:
             attended = attend(index).flatten(1)
             if last:  # the others' KV is written, and nobody asks for more of them
                 attended, state = attended[wanted], state[wanted]
-            change = _floats(self._product(attended, layer.out))
-            both = self._product(normalised(2 * index + 1), layer.gate_and_up)
-            gate, up = both.chunk(2, dim=1)
-            change = _floats(self._product(silu(gate).mul_(up), layer.down))
+            change = layer.out(attended).numpy()
+            both = layer.gate_and_up(normalised(2 * index + 1))
+            gate, up = both[:, : layer.inner], both[:, layer.inner : 2 * layer.inner]
+            change = layer.down(silu(gate).mul_(up)).numpy()
         return normalised(2 * len(self.layers)).numpy()[: len(wanted)]
 
     def _attention(
         self, batch: Batch, arena: Arena, query: torch.Tensor, scaling: float
     ) -> Callable[[int], torch.Tensor]:
         """Of a layer whose queries and KV are there."""
-        if not (self.dtype is torch.bfloat16 and multiplies_bfloat16(arena.geometry.head_dim)):
+        if not self.in_pairs:
             paged = PagedForward(batch, arena)
             return lambda layer: paged.read(layer, query, scaling)
         blocks, threads = paged_cpu.in_numpy(arena.blocks), paged_cpu.threads()
         out = torch.empty_like(query)
-        size = arena.geometry.block_tokens
+        shape = arena.geometry
+        size, longest = shape.block_tokens, max(each.context for each in batch.segments)
+        pairs = np.empty(
+            kernels_cpu.pairs_of(longest, shape.kv_heads, shape.head_dim), np.uint32
+        )  # for all layers
         parts = [
             (
                 query[run].numpy(),
@@ -141,16 +151,29 @@ class Prefill:
         def attend(layer: int) -> torch.Tensor:
             for asked, table, context, answered in parts:
                 kernels_cpu.attend_prompt(
-                    asked, blocks, layer, table, context, np.float32(scaling), answered, threads
-                )
+                    asked, blocks, layer, table, context, np.float32(scaling), pairs, answered,
+                    threads,
+                )  # fmt: skip
             return out
 
         return attend
 
-    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return linear(x.to(self.dtype), weight)
+
+def _by_torch(weight: torch.Tensor) -> Product:
+    """With a matrix [outputs, inputs], in its own dtype."""
+    return lambda x: linear(x.to(weight.dtype), weight).float()
 
 
-def _floats(x: torch.Tensor) -> np.ndarray[Any, Any]:
-    array: np.ndarray[Any, Any] = x.float().numpy()
-    return array
+def _in_pairs(weight: torch.Tensor) -> Product:
+    """With a matrix [outputs, inputs] of bfloat16."""
+    matrix = kernels_cpu.in_pairs(weight.view(torch.uint16).numpy())
+    groups, pairs, lanes = matrix.shape
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        padded = -(-len(x) // kernels_cpu.AT_ONCE) * kernels_cpu.AT_ONCE
+        out = torch.empty(padded, groups * lanes)
+        words = np.empty(padded * pairs, np.uint32)
+        kernels_cpu.multiply_prompt(matrix, x.numpy(), words, out.numpy(), paged_cpu.threads())
+        return out[: len(x)]
+
+    return product

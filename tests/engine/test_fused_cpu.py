@@ -33,7 +33,7 @@ def loaded(request, tmp_path):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+                parameter += 0.25 * torch.randn(parameter.shape, generator=generator)
                 assert "norm" in name or "bias" in name
     model.save_pretrained(directory)
     return load(
@@ -217,9 +217,36 @@ def test_a_prompt_in_bfloat16_has_the_same_kv_to_the_bit_however_it_is_cut(loade
 
 
 @pytest.mark.skipif(not multiplies_bfloat16(8), reason="no AVX512-BF16: prompts run in float32")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "columns"), [(48, 24), (72, 48), (8, 576)])
+def test_products_of_prompts_in_bfloat16_are_the_textbook_s_whoever_is_beside(
+    rows, columns, threads
+):
+    torch.manual_seed(rows)
+    weight, x = torch.randn(rows, columns).bfloat16(), torch.randn(21, columns)
+    matrix = kernels_cpu.in_pairs(weight.view(torch.uint16).numpy())
+
+    def product(x):
+        tokens = -(-len(x) // kernels_cpu.AT_ONCE) * kernels_cpu.AT_ONCE
+        words = np.full(tokens * columns // 2, 0x7FC07FC0, np.uint32)  # NaN
+        out = np.full((tokens, matrix.shape[0] * kernels_cpu.LANES), np.nan, np.float32)
+        kernels_cpu.multiply_prompt(matrix, x.numpy(), words, out, threads)
+        assert not out[len(x) :].any()
+        assert not out[:, rows:].any()
+        return torch.from_numpy(out[: len(x), :rows])
+
+    whole = product(x)
+    exact = x.bfloat16().double() @ weight.double().T
+    assert torch.allclose(whole.double(), exact, rtol=0, atol=1e-5 * columns**0.5)
+    for begin, end in ((0, 1), (3, 4), (1, 21), (5, 13), (13, 21)):
+        assert torch.equal(product(x[begin:end]), whole[begin:end])
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(8), reason="no AVX512-BF16: prompts run in float32")
 @pytest.mark.parametrize(("past", "count"), [(0, 1), (0, 70), (37, 5), (64, 33), (130, 20)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_attention_of_prompts_in_bfloat16_is_the_textbook_s(past, count, dtype):
+@pytest.mark.parametrize("longer", [0, 70])
+def test_attention_of_prompts_in_bfloat16_is_the_textbook_s(past, count, dtype, longer):
     torch.manual_seed(past + count)
     kv_heads, group, size, block_tokens, context = 2, 3, 24, 8, past + count
     used = -(-context // block_tokens)
@@ -231,9 +258,12 @@ def test_attention_of_prompts_in_bfloat16_is_the_textbook_s(past, count, dtype):
         row.copy_(kv[:, :, token])
     query = torch.randn(count, kv_heads * group, size)
     out = torch.full_like(query, torch.nan)
+    pairs = np.full(
+        kernels_cpu.pairs_of(context + longer, kv_heads, size), 0x7FC07FC0, np.uint32
+    )  # NaN
     kernels_cpu.attend_prompt(
         query.numpy(), paged_cpu.in_numpy(blocks), 1, table.numpy(), context, np.float32(0.3),
-        out.numpy(), 2,
+        pairs, out.numpy(), 2,
     )  # fmt: skip
     mask = torch.full((count, context), -torch.inf).triu(past + 1)
     asked, (keys, values) = query.transpose(0, 1)[None], kv.float()
