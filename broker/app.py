@@ -36,6 +36,7 @@ import trio
 from broker.access import Access, check_exposure
 from broker.admission import Admission
 from broker.config import Address
+from broker.heap import keep_trimmed, trimmer
 from broker.http import HttpSide, common_app, operators_app
 from broker.listen import Door
 from broker.loop_lag import watch_loop
@@ -188,6 +189,7 @@ async def _accept(
                 )
             accepting.start_soon(port.liveness.serve)
             accepting.start_soon(watch_loop, port.observations)
+            accepting.start_soon(keep_trimmed, trimmer())
             common = next(iter(doors.values()))[0]
             # What was loaded stays for good. To walk over it in every full collection would stop the events for 250 ms.
             gc.collect()
