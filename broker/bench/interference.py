@@ -8,6 +8,8 @@ Laws
     The gaps of `alone` and of `beside` are of the same streams, seconds apart. A gap belongs to `beside` if any of it
     does, also the last one, whose end is waited for: a restore may be shorter than one gap, and inside it. One belongs to
     `alone` if all of it does.
+    What an arrival costs is soon over, and its own time is a few gaps: what streams notice is shown over `_NOTICED_S`, from
+    the moment that the turn was sent, whatever its length.
     The restored session's socket stays open: nothing is fetched ahead of the turn that is timed. What counts as cached is
     what it found on disk: a trial that found nothing there measured something else, and the table shows it.
     A stream that ends before its trial does spoils the trial: `EndedEarly`.
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 ALONE, BESIDE = "alone", "beside"
 _WARM = 4  # tokens that each stream says before anything is counted
+_NOTICED_S = 1.0
 _SETTLE_S = 120.0
 _POLL_S = 0.05
 _LABEL = b"thread-id"  # the handshake names the session
@@ -55,14 +58,17 @@ class Trial:
 
     alone_s: tuple[float, ...]  # gaps
     beside_s: tuple[float, ...]
+    noticed_s: tuple[float, ...]
     turn: Turn
 
     def samples(self, row: str, number: int, cached_tokens: int) -> list[Sample]:
         tokens = self.turn.prompt_tokens, cached_tokens
         out = []
-        for side, gaps in ((ALONE, self.alone_s), (BESIDE, self.beside_s)):
+        sides = (ALONE, self.alone_s, self.alone_s), (BESIDE, self.beside_s, self.noticed_s)
+        for side, gaps, noticed in sides:
             for name, value in (
                 ("between tokens", statistics.fmean(gaps)),
+                (f"between tokens over {_NOTICED_S:g} s", statistics.fmean(noticed)),
                 ("half of the gaps below", statistics.median(gaps)),
                 ("longest", max(gaps)),
             ):
@@ -97,7 +103,14 @@ class Stream:
 
     async def until(self, count: int) -> None:
         """Raises EndedEarly."""
-        while len(self.arrivals) < count:
+        await self._until(lambda: len(self.arrivals) >= count)
+
+    async def past(self, moment: float) -> None:
+        """Raises EndedEarly."""
+        await self._until(lambda: self.arrivals[-1] > moment)
+
+    async def _until(self, done: Callable[[], bool]) -> None:
+        while not done():
             if self._over:
                 raise EndedEarly(f"a stream ended after {len(self.arrivals)} tokens")
             await self._news.wait()
@@ -123,12 +136,14 @@ async def trial(
         first = sent + turn.ttft_s
         for stream in running:
             await stream.until(len(stream.arrivals) + 1)
+            await stream.past(sent + _NOTICED_S)
         nursery.cancel_scope.cancel()
     said = [stream.arrivals for stream in running]
     alone = (gaps_inside(arrivals, quiet, sent) for arrivals in said)
     beside = (gaps_touching(arrivals, sent, first) for arrivals in said)
+    noticed = (gaps_touching(arrivals, sent, sent + _NOTICED_S) for arrivals in said)
     chained = itertools.chain.from_iterable
-    return Trial(tuple(chained(alone)), tuple(chained(beside)), turn)
+    return Trial(tuple(chained(alone)), tuple(chained(beside)), tuple(chained(noticed)), turn)
 
 
 @dataclass(slots=True)
