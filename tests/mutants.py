@@ -1126,6 +1126,27 @@ MUTANTS = (
         "            for first in range(past % 2, min(past + start + LANES, context), _KEYS):\n",
         ("tests/engine/test_fused_cpu.py",),
     ),
+    Mutant(
+        "a product's rows beyond the tokens are what was there before",
+        "engine/kernels_cpu.py",
+        "    words[tokens * pairs : padded * pairs] = 0\n",
+        "",
+        ("tests/engine/test_fused_cpu.py",),
+    ),
+    Mutant(
+        "a pair of bfloat16 is the other way round",
+        "engine/kernels_cpu.py",
+        "order = [k + side * AT_ONCE for k in range(AT_ONCE) for side in range(2)]",
+        "order = [k + side * AT_ONCE for k in range(AT_ONCE) for side in (1, 0)]",
+        ("tests/engine/test_fused_cpu.py",),
+    ),
+    Mutant(
+        "what is free goes back to the machine once, at the start",
+        "broker/heap.py",
+        "    while trim is not None:\n",
+        "    if trim is not None:\n",
+        ("tests/broker/test_heap.py",),
+    ),
     # what operators see
     Mutant(
         "what was seen of the engine counts beside what it measured",

@@ -2,7 +2,8 @@
 
     python -m tests.campaign.floods [--seconds 20] [--quick]
 
-From addresses of their own (127.0.0.2 and on), with a key of their own; as soon as one is closed the next one comes.
+From addresses of their own (127.0.0.2 and on), with a key of their own; as soon as one is closed the next one comes. The
+good are `good_client.py`, in a process of their own.
 
     noise        24 WebSockets that send empty fragments, pings, single characters and messages that are too large, beside a
                  good client's stream: its 99th percentile between two tokens is less than 100 ms over what it was before
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import resource
 import socket
@@ -34,13 +34,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import trio
-from trio_websocket import open_websocket_url
 
 from tests.campaign import stub
 from tests.campaign.fuzz import close_code, frame
-from tests.campaign.idle import HANDSHAKE, gone
+from tests.campaign.good_client import of_its_own, upgrade, upgraded
+from tests.campaign.idle import gone
 from tests.campaign.verdict import Verdict
-from tests.campaign.visitors import PATHS, ask, body_of, faults, holdings, metrics, percentile
+from tests.campaign.visitors import body_of, faults, holdings, metrics, percentile
 from tests.campaign.zygote import StubDaemon, Zygote
 
 if TYPE_CHECKING:
@@ -55,16 +55,15 @@ SETTINGS = stub.settings(
     websocket__send_timeout="3s",
     http__send_timeout="3s",
 )
-GOOD, OPERATOR = ({"authorization": f"Bearer {key}"} for key in ("good", "operator"))
-UPGRADE = HANDSHAKE.replace(b"\r\n\r\n", b"\r\nAuthorization: Bearer %s\r\n\r\n")
+OPERATOR = {"authorization": "Bearer operator"}
+ATTACKER = "flood"
 GAP_S, SERVED_S = 0.1, 1.0
-NEWCOMERS_EVERY_S = 0.1
-STREAM_TOKENS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Wave:
     name: str
+    beside: str  # what the good do
     crowd: dict[str, int]
     settings: tuple[str, ...] = ()
     quick: int = 5  # the share of the crowd that comes to the quick form
@@ -72,9 +71,10 @@ class Wave:
 
 NOISE = {"fragments": 7, "pings": 7, "characters": 7, "oversize": 3}
 WAVES = (
-    Wave("noise", NOISE),
+    Wave("noise", "stream", NOISE),
     Wave(
         "silence",
+        "newcomers",
         {"half_open": 5000, "unread_once": 500},
         (
             "server.max_connections=6000",
@@ -84,7 +84,12 @@ WAVES = (
         ),
         quick=50,
     ),
-    Wave("everything", {**NOISE, "half_open": 300, "unread": 60}, ("http.head_timeout=2s",)),
+    Wave(
+        "everything",
+        "turns",
+        {**NOISE, "half_open": 300, "unread": 60},
+        ("http.head_timeout=2s",),
+    ),
 )
 
 
@@ -100,65 +105,22 @@ class Flood:
         self.before_s: list[float] = []  # and before anybody attacked
 
     async def run(self, wave: Wave, seconds: float, divided_by: int) -> None:
-        beside = {"noise": self.stream, "silence": self.newcomers, "everything": self.turns}
         if wave.name == "noise":
-            await self.stream(seconds / 2)
-            self.before_s, self.times_s = self.times_s, []
+            self.before_s = await self.good(wave.beside, seconds / 2)
         async with trio.open_nursery() as nursery:
             for number, (kind, count) in enumerate(wave.crowd.items()):
                 attack = getattr(self, kind)
                 for _ in range(-(-count // divided_by)):
                     nursery.start_soon(self.again, attack, f"127.0.0.{number + 2}")
-            await trio.sleep(min(1.0, seconds / 4))
-            await beside[wave.name](seconds)
+            self.times_s = await self.good(wave.beside, seconds)
+            self.verdict.progress(f"{len(self.times_s)} good, {dict(self.closes)}")
             nursery.cancel_scope.cancel()
 
-    async def stream(self, seconds: float) -> None:
-        """One good client's answers, one after the other on one socket: the times between two tokens."""
-        due = trio.current_time() + seconds
-        url = self.url.replace("http", "ws") + PATHS["responses"]
-        headers = [(name.encode(), value.encode()) for name, value in GOOD.items()]
-        async with open_websocket_url(url, extra_headers=headers) as ws:
-            while trio.current_time() < due:
-                body = body_of("responses", "A good one.", STREAM_TOKENS, store=False)
-                await ws.send_message(json.dumps({"type": "response.create", **body}))
-                last, kind = math.nan, ""
-                while not kind.startswith(("response.completed", "response.incomplete")):
-                    kind = json.loads(await ws.get_message())["type"]
-                    if kind in ("error", "response.failed"):
-                        self.verdict.violation(f"a good stream ended in {kind}")
-                        return
-                    if kind == "response.output_text.delta":
-                        now = trio.current_time()
-                        if not math.isnan(last):
-                            self.times_s.append(now - last)
-                        last = now
-                self.verdict.progress(f"{len(self.times_s)} good tokens, {dict(self.closes)}")
-
-    async def newcomers(self, seconds: float) -> None:
-        """Connect and be welcome, and leave."""
-        due = trio.current_time() + seconds
-        while trio.current_time() < due:
-            began = trio.current_time()
-            async with await trio.open_tcp_stream(*self.address) as stream:
-                answer = await self._upgraded(stream, b"good")
-            if not answer.startswith(b"HTTP/1.1 101 "):
-                self.verdict.violation(f"a newcomer was answered {answer[:80]!r}")
-            self.times_s.append(trio.current_time() - began)
-            self.verdict.progress(f"{len(self.times_s)} newcomers, {dict(self.closes)}")
-            await trio.sleep(NEWCOMERS_EVERY_S)
-
-    async def turns(self, seconds: float) -> None:
-        due = trio.current_time() + seconds
-        while trio.current_time() < due:
-            body = body_of("responses", "A good one.", 4, store=False)
-            answer = await ask(self.url, "POST", PATHS["responses"], body, headers=GOOD)
-            if answer.status == 200:
-                self.times_s.append(answer.taken_s)
-            else:
-                self.verdict.violation(f"a good client was answered {answer.status}")
-            self.verdict.progress(f"{len(self.times_s)} good turns, {dict(self.closes)}")
-            await trio.sleep(0.05)
+    async def good(self, what: str, seconds: float) -> list[float]:
+        seen = await of_its_own(what, self.url, seconds)
+        for wrong in seen.wrong:
+            self.verdict.violation(wrong)
+        return seen.times_s
 
     async def again(
         self, kind: Callable[[trio.SocketStream], Awaitable[None]], source: str
@@ -183,28 +145,28 @@ class Flood:
         self.closes["half_open ended"] += 1
 
     async def fragments(self, stream: trio.SocketStream) -> None:
-        await self._upgraded(stream)
+        await upgraded(stream, ATTACKER)
         await self._flood(
             stream, frame(0x01, b"", 0, self.chance), frame(0x00, b"", 0, self.chance) * 500
         )
 
     async def pings(self, stream: trio.SocketStream) -> None:
-        await self._upgraded(stream)
+        await upgraded(stream, ATTACKER)
         await self._flood(stream, b"", frame(0x89, b"x", 1, self.chance) * 500)
 
     async def characters(self, stream: trio.SocketStream) -> None:
-        await self._upgraded(stream)
+        await upgraded(stream, ATTACKER)
         await self._flood(stream, b"", frame(0x81, b"x", 1, self.chance) * 500)
 
     async def oversize(self, stream: trio.SocketStream) -> None:
-        await self._upgraded(stream)
+        await upgraded(stream, ATTACKER)
         head = frame(0x81, b"", 1 << 30, self.chance)
         await self._flood(stream, head, b"x" * 65536)
 
     async def unread(self, stream: trio.SocketStream) -> None:
         """Asks again and again, and reads nothing."""
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        await stream.send_all(UPGRADE % b"flood")
+        await stream.send_all(upgrade(ATTACKER))
         while True:
             await stream.send_all(self._create(16))
             await trio.sleep(0.05)
@@ -212,7 +174,7 @@ class Flood:
     async def unread_once(self, stream: trio.SocketStream) -> None:
         """Asks for much, and reads nothing."""
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        await stream.send_all(UPGRADE % b"flood")
+        await stream.send_all(upgrade(ATTACKER))
         await stream.send_all(self._create(4000))
         await trio.sleep_forever()
 
@@ -220,15 +182,6 @@ class Flood:
         body = {"type": "response.create", **body_of("responses", "Speak.", tokens, store=False)}
         text = json.dumps(body).encode()
         return frame(0x81, text, len(text), self.chance)
-
-    async def _upgraded(self, stream: trio.SocketStream, key: bytes = b"flood") -> bytes:
-        await stream.send_all(UPGRADE % key)
-        answer = b""
-        while b"\r\n\r\n" not in answer:
-            if not (more := bytes(await stream.receive_some(4096))):
-                raise trio.BrokenResourceError
-            answer += more
-        return answer
 
     async def _flood(self, stream: trio.SocketStream, first: bytes, then: bytes) -> None:
         """Send until the daemon has said that it is enough."""

@@ -1,6 +1,10 @@
 """Five times what the daemon can do, in three APIs, while a second tenant asks now and then.
 
-    python -m tests.campaign.overload [--minutes 10] [--factor 5] [--quick]
+    python -m tests.campaign.overload [--minutes 10] [--factor 5] [--models DIR] [--quick]
+
+With `--models` it is the real model, from a folder of converted ones, and the question is the product's. Without, it is the
+stub, whose engine is Python and shares its interpreter with the loop: what refusals cost is then taken from turns, and more
+of them can be made.
 
 First as many clients as there are places, one request after the other: that is what the daemon can do. Then requests
 arrive at `factor` times that rate, each on a connection of its own, whatever has become of those before.
@@ -19,12 +23,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
 from broker.admission import IN_THE_LINE
+from broker.bench.daemon import Daemon
 from tests.campaign import stub
 from tests.campaign.bare_loop import bare_loop
 from tests.campaign.verdict import Verdict
@@ -43,22 +49,39 @@ from tests.campaign.zygote import StubDaemon, Zygote
 
 QUICK_S = 2.0
 TURNS, QUEUED = 8, 16
+PEAK_S = 30.0
 WAIT_S = 60.0  # longer than any wait in the line: an answer that takes longer is a hang
 TOKENS = 48
+ADMISSION = {
+    "auth__keys": '["flood", "modest"]',
+    "auth__operators": '["operator"]',
+    "admission__max_turns": str(TURNS),
+    "admission__max_queued": str(QUEUED),
+    "admission__queue_timeout": "20s",
+    "server__max_connections": "2000",
+    "server__max_per_address": "2000",
+    "auth__max_connections": "2000",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is overloaded, and by how long prompts, in characters."""
+
+    settings: tuple[str, ...]
+    prompt: tuple[int, int]
+
+
 # A refusal costs 1.5 ms of the daemon and the client together (measured); a turn must cost much more, as a model's does.
-PROMPT = (1500, 2500)  # characters, and so tokens
-SETTINGS = stub.settings(
-    device=1500,
-    host=0,
-    disk=0,
-    auth__keys='["flood", "modest"]',
-    auth__operators='["operator"]',
-    admission__max_turns=str(TURNS),
-    admission__max_queued=str(QUEUED),
-    admission__queue_timeout="20s",
-    server__max_connections="2000",
-    server__max_per_address="2000",
-    auth__max_connections="2000",
+STUB = Kind(stub.settings(device=1500, host=0, disk=0, **ADMISSION), prompt=(1500, 2500))
+# Short prompts: turns of a second or two, so that ten minutes have many. Bodies name the model as the stub's do.
+REAL = Kind(
+    (
+        *(f"{name.replace('__', '.')}={value}" for name, value in ADMISSION.items()),
+        'model.aliases=["stub"]',
+        "log.level=warning",
+    ),
+    prompt=(50, 150),
 )
 
 
@@ -76,8 +99,9 @@ class Tally:
 
 
 class Load:
-    def __init__(self, url: str, verdict: Verdict, seed: int) -> None:
+    def __init__(self, url: str, kind: Kind, verdict: Verdict, seed: int) -> None:
         self.url = url
+        self.kind = kind
         self.verdict = verdict
         self.chance = random.Random(seed)
         self.number = 0
@@ -86,7 +110,7 @@ class Load:
         """One request, to its answer; None if that took too long."""
         self.number += 1
         dialect = DIALECTS[self.number % len(DIALECTS)]
-        text = f"request {self.number} " + "x" * self.chance.randrange(*PROMPT)
+        text = f"request {self.number} " + "x" * self.chance.randrange(*self.kind.prompt)
         try:
             answer = await ask(
                 self.url,
@@ -159,13 +183,20 @@ class Load:
 
 
 def campaign(
-    zygote: Zygote, folder: Path, *, seconds: float, factor: float, seed: int, timed: bool
+    daemon: Daemon | StubDaemon,
+    kind: Kind,
+    *,
+    seconds: float,
+    factor: float,
+    seed: int,
+    timed: bool,
 ) -> int:
     """The exit status. `timed`: times are part of the verdict."""
     verdict = Verdict("overload", seed)
-    with StubDaemon(zygote, folder / "state", SETTINGS) as daemon:
-        load = Load(daemon.url, verdict, seed)
-        peak = trio.run(load.peak, min(20.0, seconds))
+    with daemon:
+        load = Load(daemon.url, kind, verdict, seed)
+        with bare_loop():  # the same beside both
+            peak = trio.run(load.peak, min(PEAK_S, seconds))
         began = time.perf_counter()
         with bare_loop() as bare:
             flood, modest, longest = trio.run(load.flood, seconds, peak * factor)
@@ -213,11 +244,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--factor", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_S:g} s, without times")
+    parser.add_argument("--models", type=Path, help="the real model, of this folder")
     arguments = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="homeport-overload-") as folder, Zygote() as zygote:
+    models = arguments.models
+    with (
+        tempfile.TemporaryDirectory(prefix="homeport-overload-") as folder,
+        nullcontext() if models else Zygote() as zygote,
+    ):
+        kind, state_dir = REAL if models else STUB, Path(folder) / "state"
+        daemon: Daemon | StubDaemon
+        if zygote is None:
+            daemon = Daemon(state_dir, settings=kind.settings, models=models)
+        else:
+            daemon = StubDaemon(zygote, state_dir, kind.settings)
         return campaign(
-            zygote,
-            Path(folder),
+            daemon,
+            kind,
             seconds=QUICK_S if arguments.quick else arguments.minutes * 60,
             factor=arguments.factor,
             seed=arguments.seed,

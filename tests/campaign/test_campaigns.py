@@ -17,7 +17,7 @@ from tests.campaign import (
     soak,
     truncations,
 )
-from tests.campaign.zygote import Zygote
+from tests.campaign.zygote import StubDaemon, Zygote
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,11 @@ def test_a_client_that_leaves_at_any_checkpoint_leaves_nothing_behind():
 
 def test_under_overload_the_refused_hear_it_and_another_tenant_is_served(zygote, tmp_path):
     seconds = overload.QUICK_S
-    assert overload.campaign(zygote, tmp_path, seconds=seconds, factor=5, seed=1, timed=False) == 0
+    daemon = StubDaemon(zygote, tmp_path / "state", overload.STUB.settings)
+    assert (
+        overload.campaign(daemon, overload.STUB, seconds=seconds, factor=5, seed=1, timed=False)
+        == 0
+    )
 
 
 def test_a_sigterm_in_the_middle_of_turns_loses_nothing_acknowledged(zygote, tmp_path):
