@@ -35,7 +35,8 @@ def test_it_is_done_at_once_and_every_minute_beside_the_loop():
                 keep_trimmed, partial(trio.from_thread.run_sync, sender.send_nowait, 1)
             )
             for _ in range(3):
-                await receiver.receive()
+                with trio.fail_after(20_000):
+                    await receiver.receive()
             assert trio.current_time() >= began + 120
             nursery.cancel_scope.cancel()
 
