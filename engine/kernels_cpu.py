@@ -688,13 +688,17 @@ def _pair_products(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _bits(typing: Any, number: Any) -> Any:
-    """The 32 bits of a float32."""
+def _pair(typing: Any, first: Any, second: Any) -> Any:
+    """Two float32 as bfloat16, to nearest, ties to even, in one word: the first is its lower half."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], _I32)
+        low, high = (
+            builder.zext(builder.bitcast(builder.fptrunc(number, _BFloat()), _I16), _I32)
+            for number in arguments
+        )
+        return builder.or_(low, builder.shl(high, ir.Constant(_I32, 16)))
 
-    return types.uint32(types.float32), generate
+    return types.uint32(types.float32, types.float32), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -734,15 +738,6 @@ def _pack(typing: Any, blocks: Any, at: Any, other: Any, words: Any, to: Any) ->
         return context.get_dummy_value()
 
     return signature, generate
-
-
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _pair(first: np.float32, second: np.float32) -> Any:
-    """Two numbers as bfloat16, to nearest, ties to even. Infinities and NaN are not for it."""
-    low, high = _bits(first), _bits(second)
-    low += np.uint32(0x7FFF) + ((low >> np.uint32(16)) & np.uint32(1))
-    high += np.uint32(0x7FFF) + ((high >> np.uint32(16)) & np.uint32(1))
-    return (low >> np.uint32(16)) | (high & np.uint32(0xFFFF0000))
 
 
 @numba.njit(nogil=True, fastmath=FAST_BUT_INFINITE, error_model="numpy")  # type: ignore[untyped-decorator]
