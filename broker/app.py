@@ -35,6 +35,7 @@ import trio
 
 from broker.access import Access, check_exposure
 from broker.admission import Admission
+from broker.arrivals import serve_fairly
 from broker.config import Address
 from broker.heap import keep_trimmed, trimmer
 from broker.http import HttpSide, common_app, operators_app
@@ -182,11 +183,7 @@ async def _accept(
         await connections.start(port.background.serve)
         async with trio.open_nursery() as accepting:
             for door, listeners in doors.items():
-                accepting.start_soon(
-                    partial(
-                        trio.serve_listeners, door.serve, listeners, handler_nursery=connections
-                    )
-                )
+                accepting.start_soon(serve_fairly, door.serve, listeners, connections)
             accepting.start_soon(port.liveness.serve)
             accepting.start_soon(watch_loop, port.observations)
             accepting.start_soon(keep_trimmed, trimmer())

@@ -1,9 +1,9 @@
 """One port for everything: read the first request head, then hand the stream, rewound, to the side that speaks it.
 
-Only what happens before a protocol is known lives here: who gets a connection, TLS, the head's size and deadline, and
+Only what happens before a protocol is known lives here (and, before that, in `arrivals.py`): who gets a connection, TLS, the head's size and deadline, and
 plain refusals. What a request may do is decided by the sides, with `broker.access`.
 
-    accept -> place? -> TLS? -> read_head -> upgrade to websocket?  yes  websocket side
+    accepted -> place? -> TLS? -> read_head -> upgrade to websocket?  yes  websocket side
                                                                     no   http side (further requests may follow)
 
 Laws
@@ -18,10 +18,8 @@ Laws
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import math
-import socket
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -29,6 +27,7 @@ from typing import TYPE_CHECKING
 import h11
 import trio
 
+from broker.arrivals import network_of
 from broker.boundary import contained
 from broker.dialect import Dialect, answer_of, dialect_of, dialect_of_bytes
 from broker.errors import BrokerError, ClientError, Overloaded
@@ -296,23 +295,13 @@ class Door:
 
 
 def address_of(stream: trio.abc.HalfCloseableStream) -> str:
-    """Whom a stream counts for: an IPv4 address, an IPv6 network of 64 bits, which is what one peer has of them; "" for
-    what has no address."""
+    """Whom a stream counts for, as `network_of` says; "" for what has no address."""
     if not isinstance(stream, trio.SocketStream):
         return ""
-    family = stream.socket.family
-    if family not in (socket.AF_INET, socket.AF_INET6):
-        return ""
     try:
-        name = stream.socket.getpeername()[0]
+        return network_of(stream.socket.family, stream.socket.getpeername())
     except OSError:  # gone already
         return ""
-    address = ipaddress.ip_address(name.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return str(address.ipv4_mapped)
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address)
 
 
 async def refuse(

@@ -1141,6 +1141,20 @@ MUTANTS = (
         ("tests/engine/test_fused_cpu.py",),
     ),
     Mutant(
+        "connections are begun in the order that they came in",
+        "broker/arrivals.py",
+        "            self._of[address] = waiting\n",
+        "            self._of[address] = waiting\n            self._of.move_to_end(address, last=False)\n",
+        ("tests/broker/test_arrivals.py",),
+    ),
+    Mutant(
+        "who waits when serving ends is left to wait",
+        "broker/arrivals.py",
+        "            line.next().close()\n",
+        "            line.next().detach()\n",
+        ("tests/broker/test_arrivals.py",),
+    ),
+    Mutant(
         "what is free goes back to the machine once, at the start",
         "broker/heap.py",
         "    while trim is not None:\n",
