@@ -160,7 +160,9 @@ class Engine:
         vocab_size: int,
         clock: Callable[[], float],
         inbox: queue.SimpleQueue[Command | DiskReply | ReadsMeasured],
+        adopted: Callable[[], None],
     ) -> None:
+        """`adopted` is called once, when everything that is on disk is known."""
         self._cache = cache
         self._scheduler = scheduler
         self._runner = runner
@@ -207,8 +209,9 @@ class Engine:
         )
         self._stopping = False
         cache.begin_adopting(records)
+        self._adopted = adopted
         if self._adoption.complete:
-            cache.end_adopting()
+            self._end_adopting()
 
     @property
     def max_context(self) -> int:
@@ -352,7 +355,7 @@ class Engine:
                 self._adopt(entries, now)
                 self._adoption.read(last)
                 if self._adoption.complete:
-                    self._cache.end_adopting()
+                    self._end_adopting()
             case IndexFailed():
                 self._waiting_for_disk -= 1
                 self._adoption.failed(now)
@@ -364,6 +367,10 @@ class Engine:
                 self._costs.calibrate_reads(latency_s, read_s)
             case Rotten(key):
                 self._perform(self._cache.rotten(key, now))
+
+    def _end_adopting(self) -> None:
+        self._cache.end_adopting()
+        self._adopted()
 
     def _submit(self, submit: Submit, now: float) -> None:
         prompt = submit.prompt

@@ -16,6 +16,7 @@ import itertools
 import logging
 import random
 import secrets
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -399,7 +400,10 @@ class _Parts:
     name: str
     costs: RestoreCosts
     remember: Callable[[Rates], None]  # for the next start
-    measure_disk: Callable[[], None]  # and tell the engine
+    measure_disk: Callable[[], None]  # and tell the engine, once it is calm
+    adopted: (
+        threading.Event
+    )  # everything that is on disk is known, or nobody wants to know any more
     clock: Callable[[], float]  # the engine's
 
 
@@ -446,6 +450,7 @@ async def _running(parts: _Parts) -> AsyncIterator[EngineService]:
                 finally:
                     parts.inbox.put(Stop())
         finally:
+            parts.adopted.set()
             for worker in (*scrubbers, parts.writer, *parts.readers, *copiers):
                 worker.stop()
 
@@ -543,6 +548,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         block_tokens=settings.block_tokens,
         step_tokens=settings.step_tokens,
     )
+    adopted = threading.Event()
     engine = Engine(
         cache=cache,
         scheduler=Scheduler(
@@ -571,6 +577,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         vocab_size=loaded.vocab_size,
         clock=time.monotonic,
         inbox=inbox,
+        adopted=adopted.set,
     )
     log.info(
         "%s on %s: device %d, host %d, disk %d blocks of %d tokens (%.2f MiB each); %d on disk",
@@ -584,6 +591,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
     remember = functools.partial(calibrate.remember, settings.state_dir, _machine(loaded))
 
     def measure_disk() -> None:
+        adopted.wait()
         measured = calibrate.measure_reads(store, stored_as, block_bytes, settings.readers)
         if measured is not None:
             inbox.put(measured)
@@ -603,6 +611,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         costs=costs,
         remember=remember,
         measure_disk=measure_disk,
+        adopted=adopted,
         clock=time.monotonic,
     )
 

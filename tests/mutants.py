@@ -1155,6 +1155,20 @@ MUTANTS = (
         ("tests/broker/test_arrivals.py",),
     ),
     Mutant(
+        "a rush at the start is taken for the disk",
+        "engine/calibrate.py",
+        "    per_block = min(together)\n",
+        "    per_block = sum(together) / len(together)\n",
+        ("tests/engine/test_calibrate.py",),
+    ),
+    Mutant(
+        "nobody is told that everything on disk is known",
+        "engine/engine.py",
+        "        self._adopted()\n",
+        "",
+        ("tests/engine/test_engine.py",),
+    ),
+    Mutant(
         "what is free goes back to the machine once, at the start",
         "broker/heap.py",
         "    while trim is not None:\n",

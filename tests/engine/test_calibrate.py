@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import stat
+import threading
 
 import pytest
 import torch
@@ -97,6 +98,44 @@ def test_copies_and_prefills_are_measured_in_arenas_of_any_size():
         assert rates.read_s == Rates().read_s
         deepest = max(segment.context for batch in runner.batches for segment in batch.segments)
         assert deepest <= slots * 4
+
+
+class Rushed:
+    """A store whose first reads take a second each, because of others, and the rest a hundredth."""
+
+    def __init__(self, store, rushed):
+        self.index = store.index
+        self._store = store
+        self._left = rushed
+        self._lock = threading.Lock()
+        self.now = 0.0
+
+    def read(self, *what):
+        with self._lock:
+            self.now += 1.0 if self._left > 0 else 0.01
+            self._left -= 1
+        self._store.read(*what)
+
+
+@pytest.mark.parametrize("rushed", [0, 9, 20])
+def test_a_rush_at_the_start_is_not_taken_for_the_disk(tmp_path, monkeypatch, rushed):
+    with opened(tmp_path) as store:
+        store.write(blocks=[block(number) for number in range(40)])
+        rush = Rushed(store, rushed)
+        monkeypatch.setattr(calibrate.time, "perf_counter", lambda: rush.now)
+        monkeypatch.setattr(calibrate, "BUDGET_S", 100.0)
+        measured = calibrate.measure_reads(rush, AS_IT_IS, PAYLOAD_BYTES, 4)
+    assert measured.read_s * PAYLOAD_BYTES == pytest.approx(0.01)
+
+
+def test_a_slow_disk_is_not_measured_for_ever(tmp_path, monkeypatch):
+    with opened(tmp_path) as store:
+        store.write(blocks=[block(number) for number in range(40)])
+        slow = Rushed(store, 1000)
+        monkeypatch.setattr(calibrate.time, "perf_counter", lambda: slow.now)
+        measured = calibrate.measure_reads(slow, AS_IT_IS, PAYLOAD_BYTES, 4)
+    assert slow.now == 9.0  # one round
+    assert measured.read_s * PAYLOAD_BYTES == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("records", [0, 3, 40])

@@ -152,6 +152,7 @@ class Bench:
             block_tokens=BLOCK,
             limits=StoreLimits(block_bytes=1 << 30),
         )
+        self.adopted = []
         self.disk = FakeDisk(self.store)
         self.disk.post = self.inbox.put
         if late_copies:
@@ -180,6 +181,7 @@ class Bench:
             vocab_size=VOCAB,
             clock=lambda: self.now,
             inbox=self.inbox,
+            adopted=lambda: self.adopted.append(self.cache.statistics()),
         )
         self.said = defaultdict(list)
         self.answers = {}
@@ -918,6 +920,7 @@ def test_the_first_request_after_a_restart_finds_its_chain_though_the_index_is_n
     assert bench.run(prompt, 3) == oracle(prompt, 3)
     assert bench.finished(1).usage.cached.disk == len(prompt) - 1
     assert not bench.report().disk.index_complete
+    assert not bench.adopted
 
 
 def test_the_index_is_read_in_slices_while_requests_run_and_then_is_complete(monkeypatch):
@@ -937,6 +940,7 @@ def test_the_index_is_read_in_slices_while_requests_run_and_then_is_complete(mon
     assert report.disk.index_complete
     assert report.disk.records == records
     assert bench.disk.slices >= records // 3
+    assert len(old.adopted) == len(bench.adopted) == 1
 
 
 def test_an_index_that_cannot_be_read_is_asked_for_again_later():
