@@ -6,6 +6,14 @@ small kernels. In float32 products and attention are torch's. In bfloat16, which
 and is twice as fast, they are ours where the processor has AVX512-BF16 (`kernels_cpu.multiply_prompt`, `attend_prompt`), and
 torch's elsewhere. Sums, norms and the logits are float32 always.
 
+Measured 2026-11 on two cores (AMD EPYC with AVX512-BF16), the default model. 4,053 tokens by chunks of 512, three runs each, load
+1.5: transformers' forward 9.9 s, this in float32 9.4 s, in bfloat16 with torch's products 6.7 s with torch's attention and 5.2 s
+with ours. Then our products against torch's (oneDNN, which lays a weight out anew in every call), by turns, medians of nine, ms,
+load 1.4:
+
+    tokens, behind     15, 4,064    200, 3,853    512, 2,048
+    torch's            59, 91       403, 431      700, 760
+    ours               43, 45       346, 339      641, 612
 
 Laws
     In float32 it computes what transformers computes, in another order of sums: `engine.model.compare` holds one against
