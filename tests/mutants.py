@@ -1162,6 +1162,13 @@ MUTANTS = (
         ("tests/engine/test_calibrate.py",),
     ),
     Mutant(
+        "the disk is measured while its index is read",
+        "engine/service.py",
+        "        adopted.wait()\n",
+        "",
+        ("tests/engine/test_start.py",),
+    ),
+    Mutant(
         "nobody is told that everything on disk is known",
         "engine/engine.py",
         "        self._adopted()\n",
