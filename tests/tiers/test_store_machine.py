@@ -208,7 +208,12 @@ class StoreMachine(RuleBasedStateMachine):
         if fired == ["commit"] and fault[1] is Fault.LATE:  # it landed, and nobody was told
             outcome(lambda: call(self.memory))
         if self.lmdb._env is None:  # not even opening it again went well
-            self.lmdb.write()
+            self.heal()
+
+    def heal(self) -> None:
+        """A write opens a broken environment again. One of nothing also drops what is another model's beyond the capacity."""
+        if self.lmdb._broken:
+            self.both(lambda store: store.write())
 
     @rule(full=st.booleans())
     def fill_the_disk(self, full) -> None:
@@ -237,14 +242,15 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, SLOTS - 1), bit=st.integers(0, 8 * (496 + PAYLOAD_BYTES) - 1))
     def damage(self, pick, bit) -> None:
         """A bit of a record flips on the medium: a foreign record keeps it unnoticed, our own refuses to be read."""
+        self.heal()
         keys = sorted(self.memory._blocks)
+        if not keys:  # all were another model's, and beyond the capacity
+            return
         key = keys[pick % len(keys)]
         stored = self.memory._blocks[key]
         flipped = bytearray(stored.record)
         flipped[bit // 8] ^= 1 << bit % 8
         self.memory._blocks[key] = dataclasses.replace(stored, record=bytes(flipped))
-        if self.lmdb._broken:
-            outcome(lambda: self.lmdb.write())
         replace_record(self.lmdb._env, self.lmdb._blocks, key, bytes(flipped))
 
     @rule(
