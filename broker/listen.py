@@ -1,10 +1,10 @@
 """One port for everything: read the first request head, then hand the stream, rewound, to the side that speaks it.
 
-Only what happens before a protocol is known lives here (and, before that, in `arrivals.py`): who gets a connection, TLS, the head's size and deadline, and
-plain refusals. What a request may do is decided by the sides, with `broker.access`.
+Only what happens before a protocol is known lives here, once `arrivals.py` has accepted: who gets a connection, TLS, the
+head's size and deadline, and plain refusals. What a request may do is decided by the sides, with `broker.access`.
 
     accepted -> place? -> TLS? -> read_head -> upgrade to websocket?  yes  websocket side
-                                                                    no   http side (further requests may follow)
+                                                                      no   http side (further requests may follow)
 
 Laws
     A connection that says nothing costs one task and one deadline, and gives way to one that arrives (`places.py`).

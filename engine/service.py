@@ -401,9 +401,8 @@ class _Parts:
     costs: RestoreCosts
     remember: Callable[[Rates], None]  # for the next start
     measure_disk: Callable[[], None]  # and tell the engine, once it is calm
-    adopted: (
-        threading.Event
-    )  # everything that is on disk is known, or nobody wants to know any more
+    # Everything that is on disk is known, or nobody wants to know any more.
+    adopted: threading.Event
     clock: Callable[[], float]  # the engine's
 
 

@@ -1,28 +1,21 @@
-import sys
+import os
 from functools import partial
-from pathlib import Path
 
-import pytest
 import trio
 from trio.testing import MockClock
 
 from broker.heap import keep_trimmed, trimmer
+from tests.campaign.visitors import holdings
 
 
-def resident_bytes():
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * 4096
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
 def test_what_is_free_between_what_is_not_goes_back_to_the_machine():
     trim = trimmer()
     assert trim is not None
     held = [bytes([1]) * 3000 for _ in range(40_000)]
     held = held[::20]  # 5 % of it, everywhere
-    before = resident_bytes()
+    before = holdings(os.getpid()).rss
     trim()
-    assert before - resident_bytes() > 60 << 20
+    assert before - holdings(os.getpid()).rss > 60 << 20
     assert len(held) == 2000
 
 
