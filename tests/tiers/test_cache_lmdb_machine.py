@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from hypothesis import settings
-from hypothesis.stateful import run_state_machine_as_test
 
-from tests.tiers.cache_machine import ROW_BYTES, CacheMachine
+from tests.tiers.cache_machine import ROW_BYTES, CacheMachine, run_and_count
 from tiers.block import Tier
 from tiers.lmdb_store import LmdbStore
 from tiers.state_dir import StateDir
@@ -66,14 +65,8 @@ class LmdbCacheMachine(CacheMachine):
 
 
 def test_the_tables_keep_their_laws_on_the_real_store():
-    LmdbCacheMachine.reached.clear()
     examples = max(10, settings().max_examples // FEWER)
-    run_state_machine_as_test(
-        LmdbCacheMachine, settings=settings(max_examples=examples, stateful_step_count=30)
-    )
-    rare = {
-        what: LmdbCacheMachine.reached[what]
-        for what in ("fetch", "spill", "drop", "failed Fetch bad", "restored")
-        if LmdbCacheMachine.reached[what] < examples // 20
-    }
+    seen = ("fetch", "spill", "drop", "failed Fetch bad", "restored")
+    wanted = dict.fromkeys(seen, examples // 20)
+    rare = run_and_count(LmdbCacheMachine, wanted, max_examples=examples, stateful_step_count=30)
     assert not rare, f"seen too seldom in {examples} examples: {rare}"
