@@ -2,12 +2,16 @@
 
 One trial, with so many streams:
 
-    streams begin ──> alone: each says some tokens ──> beside: the other session's turn is sent ... its first token ──> cut
+    streams begin ──> alone: each says some tokens ──> beside: the other session's turn is sent ... its first token
+                                                            ──> after a restore alone again: as many tokens ──> cut
 
 Laws
     The gaps of `alone` and of `beside` are of the same streams, seconds apart. A gap belongs to `beside` if any of it
     does, also the last one, whose end is waited for: a restore may be shorter than one gap, and inside it. One belongs to
     `alone` if all of it does.
+    Streams slow down as they grow, by some 4 % a second here, whatever comes beside them. So what a restore costs, which is
+    not much more, is measured against both sides of it. Behind a prefill its blocks are being written: only what came
+    before it was alone.
     What an arrival costs is soon over, and its own time is a few gaps: what streams notice is shown over `_NOTICED_S`, from
     the moment that the turn was sent, whatever its length.
     The restored session's socket stays open: nothing is fetched ahead of the turn that is timed. What counts as cached is
@@ -18,6 +22,7 @@ Laws
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -117,9 +122,14 @@ class Stream:
 
 
 async def trial(
-    url: str, streams: int, alone_tokens: int, other: Callable[[], Awaitable[Turn]]
+    url: str,
+    streams: int,
+    alone_tokens: int,
+    other: Callable[[], Awaitable[Turn]],
+    *,
+    alone_again: bool,
 ) -> Trial:
-    """Streams, alone for so many tokens of each, then beside `other`. Raises EndedEarly."""
+    """Streams, alone for so many tokens of each, then beside `other`, and perhaps alone again. Raises EndedEarly."""
     running = [Stream() for _ in range(streams)]
     async with trio.open_nursery() as nursery:
         for number, stream in enumerate(running):
@@ -137,9 +147,16 @@ async def trial(
         for stream in running:
             await stream.until(len(stream.arrivals) + 1)
             await stream.past(sent + _NOTICED_S)
+        over = time.perf_counter()
+        counts = [len(stream.arrivals) for stream in running]
+        for stream, count in zip(running, counts, strict=True):
+            await stream.until(count + alone_again * alone_tokens)
         nursery.cancel_scope.cancel()
     said = [stream.arrivals for stream in running]
-    alone = (gaps_inside(arrivals, quiet, sent) for arrivals in said)
+    alone = (
+        gaps_inside(arrivals, quiet, sent) + gaps_inside(arrivals, over, math.inf)
+        for arrivals in said
+    )
     beside = (gaps_touching(arrivals, sent, first) for arrivals in said)
     noticed = (gaps_touching(arrivals, sent, sent + _NOTICED_S) for arrivals in said)
     chained = itertools.chain.from_iterable
@@ -214,7 +231,9 @@ class Interference:
             session = await Returning.open(nursery, self.url, nonce, self.depth)
             for number in range(rounds):
                 await session.leave()
-                done = await trial(self.url, self.streams, self.alone_tokens, session.back)
+                done = await trial(
+                    self.url, self.streams, self.alone_tokens, session.back, alone_again=True
+                )
                 samples += done.samples("a restore", number, done.turn.by_tier["disk"])
                 tick("a restore")
             nursery.cancel_scope.cancel()
@@ -228,7 +247,9 @@ class Interference:
             for number in range(rounds):
                 calm = await socket.turn(self._fresh(row, number, ALONE))
                 other = partial(socket.turn, self._fresh(row, number, BESIDE))
-                done = await trial(self.url, self.streams, self.alone_tokens, other)
+                done = await trial(
+                    self.url, self.streams, self.alone_tokens, other, alone_again=False
+                )
                 samples += done.samples(row, number, done.turn.cached_tokens)
                 samples += [
                     Sample(f"{row}, its own first token", side, number, turn.ttft_s)
