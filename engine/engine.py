@@ -161,8 +161,10 @@ class Engine:
         clock: Callable[[], float],
         inbox: queue.SimpleQueue[Command | DiskReply | ReadsMeasured],
         adopted: Callable[[], None],
+        make_way: Callable[[bool], None],
     ) -> None:
-        """`adopted` is called once, when everything that is on disk is known."""
+        """`adopted` is called once, when everything that is on disk is known. `make_way` is called before each step, and told
+        whether blocks are being read beside it."""
         self._cache = cache
         self._scheduler = scheduler
         self._runner = runner
@@ -210,6 +212,7 @@ class Engine:
         self._stopping = False
         cache.begin_adopting(records)
         self._adopted = adopted
+        self._make_way = make_way
         if self._adoption.complete:
             self._end_adopting()
 
@@ -254,6 +257,7 @@ class Engine:
             chunks = self._drafts.lengthen(chunks)
             batch = _batch_of(chunks)
             self._memory.fence(batch)
+            self._make_way(self._reads.reading > 0)
             logits = self._runner.run(batch)
             self._advance(chunks, logits, began)
             self._scheduler.took(decodes, len(chunks) - decodes, self._clock() - began)

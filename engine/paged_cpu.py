@@ -52,10 +52,15 @@ def plan(segments: Sequence[Segment], block_tokens: int) -> Plan:
 
 
 def threads() -> int:
-    """As many as torch has, for the calling thread's kernels from now on."""
+    """Into how many shares the kernels cut their work: as many as torch has threads, which do them unless `take` said fewer."""
     given = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(given)
+    take(min(given, numba.get_num_threads()))
     return int(given)
+
+
+def take(count: int) -> None:
+    """Let so many threads do the calling thread's kernels from now on. Changes nothing of what they compute."""
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
 def attend(
@@ -89,7 +94,12 @@ def in_numpy(blocks: torch.Tensor) -> Array:
 
 
 def warm_up(dtype: torch.dtype) -> None:
-    """Compile the kernel (about 4 s), or read it from numba's cache, before a request needs it. No shape matters."""
+    """Compile the kernel (about 4 s), or read it from numba's cache, before a request needs it. No shape matters.
+
+    torch keeps its number of threads: the first kernel of a process has OpenMP, theirs and ours, forget it.
+    """
+    given = torch.get_num_threads()
     query, blocks = torch.zeros(1, 1, 1), torch.zeros(1, 1, 2, 1, 1, 1, dtype=dtype)
     zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
     attend(query, blocks, 0, Plan(zero[None], zero, one, one), 1.0, torch.empty_like(query))
+    torch.set_num_threads(given)

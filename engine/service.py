@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import trio
 
-from engine import calibrate
+from engine import calibrate, paged_cpu
 from engine.api import (
     Cancel,
     Demote,
@@ -48,6 +48,7 @@ from engine.api import (
 )
 from engine.canary import Canaries
 from engine.constraint import ConstraintRefused, first_at
+from engine.cores import Cores
 from engine.engine import Engine
 from engine.grammar import Grammars, Matcher
 from engine.memory import Memory
@@ -577,6 +578,7 @@ def _build(settings: EngineSettings, state: StateDir, wall_clock: Callable[[], f
         clock=time.monotonic,
         inbox=inbox,
         adopted=adopted.set,
+        make_way=_make_way(settings, loaded),
     )
     log.info(
         "%s on %s: device %d, host %d, disk %d blocks of %d tokens (%.2f MiB each); %d on disk",
@@ -646,6 +648,14 @@ def _calibrate(
         "measured" if remembered is None else "prefill remembered",
     )
     return rates
+
+
+def _make_way(settings: EngineSettings, loaded: LoadedModel) -> Callable[[bool], None]:
+    """Where the model computes on the processor, it shares that with others."""
+    if loaded.device.type != "cpu":
+        return lambda reading: None
+    cores = Cores(paged_cpu.threads(), settings.readers, time.monotonic)
+    return lambda reading: paged_cpu.take(cores.threads(reading=reading))
 
 
 def _machine(loaded: LoadedModel) -> str:

@@ -1741,6 +1741,63 @@ MUTANTS = (
         "",
         ("tests/broker/test_chat.py",),
     ),
+    # cores
+    Mutant(
+        "whoever uses a core beside us is in the way of every step",
+        "engine/cores.py",
+        "left = self._threads - self._taken",
+        "left = self._threads",
+        ("tests/engine/test_cores.py",),
+    ),
+    Mutant(
+        "what we compute ourselves counts as somebody else's",
+        "engine/cores.py",
+        "others_s = self._seen.everybody_s - before.everybody_s - ours_s",
+        "others_s = self._seen.everybody_s - before.everybody_s",
+        ("tests/engine/test_cores.py",),
+    ),
+    Mutant(
+        "a core changes hands with every look",
+        "engine/cores.py",
+        "for edge in (_GIVE, _TAKE))",
+        "for edge in (_GIVE, _GIVE))",
+        ("tests/engine/test_cores.py",),
+    ),
+    Mutant(
+        "a busy minute long ago slows the next turn down",
+        "engine/cores.py",
+        "        if ours_s < _COMPUTED * took_s:\n            self._taken = 0\n            return\n",
+        "",
+        ("tests/engine/test_cores.py",),
+    ),
+    Mutant(
+        "no core is left in the end",
+        "engine/cores.py",
+        "min(self._threads - 1, max(theirs, min(taken, at_most)))",
+        "max(theirs, min(taken, at_most))",
+        ("tests/engine/test_cores.py",),
+    ),
+    Mutant(
+        "the kernels compute as many shares as there are threads just now",
+        "engine/paged_cpu.py",
+        "    return int(given)\n",
+        "    return int(min(given, numba.get_num_threads()))\n",
+        ("tests/engine/test_fused_cpu.py",),
+    ),
+    Mutant(
+        "the first kernel gives torch all threads again",
+        "engine/paged_cpu.py",
+        "    torch.set_num_threads(given)\n",
+        "",
+        ("tests/engine/test_cores.py",),
+    ),
+    Mutant(
+        "the readers' cores are taken from them",
+        "engine/engine.py",
+        "self._make_way(self._reads.reading > 0)",
+        "self._make_way(False)",
+        ("tests/engine/test_engine.py",),
+    ),
     # pages
     Mutant(
         "a page names an option that is not there",

@@ -153,6 +153,7 @@ class Bench:
             limits=StoreLimits(block_bytes=1 << 30),
         )
         self.adopted = []
+        self.beside_reads: list[bool] = []  # of each step
         self.disk = FakeDisk(self.store)
         self.disk.post = self.inbox.put
         if late_copies:
@@ -182,6 +183,7 @@ class Bench:
             clock=lambda: self.now,
             inbox=self.inbox,
             adopted=lambda: self.adopted.append(self.cache.statistics()),
+            make_way=lambda reading: self.beside_reads.append(reading),
         )
         self.said = defaultdict(list)
         self.answers = {}
@@ -844,6 +846,22 @@ def test_a_load_teaches_the_disk_s_rate_unless_steps_of_the_model_ran_meanwhile(
         bench.turn()
     bench.until_quiet()
     assert (bench.report().rates["latency_s"] == RATES.latency_s) is busy
+
+
+def test_the_readers_get_their_cores_while_they_read_beside_a_step():
+    bench, prompt = on_disk(prompt_of(40), device=80)
+    bench.submit(prompt_of(3, salt=5), 60)
+    for _ in range(3):
+        bench.turn()
+    bench.beside_reads.clear()
+    bench.submit(prompt, 1)
+    while not bench.disk.pending:
+        bench.engine._turn(bench.emit)
+    bench.engine._turn(bench.emit)
+    reading = [*bench.beside_reads]
+    bench.until_quiet()
+    assert reading[-1]
+    assert not bench.beside_reads[-1]
 
 
 @pytest.mark.parametrize("busy", [False, True])

@@ -7,6 +7,7 @@ import itertools
 import weakref
 from dataclasses import replace
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -108,6 +109,23 @@ def kv_after(loaded, wanted):
 
 def test_a_prompt_writes_the_same_kv_whether_its_logits_are_wanted_or_not(loaded):
     assert torch.equal(kv_after(loaded, 0), kv_after(loaded, 1))
+
+
+def test_how_many_threads_do_it_changes_nothing_of_what_comes_out(loaded):
+    """The shares are as many as torch has threads, whoever does them."""
+    shares, able = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        out = []
+        for count in (1, 2):
+            paged_cpu.take(count)
+            assert paged_cpu.threads() == 2
+            out.append(logits(loaded, BATCHES))
+            assert numba.get_num_threads() == count
+        assert torch.equal(*out)
+    finally:
+        torch.set_num_threads(shares)
+        paged_cpu.take(able)
 
 
 def narrower(loaded, tmp_path, **dtypes):
