@@ -218,8 +218,11 @@ def campaign(
         for _ in range(rounds):
             with bare_loop():  # the same beside both
                 peaks.append(trio.run(load.peak, min(PEAK_S, seconds)))
+            # Whatever the peak was: more than the places and the line hold.
+            least = 3 * (TURNS + QUEUED) / (seconds / rounds)
+            offered = max(peaks[-1] * factor, least)
             with bare_loop() as late:
-                goodputs.append(trio.run(load.flood, seconds / rounds, peaks[-1] * factor))
+                goodputs.append(trio.run(load.flood, seconds / rounds, offered))
             bare.append(late)
         verdict.require(daemon.terminate() == 0, "it did not end well")
         for line in faults(daemon.tail(10_000)):
