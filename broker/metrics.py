@@ -153,6 +153,12 @@ def render(engine: EngineReport, edge: EdgeReport) -> str:
         "Ratio of reused to reusable tokens (cached once and asked for again): the achieved share of the best hit rate.",
         one(engine.hit_share),
     )
+    put(
+        "compute_threads",
+        "gauge",
+        "Threads of the processor that computed the last step: fewer while others keep cores busy; 0 on a GPU.",
+        one(engine.compute_threads),
+    )
     put("output_tokens_total", "counter", "Tokens sampled.", one(engine.output_tokens_total))
     put(
         "draft_tokens_total",

@@ -388,6 +388,7 @@ class EngineReport:
         1.0  # (fresh + recomputed) / fresh prompt tokens; 1 is a cache that forgets nothing
     )
     hit_share: float = 1.0  # reused / (reused + recomputed though it was once cached)
+    compute_threads: int = 0  # of the processor's, in the last step; 0: none yet, or a GPU computes
     disk: DiskReport = field(default_factory=DiskReport)
     canary: dict[str, int] = field(default_factory=dict)  # {checked|mismatched|skipped: blocks}
     host_failures_total: dict[str, int] = field(

@@ -161,10 +161,10 @@ class Engine:
         clock: Callable[[], float],
         inbox: queue.SimpleQueue[Command | DiskReply | ReadsMeasured],
         adopted: Callable[[], None],
-        make_way: Callable[[bool], None],
+        make_way: Callable[[bool], int],
     ) -> None:
         """`adopted` is called once, when everything that is on disk is known. `make_way` is called before each step, and told
-        whether blocks are being read beside it."""
+        whether blocks are being read beside it; it gives how many threads of the processor compute."""
         self._cache = cache
         self._scheduler = scheduler
         self._runner = runner
@@ -213,6 +213,7 @@ class Engine:
         cache.begin_adopting(records)
         self._adopted = adopted
         self._make_way = make_way
+        self._compute_threads = 0  # of the last step
         if self._adoption.complete:
             self._end_adopting()
 
@@ -257,7 +258,7 @@ class Engine:
             chunks = self._drafts.lengthen(chunks)
             batch = _batch_of(chunks)
             self._memory.fence(batch)
-            self._make_way(self._reads.reading > 0)
+            self._compute_threads = self._make_way(self._reads.reading > 0)
             logits = self._runner.run(batch)
             self._advance(chunks, logits, began)
             self._scheduler.took(decodes, len(chunks) - decodes, self._clock() - began)
@@ -977,6 +978,7 @@ class Engine:
             recomputed_total=dict(counters.recomputed),
             amplification=_amplification(counters.recomputed),
             hit_share=_hit_share(counters),
+            compute_threads=self._compute_threads,
             eviction_causes={tier.name.lower(): dict(cache.evictions[tier]) for tier in Tier},
             disk=self._disk_report(cache, now),
             host_failures_total=dict(counters.host_failures),

@@ -58,9 +58,11 @@ def threads() -> int:
     return int(given)
 
 
-def take(count: int) -> None:
-    """Let so many threads do the calling thread's kernels from now on. Changes nothing of what they compute."""
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+def take(count: int) -> int:
+    """Let so many threads do the calling thread's kernels from now on; how many there are. Changes nothing of what they compute."""
+    there = min(count, numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(there)
+    return int(there)
 
 
 def attend(

@@ -650,10 +650,10 @@ def _calibrate(
     return rates
 
 
-def _make_way(settings: EngineSettings, loaded: LoadedModel) -> Callable[[bool], None]:
+def _make_way(settings: EngineSettings, loaded: LoadedModel) -> Callable[[bool], int]:
     """Where the model computes on the processor, it shares that with others."""
     if loaded.device.type != "cpu":
-        return lambda reading: None
+        return lambda reading: 0
     cores = Cores(paged_cpu.threads(), settings.readers, time.monotonic)
     return lambda reading: paged_cpu.take(cores.threads(reading=reading))
 

@@ -797,6 +797,7 @@ def test_metrics_show_every_number_of_the_report_without_rounding():
         recomputed_total={"slow": 26},
         amplification=1.0625,
         hit_share=0.96875,
+        compute_threads=51,
         disk=DiskReport(
             state="degraded",
             reason="full",
@@ -833,6 +834,7 @@ def test_metrics_show_every_number_of_the_report_without_rounding():
         'homeport_recomputed_tokens_total{reason="slow"} 26',
         "homeport_amplification 1.0625",
         "homeport_hit_share 0.96875",
+        "homeport_compute_threads 51",
         'homeport_disk_state{state="degraded"} 1',
         'homeport_disk_state{state="ok"} 0',
         "homeport_disk_index_complete 0",

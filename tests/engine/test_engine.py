@@ -183,13 +183,17 @@ class Bench:
             clock=lambda: self.now,
             inbox=self.inbox,
             adopted=lambda: self.adopted.append(self.cache.statistics()),
-            make_way=lambda reading: self.beside_reads.append(reading),
+            make_way=self.make_way,
         )
         self.said = defaultdict(list)
         self.answers = {}
         self.requests = 0
         if not index_unread:
             self.read_index()
+
+    def make_way(self, reading: bool) -> int:
+        self.beside_reads.append(reading)
+        return 1 if reading else 2
 
     def read_index(self) -> None:
         while not self.engine._adoption.complete:
@@ -862,6 +866,7 @@ def test_the_readers_get_their_cores_while_they_read_beside_a_step():
     bench.until_quiet()
     assert reading[-1]
     assert not bench.beside_reads[-1]
+    assert bench.report().compute_threads == 2
 
 
 @pytest.mark.parametrize("busy", [False, True])
