@@ -12,8 +12,8 @@ Measured 2026-11 on two cores (AMD EPYC), the default model, ms, beside a proces
 Laws
     What is computed does not depend on it: the kernels cut their work into as many shares as torch has threads, whoever does them.
     Never fewer threads than one.
-    Our own process is nobody else. But the disk's readers count while they read: what comes from the page cache is copied by
-    the processor. They are left half of the cores at most.
+    Our own process is nobody else. But the disk's readers count while they read beside a short step: what comes from the page
+    cache is copied by the processor. They are left half of the cores at most.
     A time in which we hardly computed says nothing of who is in our way: whoever comes back begins with all threads.
     Where the kernel does not tell who uses the processors, nobody else does.
 """

@@ -258,7 +258,10 @@ class Engine:
             chunks = self._drafts.lengthen(chunks)
             batch = _batch_of(chunks)
             self._memory.fence(batch)
-            self._compute_threads = self._make_way(self._reads.reading > 0)
+            # A step with prompts lasts many times as long as what is being read.
+            self._compute_threads = self._make_way(
+                decodes == len(chunks) and self._reads.reading > 0
+            )
             logits = self._runner.run(batch)
             self._advance(chunks, logits, began)
             self._scheduler.took(decodes, len(chunks) - decodes, self._clock() - began)

@@ -1794,8 +1794,15 @@ MUTANTS = (
     Mutant(
         "the readers' cores are taken from them",
         "engine/engine.py",
-        "self._make_way(self._reads.reading > 0)",
-        "self._make_way(False)",
+        "decodes == len(chunks) and self._reads.reading > 0",
+        "False",
+        ("tests/engine/test_engine.py",),
+    ),
+    Mutant(
+        "a prompt goes slowly because something is being read",
+        "engine/engine.py",
+        "decodes == len(chunks) and self._reads.reading > 0",
+        "self._reads.reading > 0",
         ("tests/engine/test_engine.py",),
     ),
     # pages

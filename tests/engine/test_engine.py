@@ -869,6 +869,20 @@ def test_the_readers_get_their_cores_while_they_read_beside_a_step():
     assert bench.report().compute_threads == 2
 
 
+def test_a_prompt_does_not_wait_for_the_readers():
+    bench, prompt = on_disk(prompt_of(40), device=80)
+    bench.submit(prompt, 1)
+    while not bench.disk.pending:
+        bench.engine._turn(bench.emit)
+    bench.submit(prompt_of(9, salt=5), 3)
+    bench.engine._turn(bench.emit)
+    assert bench.runner.batches[-1].segments[0].count > 1
+    assert not bench.beside_reads[-1]
+    bench.engine._turn(bench.emit)
+    assert bench.beside_reads[-1]
+    bench.until_quiet()
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_late_copies_let_others_decode_and_teach_their_rate_unless_steps_ran_meanwhile(busy):
     bench = Bench(late_copies=True, device=24)
