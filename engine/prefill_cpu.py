@@ -1,7 +1,7 @@
 """A forward pass of many tokens on the CPU: what prompts are computed with, where the model is of the Llama family.
 
 transformers' forward is some 25 small operations a layer beside its products and attention, each over a batch that no longer
-fits the cache. Here a layer is four products (queries, keys and values are one, gate and up another), attention, and three
+fits the cache. Here a layer is four products (queries, keys and values are one, gate and up another), attention, and four
 small kernels. In float32 products and attention are torch's. In bfloat16, which rounds what goes into a product to eight bits
 and is twice as fast, they are ours where the processor has AVX512-BF16 (`kernels_cpu.multiply_prompt`, `attend_prompt`), and
 torch's elsewhere. Sums, norms and the logits are float32 always.
@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
 from engine import kernels_cpu, paged_cpu
 from engine.attention import PagedForward
@@ -127,8 +127,9 @@ class Prefill:
                 attended, state = attended[wanted], state[wanted]
             change = layer.out(attended).numpy()
             both = layer.gate_and_up(normalised(2 * index + 1))
-            gate, up = both[:, : layer.inner], both[:, layer.inner : 2 * layer.inner]
-            change = layer.down(silu(gate).mul_(up)).numpy()
+            active = torch.empty(len(both), layer.inner)
+            kernels_cpu.gate(both.numpy(), active.numpy(), paged_cpu.threads())
+            change = layer.down(active).numpy()
         return normalised(2 * len(self.layers)).numpy()[: len(wanted)]
 
     def _attention(
