@@ -1560,8 +1560,8 @@ MUTANTS = (
     Mutant(
         "calm: what a disk that began empty drops is remembered for ever",
         "engine/engine.py",
-        "        if self._adoption.complete:\n            cache.end_adopting()\n",
-        "",
+        "        self._compute_threads = 0  # of the last step\n        if self._adoption.complete:\n            self._end_adopting()\n",
+        "        self._compute_threads = 0  # of the last step\n",
         ("tests/engine/test_engine.py",),
     ),
     Mutant(
