@@ -11,7 +11,7 @@ Measured 2026-11 on two cores (AMD EPYC), the default model, ms, beside a proces
 
 Laws
     What is computed does not depend on it: the kernels cut their work into as many shares as torch has threads, whoever does them.
-    Never fewer threads than one.
+    Never fewer threads than one. Cores beyond what we were given are others' first.
     Our own process is nobody else. But the disk's readers count while they read beside a short step: what comes from the page
     cache is copied by the processor. They are left half of the cores at most.
     A time in which we hardly computed says nothing of who is in our way: whoever comes back begins with all threads.
@@ -37,13 +37,8 @@ _COMPUTED = 0.3  # of a core: below it a window was a pause
 _GIVE = 0.4  # of a core in others' use: from here on it is theirs,
 _TAKE = 0.2  # and below this ours again
 _STAT = Path("/proc/stat")
-_BUSY = (
-    0,
-    1,
-    2,
-    5,
-    6,
-)  # its columns: user, nice, system, irq, softirq; what a hypervisor takes is nobody's here
+# Its columns: user, nice, system, irq, softirq. What a hypervisor takes is nobody's here.
+_BUSY = (0, 1, 2, 5, 6)
 
 
 class Used(NamedTuple):
@@ -73,10 +68,14 @@ class Cores:
         threads: int,
         readers: int,
         clock: Callable[[], float],
+        *,
+        cores: int | None = None,
         look: Callable[[], Used | None] = used,
     ) -> None:
+        """`cores`: as many as we may run on, unless it is said."""
         self._threads = threads
-        self._for_readers = min(readers, threads // 2)
+        self._cores = max(threads, len(os.sched_getaffinity(0)) if cores is None else cores)
+        self._for_readers = min(readers, self._cores // 2)
         self._clock = clock
         self._look = look
         self._taken = 0  # by others
@@ -87,10 +86,11 @@ class Cores:
         """For the next step, beside which blocks are read or not."""
         if self._threads > 1:
             self._watch(self._clock())
-        left = self._threads - self._taken
-        if reading:
-            left = min(left, self._threads - self._for_readers)
-        return left
+        taken = max(self._taken, self._for_readers) if reading else self._taken
+        return self._left(taken)
+
+    def _left(self, taken: int) -> int:
+        return min(self._threads, self._cores - taken)
 
     def _watch(self, now: float) -> None:
         took_s = now - self._looked
@@ -110,11 +110,7 @@ class Cores:
         """With some distance between giving a core and taking it again, or it would change hands with every look."""
         theirs, at_most = (int(others + 1 - edge) for edge in (_GIVE, _TAKE))
         taken = self._taken
-        self._taken = min(self._threads - 1, max(theirs, min(taken, at_most)))
+        self._taken = min(self._cores - 1, max(theirs, min(taken, at_most)))
         if self._taken != taken:
-            log.info(
-                "others use %.1f cores: %d of %d threads compute",
-                others,
-                self._threads - self._taken,
-                self._threads,
-            )
+            left = self._left(self._taken)
+            log.info("others use %.1f cores: %d of %d threads compute", others, left, self._threads)

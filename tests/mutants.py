@@ -1745,8 +1745,8 @@ MUTANTS = (
     Mutant(
         "whoever uses a core beside us is in the way of every step",
         "engine/cores.py",
-        "left = self._threads - self._taken",
-        "left = self._threads",
+        "return min(self._threads, self._cores - taken)",
+        "return self._threads",
         ("tests/engine/test_cores.py",),
     ),
     Mutant(
@@ -1771,9 +1771,16 @@ MUTANTS = (
         ("tests/engine/test_cores.py",),
     ),
     Mutant(
+        "who is given half of the cores makes way though there is room",
+        "engine/cores.py",
+        "return min(self._threads, self._cores - taken)",
+        "return self._threads - taken",
+        ("tests/engine/test_cores.py",),
+    ),
+    Mutant(
         "no core is left in the end",
         "engine/cores.py",
-        "min(self._threads - 1, max(theirs, min(taken, at_most)))",
+        "min(self._cores - 1, max(theirs, min(taken, at_most)))",
         "max(theirs, min(taken, at_most))",
         ("tests/engine/test_cores.py",),
     ),

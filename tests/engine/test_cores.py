@@ -14,10 +14,14 @@ from engine.cores import WINDOW_S, Cores, Used, used
 class Machine:
     """Cores on which others and we use so much, from one look to the next."""
 
-    def __init__(self, threads: int = 4, readers: int = 4, *, tells: bool = True) -> None:
+    def __init__(
+        self, threads: int = 4, readers: int = 4, *, cores: int | None = None, tells: bool = True
+    ) -> None:
         self.now, self.others_s, self.ours_s = 100.0, 0.0, 0.0
         self.tells = tells
-        self.cores = Cores(threads, readers, lambda: self.now, self.look)
+        self.cores = Cores(
+            threads, readers, lambda: self.now, cores=cores or threads, look=self.look
+        )
 
     def look(self) -> Used | None:
         return Used(self.others_s + self.ours_s, self.ours_s) if self.tells else None
@@ -81,6 +85,13 @@ def test_readers_are_left_half_of_the_cores_at_most_and_only_while_they_read(
     machine = Machine(threads, readers)
     assert machine.cores.threads(reading=True) == left
     assert machine.cores.threads(reading=False) == threads
+
+
+def test_cores_that_we_were_not_given_are_others_first():
+    machine = Machine(threads=4, readers=4, cores=6)
+    machine.step()
+    assert [machine.step(others=each) for each in (1.0, 2.0, 3.0, 9.0)] == [4, 4, 3, 1]
+    assert Machine(threads=4, readers=4, cores=16).cores.threads(reading=True) == 4
 
 
 def test_readers_and_others_may_use_the_same_core():
