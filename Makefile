@@ -7,7 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP_TORCH ?= torch==2.13.0
 ARGS ?=
 
-.PHONY: serve test browser check bench acceptance campaign mutants quality fmt gpu size clean
+MAKEFLAGS += --jobs=2 # the browser is installed beside the tools, and the checks run beside each other
+
+.PHONY: serve test browser check style types layers bench acceptance campaign mutants quality fmt gpu size clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "homeport needs Python 3.11 or newer; set PYTHON=")'
@@ -41,10 +43,16 @@ browser:
 	 then echo "installing chromium, for the dashboard's tests"; apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; \
 	 else echo "the dashboard's tests need Chromium: install it (Debian, Ubuntu: sudo apt-get install chromium)" >&2; exit 1; fi
 
-check: $(VENV)/.dev
+check: style types layers
+
+style: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
 	$(BIN)/mypy
+
+layers: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 fmt: $(VENV)/.dev
