@@ -1,9 +1,8 @@
 """Memory that nobody uses goes back to the machine, also while the daemon is busy.
 
 glibc keeps what is freed, for each thread, unless it happens to lie at the end: what one flood of connections took would stay
-for months. Python's table of interned strings alone, 7.7 MB with all that torch imports, is laid out anew every ten minutes by
-whichever thread needs it (seen in an hour's soak, with everything that we hold standing still). `malloc_trim` gives back whole
-free pages, wherever they lie. It takes a millisecond, and 17 where 250 MB are given back, on a thread of its own.
+for months. `malloc_trim` gives back whole free pages, wherever they lie. It takes a millisecond, and 17 where 250 MB are given
+back, on a thread of its own.
 """
 
 from __future__ import annotations

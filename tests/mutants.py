@@ -1812,6 +1812,13 @@ MUTANTS = (
         "self._reads.reading > 0",
         ("tests/engine/test_engine.py",),
     ),
+    Mutant(
+        "each commit interns names that nobody holds",
+        "tiers/lmdb_store.py",
+        '*("psize", "depth", "branch_pages", "leaf_pages", "overflow_pages", "entries"),',
+        '*("psize", "depth", "branch_pages", "leaf_pages", "entries"),',
+        ("tests/tiers/test_lmdb_store.py",),
+    ),
     # pages
     Mutant(
         "a page names an option that is not there",

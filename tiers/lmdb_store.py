@@ -109,6 +109,13 @@ if TYPE_CHECKING:
 _ENGINE = 0  # LMDB 0.9: formats 0.9 and 1.0 are mutually unreadable, so never the binding's default
 _TABLES = (b"blocks", b"index", b"manifests", b"ages", b"names", b"meta")
 _MAX_READERS = 126
+# What `stat` and `info` call their numbers. py-lmdb has the interpreter intern these names in each call, and it forgets a name
+# that nobody holds with the answer: some twenty for each commit, after 100,000 of which its table of all names, 8 MB with
+# what torch imports, is laid out anew, larger and smaller by turns (seen in a soak).
+NUMBERS = (
+    *("psize", "depth", "branch_pages", "leaf_pages", "overflow_pages", "entries"),
+    *("map_addr", "map_size", "last_pgno", "last_txnid", "max_readers", "num_readers"),
+)
 _SCRUB_MAP_BYTES = 1 << 30  # lmdb makes it larger where the file is
 _READERS_LEAVE_S = 10.0  # a read that takes longer hangs in the kernel; guessed
 _SEAL_BYTES = 8

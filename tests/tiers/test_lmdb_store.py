@@ -1055,3 +1055,11 @@ def test_kill_9_while_writing_loses_nothing_that_was_acknowledged(tmp_path):
         assert not (tmp_path / "kv.damaged").exists()
         following = newest + 4
     assert following >= 12 * 4
+
+
+def test_asking_lmdb_for_its_numbers_makes_no_new_names(tmp_path):
+    """A name that is interned for an answer alone is forgotten with it, and costs the interpreter's table a place."""
+    held = {id(name) for name in lmdb_store.NUMBERS}
+    with opened(tmp_path) as store, store._env.begin() as txn:
+        for answer in (store._env.stat(), store._env.info(), txn.stat(store._blocks)):
+            assert {id(name) for name in answer} <= held
