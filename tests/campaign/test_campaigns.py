@@ -56,10 +56,8 @@ def test_a_client_that_leaves_at_any_checkpoint_leaves_nothing_behind():
 def test_under_overload_the_refused_hear_it_and_another_tenant_is_served(zygote, tmp_path):
     seconds = overload.QUICK_S
     daemon = StubDaemon(zygote, tmp_path / "state", overload.STUB.settings)
-    assert (
-        overload.campaign(daemon, overload.STUB, seconds=seconds, factor=5, seed=1, timed=False)
-        == 0
-    )
+    how = {"rounds": 1, "factor": 5, "seed": 1, "timed": False}
+    assert overload.campaign(daemon, overload.STUB, seconds=seconds, **how) == 0
 
 
 def test_a_sigterm_in_the_middle_of_turns_loses_nothing_acknowledged(zygote, tmp_path):
