@@ -6,7 +6,7 @@ finds its core taken is late by a slice of the scheduler's, milliseconds, and al
 Measured 2026-11 on two cores (AMD EPYC), the default model, ms, beside a process that keeps one core busy; quiet in brackets:
 
     tokens, behind     1, 256      1, 4,000    15, 4,064    512, 2,048
-    two threads        23 (6.6)    66 (16)     249 (45)     2,140 (690)
+    two threads        23 (6.6)    66 (16)     249 (53)     2,140 (690)
     one                9 (7.6)     26 (24)     77 (78)      1,180 (1,160)
 
 Laws
